@@ -1,4 +1,4 @@
-"""What a caller did wrong, by kind. Each message names the argument, what was wanted and who decided it, and what came."""
+"""What a caller did wrong, by kind: each message names the argument, what was wanted, and what came."""
 
 
 class ShapeError(ValueError):

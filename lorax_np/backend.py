@@ -1,0 +1,274 @@
+"""Which library an array belongs to, and where new arrays are born.  Reasons: specs/backend.md.
+
+The only file that names CuPy or reads the environment. Arrays decide where mathematics runs; the variable
+LORAX_NP_BACKEND (numpy, cupy or auto) decides only where arrays made from nothing are born.
+"""
+
+import importlib
+import os
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any, Protocol, Self, overload
+
+import numpy as np
+
+from .errors import BackendError, DtypeError
+
+BACKENDS = ("numpy", "cupy", "auto")
+VARIABLE = "LORAX_NP_BACKEND"
+
+Namespace = Any  # a module: numpy, cupy, or one that follows the array standard
+HostArray = np.ndarray[Any, np.dtype[Any]]
+
+
+class Array(Protocol):
+    """What an array of any library offers, and all that the mathematics asks of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def ndim(self) -> int: ...  # noqa: D102
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
+    @property
+    def T(self) -> Self: ...  # noqa: D102
+    def __matmul__(self, other: Any, /) -> "Array": ...
+    def __add__(self, other: Any, /) -> "Array": ...
+    def __sub__(self, other: Any, /) -> "Array": ...
+    def __mul__(self, other: Any, /) -> "Array": ...
+    def __rmul__(self, other: Any, /) -> "Array": ...
+    def __truediv__(self, other: Any, /) -> "Array": ...
+    def __neg__(self) -> "Array": ...
+    def __getitem__(self, key: Any, /) -> "Array": ...
+
+
+# ---- which library an array belongs to ---------------------------------------------------------------------
+
+
+def namespace_of(**arrays: Array | None) -> Namespace:
+    """Return the one library that the named arrays share; None stands for an absent array.
+
+    Raises TypeError where an argument is not an array, or where two libraries meet.
+
+    >>> import numpy as np
+    >>> namespace_of(x=np.ones(3), b=None).__name__
+    'numpy'
+    """
+    found = {name: _library(name, value) for name, value in arrays.items() if value is not None}
+    first, *rest = found.items()
+    for other in rest:
+        if other[1] is not first[1]:
+            raise TypeError(
+                "arrays must share one library, got "
+                + ", ".join(f"{name} in {xp.__name__}" for name, xp in (first, other))
+            )
+    return first[1]
+
+
+def _library(name: str, value: Any) -> Namespace:
+    kind = type(value)
+    if isinstance(value, np.ndarray):
+        if isinstance(value, (np.matrix, np.ma.MaskedArray)):
+            raise TypeError(f"{name}: expected a plain array, got {kind.__module__}.{kind.__qualname__}")
+        return np
+    if kind.__module__.partition(".")[0] == "cupy":
+        return importlib.import_module("cupy")
+    if hasattr(value, "__array_namespace__") and not isinstance(value, np.generic):
+        return value.__array_namespace__()
+    raise TypeError(
+        f"{name}: expected an array of numpy, cupy or an array-standard library, "
+        f"got {kind.__module__}.{kind.__qualname__}"
+    )
+
+
+# ---- where new arrays are born -----------------------------------------------------------------------------
+
+
+def namespace(which: Namespace | str | None = None) -> Namespace:
+    """Return the library in which to make new arrays: the argument, else LORAX_NP_BACKEND, else NumPy.
+
+    which : a module, or one of the words numpy, cupy, auto, in any case
+
+    Raises BackendError for another word, and for cupy where it does not work, with the reason.
+    """
+    if which is None:
+        return _from_environment()
+    if isinstance(which, str):
+        return _named(which, "which")
+    if which is np or getattr(which, "__name__", "") == "cupy" or hasattr(which, "__array_api_version__"):
+        return which
+    raise TypeError(f"xp: expected numpy, cupy or an array-standard module, got {which!r}")
+
+
+@cache
+def _from_environment() -> Namespace:
+    return _named(os.environ.get(VARIABLE) or "numpy", VARIABLE)
+
+
+def _named(word: str, who: str) -> Namespace:
+    name = word.strip().lower()
+    if name not in BACKENDS:
+        raise BackendError(f"{who}: expected one of {', '.join(BACKENDS)}, got {word!r}")
+    if name == "numpy":
+        return np
+    cupy, reason = _cupy()
+    if cupy is not None:
+        return cupy
+    if name == "cupy":
+        raise BackendError(f"{who}: expected a working cupy, got: {reason}")
+    print(f"lorax_np: {who}=auto uses numpy: {reason}", file=sys.stderr)
+    return np
+
+
+@cache
+def _cupy() -> tuple[Namespace | None, str]:
+    """CuPy and what it runs on, or None and why not: imported, a device present, one product computed."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        return None, f"CuPy cannot be imported ({_line(error)}); pip install 'lorax-np[cupy12]' or [cupy13]"
+    try:
+        if not cupy.cuda.is_available():
+            return None, f"CuPy {cupy.__version__} found, but no CUDA device or driver"
+        if (cupy.ones((2, 2)) @ cupy.ones((2, 2)))[0, 0].item() != 2.0:
+            return None, f"CuPy {cupy.__version__} found, but a 2 x 2 product came out wrong"
+        device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+    except Exception as error:  # the driver, the toolkit and cuBLAS each fail in their own way
+        return None, f"CuPy {cupy.__version__} found, but it does not work: {_line(error)}"
+    return cupy, f"CuPy {cupy.__version__} on {device}"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def backend_info() -> dict[str, str]:
+    """Versions and backends of this process: what is used for new arrays, and why."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    word = os.environ.get(VARIABLE)
+    try:
+        chosen, why = _from_environment().__name__, f"{VARIABLE}={word}" if word else f"{VARIABLE} is not set"
+    except BackendError as error:
+        chosen, why = "none", str(error)
+    return {
+        "backend": chosen,
+        "why": why,
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+        "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
+        "cupy": _cupy()[1],
+    }
+
+
+# ---- between the host and a library ------------------------------------------------------------------------
+
+
+def to_host(x: Array) -> HostArray:
+    """Return x as a NumPy array: itself if it is one, else a copy in the host's memory."""
+    xp = namespace_of(x=x)
+    if xp is np:
+        return np.asarray(x)
+    if xp.__name__ == "cupy":
+        return np.asarray(xp.asnumpy(x))
+    home = xp.__array_namespace_info__().default_device()
+    return np.asarray(x.to_device(home))  # type: ignore[attr-defined]
+
+
+def from_host(values: Array, like: Array | Namespace) -> Any:
+    """Return NumPy values as an array of the library, and on the device, of `like` (an array or a module)."""
+    if isinstance(like, ModuleType):
+        xp, device = like, None
+    else:
+        xp, device = namespace_of(like=like), getattr(like, "device", None)
+    if xp is np or xp.__name__ == "cupy":
+        return xp.asarray(values)
+    return xp.asarray(values, device=device)
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------------
+
+STORAGE = {"float16": "float32", "bfloat16": "float32"}  # stored only; the dtype each is computed in
+FLOATS = (*STORAGE, "float32", "float64", "complex128")
+
+
+def dtype_name(x: Array) -> str:
+    """Return the bare name of x's dtype, such as float32, whatever library x belongs to."""
+    return str(getattr(x.dtype, "name", None) or x.dtype).rpartition(".")[2]
+
+
+def compute_dtype(x: Array) -> str:
+    """Return the dtype in which x takes part in arithmetic: float32 where x's own is for storage only."""
+    name = dtype_name(x)
+    return STORAGE.get(name, name)
+
+
+def one_dtype(**arrays: Array | None) -> str:
+    """Return the one floating dtype that the named arrays share; None stands for an absent array.
+
+    complex128 may stand among float64, so that one argument alone can take a complex step.
+    Raises DtypeError where two dtypes meet, and where one cannot be computed with.
+    """
+    given = {name: dtype_name(value) for name, value in arrays.items() if value is not None}
+    for name, got in given.items():
+        if got not in FLOATS:
+            raise DtypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {got}")
+    (first, want), *rest = given.items()
+    for name, got in rest:
+        if got != want and {got, want} != {"float64", "complex128"}:
+            raise DtypeError(f"{name}: expected {want}, set by {first}, got {got}")
+    return "complex128" if "complex128" in given.values() else want
+
+
+@overload
+def cast(x: Array, dtype: str) -> Array: ...
+@overload
+def cast(x: None, dtype: str) -> None: ...
+def cast(x: Any, dtype: str) -> Any:
+    """Return x in the named dtype, and x itself where nothing changes.
+
+    None stays None, and complex128 stays complex128, so that a complex step survives every cast.
+    """
+    if x is None or dtype_name(x) in (dtype, "complex128"):
+        return x
+    xp = namespace_of(x=x)
+    if xp is np or xp.__name__ == "cupy":
+        return x.astype(_bfloat16() if dtype == "bfloat16" else dtype)
+    if not hasattr(xp, dtype):
+        raise DtypeError(f"x: expected a dtype that {xp.__name__} has, got {dtype}")
+    return xp.astype(x, getattr(xp, dtype))
+
+
+def _bfloat16() -> Any:
+    try:
+        return importlib.import_module("ml_dtypes").bfloat16
+    except ImportError:
+        raise DtypeError(
+            "bfloat16: expected the package ml_dtypes, got none; pip install 'lorax-np[bf16]'"
+        ) from None
+
+
+def real(x: Array) -> Array:
+    """Return the real part of a complex array, and any other array itself."""
+    if dtype_name(x) != "complex128":
+        return x
+    part: Array = namespace_of(x=x).real(x)
+    return part
+
+
+def all_finite(x: Array) -> bool:
+    """Whether x holds neither NaN nor infinity. Reads the answer on the host."""
+    xp = namespace_of(x=x)
+    return bool(xp.all(xp.isfinite(x)))
+
+
+def quiet() -> Any:
+    """Within this context NumPy does not warn of overflow, for a caller that looks at the result itself."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+def copy(x: Array) -> Array:
+    """Return a copy of x, where x lives."""
+    xp = namespace_of(x=x)
+    twin: Array = xp.array(x) if xp is np or xp.__name__ == "cupy" else xp.asarray(x, copy=True)
+    return twin

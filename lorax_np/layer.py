@@ -1,0 +1,229 @@
+"""A LoRA or DoRA linear layer, composed from ops/: the reference.  Derivation: specs/.
+
+Every change of dtype is a line here. Arrays are computed in their own dtype, or in float32 where theirs is
+for storage only (float16, bfloat16). The base product is rounded to the base's dtype, the adapter's branch is
+computed in the adapter's, the two are added in the wider one, and the sum is rounded once.
+"""
+
+from typing import NamedTuple
+
+from .backend import Array, cast, compute_dtype, dtype_name, namespace_of, one_dtype
+from .errors import ConfigError, DtypeError
+from .ops.dora import (
+    MagnitudeSaved,
+    magnitude_backward,
+    magnitude_forward,
+    row_norm_backward,
+    row_norm_forward,
+)
+from .ops.dropout import dropout_backward, dropout_forward
+from .ops.linear import linear_backward_b, linear_backward_W, linear_backward_x, linear_forward
+from .ops.lora import (
+    LoraSaved,
+    delta_backward,
+    delta_forward,
+    lora_backward,
+    lora_backward_bB,
+    lora_forward,
+)
+from .params import Adapter, Linear, check_pair
+from .shapes import axes
+
+
+class LoraLinearSaved(NamedTuple):
+    """Activations that the backward passes read; x and the mask are the caller's own arrays."""
+
+    x: Array  # (..., d_in)  in the base's dtype
+    mask: Array | None  # (..., d_in)  as given
+    lora: LoraSaved | None  # in the dtype the adapter computes in, where it has A and B
+    dora: MagnitudeSaved | None  # likewise, where it has m
+
+
+def lora_linear_forward(
+    x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Array | None = None
+) -> tuple[Array, LoraLinearSaved]:
+    """Linear layer with its low-rank update, and DoRA's magnitude where the adapter has one.
+
+    Without m:  y = xWᵀ + b + s·((x∘mask)AᵀBᵀ + bB).
+    With m:     y = xWᵀ + b + (k − 1)∘((x∘mask)Wᵀ) + k∘(s·(x∘mask)AᵀBᵀ),  k = m/‖W + s·BA‖ by rows.
+
+    x : (..., d_in)     input, in W's dtype; any leading axes, of zero tokens too
+    base : Linear       frozen weight and bias; adapter.b, where present, stands in for base.b
+    adapter : Adapter   in the base's dtype or another
+    scaling : float     s, as LoraConfig.scaling gives it
+    mask : (..., d_in)  dropout mask of 0 and 1/(1 − p) for the adapter's branch; None means no dropout
+
+    Returns y : (..., d_out) in x's dtype, and the saved activations. No argument is written to.
+    Raises ShapeError, DtypeError, ConfigError, and TypeError where array libraries mix.
+    Source: specs/lora.md and specs/dora.md; rounding schedule: specs/linear.md.
+
+    >>> import numpy as np
+    >>> base, adapter = Linear(np.eye(2)), Adapter(np.ones((1, 2)), np.array([[1.0], [2.0]]))
+    >>> lora_linear_forward(np.array([3.0, 4.0]), base, adapter, scaling=0.5)[0].tolist()
+    [6.5, 11.0]
+    """
+    s = _check(x, base, adapter, scaling, mask)
+    narrow, wide = dtype_name(x), compute_dtype(x)
+    W, b = cast(base.W, wide), base.b if adapter.b is None else adapter.b
+
+    y0 = linear_forward(cast(x, wide), W, cast(b, wide))
+    y0 = cast(y0, narrow)  # the base's own output, as the layer without adapter gives it
+    if adapter.A is None or adapter.B is None:
+        return y0, LoraLinearSaved(x, mask, None, None)
+
+    low = compute_dtype(adapter.A)
+    A, B, bB, m = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.bB, low), cast(adapter.m, low)
+    xd = dropout_forward(cast(x, low), cast(mask, low))
+    t, lora = lora_forward(xd, A, B, bB, scaling=s)
+    dora = None
+    if m is not None:
+        W = cast(base.W, low)
+        P = linear_forward(xd, W)
+        n = row_norm_forward(W + delta_forward(A, B, scaling=s))
+        t, dora = magnitude_forward(P, t, m=m, n=n)
+
+    both = _wider(wide, low)
+    y = cast(cast(y0, both) + cast(t, both), narrow)
+    return y, LoraLinearSaved(x, mask, lora, dora)
+
+
+def lora_linear_backward(
+    gy: Array,
+    saved: LoraLinearSaved,
+    base: Linear,
+    adapter: Adapter,
+    *,
+    scaling: float,
+    norm_gradient: bool = False,
+) -> tuple[Array, Adapter]:
+    """Adjoint of lora_linear_forward in x and in the adapter.
+
+    gy : (..., d_out)     gradient by y, in y's dtype
+    saved, base, adapter, scaling : what the forward returned, and was given
+    norm_gradient : bool  for DoRA. False: the norm is a constant, as in the paper (section 4.3) and in PEFT.
+                          True: the gradient runs through it. Without m it has no effect.
+
+    Returns gx : (..., d_in) and an Adapter of gradients, each in the dtype of what it differentiates; a field
+    is None exactly where the adapter's is. Raises as the forward does, and DtypeError for complex arrays.
+    Source: specs/lora.md (lora.5) to (lora.14), specs/dora.md (dora.4) to (dora.12).
+    """
+    s = _check_backward(gy, saved, base, adapter, scaling)
+    narrow, wide = dtype_name(gy), compute_dtype(gy)
+
+    gx = linear_backward_x(cast(gy, wide), cast(base.W, wide))
+    gb = None if adapter.b is None else linear_backward_b(cast(gy, wide))
+    if adapter.A is None or adapter.B is None or saved.lora is None:
+        return cast(gx, narrow), Adapter(None, None, b=_cast_like(gb, adapter.b))
+
+    low = compute_dtype(adapter.A)
+    A, B, m, gt = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.m, low), cast(gy, low)
+    gm = None
+    if m is None or saved.dora is None:
+        gxd, gA, gB = lora_backward(gt, saved.lora, A, B, scaling=s)
+    else:
+        W = cast(base.W, low)
+        V = W + delta_forward(A, B, scaling=s)
+        n = row_norm_forward(V)
+        gP, gQ, gm, gn = magnitude_backward(gt, saved.dora, m=m, n=n)
+        gxd, gA, gB = lora_backward(gQ, saved.lora, A, B, scaling=s)
+        gxd = gxd + linear_backward_x(gP, W)
+        if norm_gradient:
+            gA_n, gB_n = delta_backward(row_norm_backward(gn, V, n=n), A, B, scaling=s)
+            gA, gB = gA + gA_n, gB + gB_n
+    gbB = None if adapter.bB is None else lora_backward_bB(gt, scaling=s)
+
+    both = _wider(wide, low)
+    gxa = dropout_backward(gxd, cast(saved.mask, low))
+    gx = cast(cast(gx, both) + cast(gxa, both), narrow)
+    return gx, Adapter(
+        A=cast(gA, dtype_name(adapter.A)),
+        B=cast(gB, dtype_name(adapter.B)),
+        m=_cast_like(gm, adapter.m),
+        b=_cast_like(gb, adapter.b),
+        bB=_cast_like(gbB, adapter.bB),
+    )
+
+
+def lora_linear_backward_base(
+    gy: Array,
+    saved: LoraLinearSaved,
+    base: Linear,
+    adapter: Adapter,
+    *,
+    scaling: float,
+    norm_gradient: bool = False,
+) -> Linear:
+    """Adjoint of lora_linear_forward in the base, for whoever trains it: arguments as lora_linear_backward.
+
+    Returns a Linear of gradients in the base's dtype: W : (d_out, d_in), and b : (d_out,) where the base has
+    one, which is zero where adapter.b stands in for it.
+    Source: specs/linear.md (linear.4) and (linear.5), specs/dora.md (dora.13).
+    """
+    s = _check_backward(gy, saved, base, adapter, scaling)
+    narrow, wide = dtype_name(gy), compute_dtype(gy)
+
+    gW = linear_backward_W(cast(gy, wide), cast(saved.x, wide))
+    gb = None if base.b is None else linear_backward_b(cast(gy, wide))
+    if gb is not None and adapter.b is not None:
+        gb = namespace_of(gb=gb).zeros_like(gb)
+    if (
+        adapter.A is not None
+        and adapter.B is not None
+        and adapter.m is not None
+        and saved.dora
+        and saved.lora
+    ):
+        low = compute_dtype(adapter.A)
+        A, B, m = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.m, low)
+        V = cast(base.W, low) + delta_forward(A, B, scaling=s)
+        n = row_norm_forward(V)
+        gP, _, _, gn = magnitude_backward(cast(gy, low), saved.dora, m=m, n=n)
+        gV = linear_backward_W(gP, saved.lora.x)
+        if norm_gradient:
+            gV = gV + row_norm_backward(gn, V, n=n)
+        both = _wider(wide, low)
+        gW = cast(gW, both) + cast(gV, both)
+    return Linear(cast(gW, narrow), cast(gb, narrow))
+
+
+# ---- dtypes and checks -------------------------------------------------------------------------------------
+
+
+def _cast_like(x: Array | None, other: Array | None) -> Array | None:
+    return None if x is None or other is None else cast(x, dtype_name(other))
+
+
+def _wider(one: str, other: str) -> str:
+    return "float64" if "float64" in (one, other) else one
+
+
+def _check(x: Array, base: Linear, adapter: Adapter, scaling: float, mask: Array | None) -> float:
+    """Check all arguments together, before anything is computed; return the scaling as a Python float."""
+    s = check_pair(base, adapter, scaling)
+    axes(W=(base.W, "d_out d_in"), x=(x, "... d_in"), A=(adapter.A, "r d_in"), mask=(mask, "... d_in"))
+    one_dtype(W=base.W, x=x)
+    if mask is not None:
+        one_dtype(mask=mask)
+        if adapter.A is None:
+            raise ConfigError("mask: expected None beside an adapter without A, which drops nothing, got one")
+    return s
+
+
+def _check_backward(
+    gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, scaling: float
+) -> float:
+    """Check the backward's arguments against each other and against what the forward saved."""
+    if not isinstance(saved, LoraLinearSaved):
+        raise TypeError(f"saved: expected what lora_linear_forward returned, got {type(saved).__name__}")
+    s = _check(saved.x, base, adapter, scaling, saved.mask)
+    namespace_of(x=saved.x, gy=gy)
+    axes(x=(saved.x, "... d_in"), W=(base.W, "d_out d_in"), gy=(gy, "... d_out"))
+    given = {"x": saved.x, "W": base.W, "A": adapter.A, "b": adapter.b, "gy": gy}
+    for name, value in given.items():
+        if value is not None and dtype_name(value) == "complex128":
+            raise DtypeError(f"{name}: expected real arrays in a backward pass, got complex128")
+    if dtype_name(gy) != dtype_name(saved.x):
+        raise DtypeError(f"gy: expected {dtype_name(saved.x)}, set by x, got {dtype_name(gy)}")
+    if (saved.lora is None) != (adapter.A is None) or (saved.dora is None) != (adapter.m is None):
+        raise ConfigError("saved: expected this adapter's activations, got those of one with other parts")
+    return s

@@ -1,0 +1,1 @@
+"""The derivations, one a file: each forward beside its adjoint, numbered as in specs/."""

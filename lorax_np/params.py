@@ -1,0 +1,127 @@
+"""The records: a linear layer, and the adapter beside it. Immutable, arrays only, None where absent."""
+
+from dataclasses import dataclass, fields
+from math import isfinite, prod
+
+from .backend import Array, namespace_of, one_dtype, real, to_host
+from .errors import ConfigError
+from .shapes import axes, bind
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Linear:
+    """A linear layer y = xWᵀ + b. Never written to.
+
+    W : (d_out, d_in)  weight
+    b : (d_out,)       bias, or None; in W's dtype
+
+    Raises ShapeError, DtypeError or TypeError when made of arrays that do not fit.
+    """
+
+    W: Array
+    b: Array | None = None
+
+    def __post_init__(self) -> None:
+        bind(W=(self.W, "d_out d_in"), b=(self.b, "d_out"))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Adapter:
+    """What is trained at one linear layer, and equally the gradients by it.
+
+    A : (r, d_in)   down-projection
+    B : (d_out, r)  up-projection
+    m : (d_out,)    DoRA's magnitude, or None
+    b : (d_out,)    the base bias once it trains: present, it stands in for Linear.b
+    bB : (d_out,)   bias of B, or None
+
+    A, B, m and bB share one dtype; b may have the base's. A and B are both None where only the bias trains.
+    Raises ShapeError, DtypeError, TypeError or ConfigError when made of parts that do not fit.
+    """
+
+    A: Array | None
+    B: Array | None
+    m: Array | None = None
+    b: Array | None = None
+    bB: Array | None = None
+
+    def __post_init__(self) -> None:
+        if (self.A is None) != (self.B is None):
+            raise ConfigError(
+                f"{'A' if self.A is None else 'B'}: expected an array beside the other factor, got None"
+            )
+        if self.A is None and (self.m is not None or self.bB is not None):
+            raise ConfigError(
+                f"{'bB' if self.m is None else 'm'}: expected None where A and B are None, got an array"
+            )
+        if self.m is not None and self.bB is not None:
+            raise ConfigError("bB: expected None beside m, since DoRA has no bias of B, got an array")
+        if all(getattr(self, field.name) is None for field in fields(self)):
+            raise ConfigError("Adapter: expected A and B, or b, got nothing")
+        d_out = "d_out"
+        axes(
+            A=(self.A, "r d_in"),
+            B=(self.B, "d_out r"),
+            m=(self.m, d_out),
+            b=(self.b, d_out),
+            bB=(self.bB, d_out),
+        )
+        if self.A is not None:
+            one_dtype(A=self.A, B=self.B, m=self.m, bB=self.bB)
+        if self.b is not None:
+            one_dtype(b=self.b)
+
+
+def param_count(adapter: Adapter) -> int:
+    """Return how many numbers an adapter trains.
+
+    >>> import numpy as np
+    >>> param_count(Adapter(np.ones((2, 5)), np.ones((3, 2)), m=np.ones(3)))
+    19
+    """
+    parts = (getattr(adapter, field.name) for field in fields(adapter))
+    return sum(prod(part.shape) for part in parts if part is not None)
+
+
+def linear_from_stored(W: Array, b: Array | None = None, *, fan_in_fan_out: bool) -> Linear:
+    """Return a Linear over a stored weight, a view where it lies as (d_in, d_out), as in GPT-2's Conv1D.
+
+    >>> import numpy as np
+    >>> linear_from_stored(np.ones((5, 3)), fan_in_fan_out=True).W.shape
+    (3, 5)
+    """
+    axes(W=(W, "d_in d_out" if fan_in_fan_out else "d_out d_in"))
+    return Linear(W.T if fan_in_fan_out else W, b)
+
+
+def linear_to_stored(linear: Linear, *, fan_in_fan_out: bool) -> tuple[Array, Array | None]:
+    """Return weight and bias the way linear_from_stored took them."""
+    return linear.W.T if fan_in_fan_out else linear.W, linear.b
+
+
+def check_pair(base: Linear, adapter: Adapter, scaling: float) -> float:
+    """Check that an adapter fits its base and that the scaling is a number; return it as a Python float."""
+    for name, value, kind in (("base", base, Linear), ("adapter", adapter, Adapter)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    A, B, d_out = adapter.A, adapter.B, "d_out"
+    axes(W=(base.W, "d_out d_in"), A=(A, "r d_in"), B=(B, "d_out r"), b=(adapter.b, d_out))
+    try:
+        s = float(scaling)
+    except (TypeError, ValueError):
+        s = float("nan")
+    if not isfinite(s) or isinstance(scaling, bool):
+        raise ConfigError(f"scaling: expected a finite float, got {scaling!r}")
+    return s
+
+
+def check_direction(V: Array) -> None:
+    """Raise ConfigError where a row of V : (d_out, d_in) is zero, since DoRA divides each row by its norm."""
+    xp = namespace_of(V=V)
+    zero = to_host(xp.max(xp.abs(real(V)), axis=1) == 0)
+    if zero.any():
+        first = ", ".join(str(i) for i in zero.nonzero()[0][:5])
+        raise ConfigError(
+            f"W + s·BA: expected a direction in every row under DoRA, got {zero.sum()} rows of zeros "
+            f"(first: {first}); leave this layer out of DoRA with exclude_modules"
+        )
