@@ -1,3 +1,66 @@
-"""LoRA's mathematics, settled: hand-derived forward and backward passes, and a judge for other implementations."""
+"""LoRA proved by hand: forward and backward passes without autograd, and a judge for other people's.
+
+>>> import numpy as np
+>>> import lorax_np as lx
+>>> config = lx.LoraConfig(r=4, lora_alpha=8)
+>>> base, adapter = lx.init_adapter(lx.Linear(np.eye(5)), config, rng=lx.torch_generator(0))
+>>> y, saved = lx.lora_linear_forward(np.ones((2, 5)), base, adapter, scaling=config.scaling)
+>>> gx, g = lx.lora_linear_backward(np.ones_like(y), saved, base, adapter, scaling=config.scaling)
+>>> gx.shape, g.A.shape, g.B.shape
+((2, 5), (4, 5), (5, 4))
+"""
+
+from .backend import backend_info
+from .config import LoraConfig
+from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
+from .init import init_adapter
+from .io.safetensors import SafetensorsFile, open_safetensors
+from .layer import (
+    LoraLinearSaved,
+    lora_linear_backward,
+    lora_linear_backward_base,
+    lora_linear_forward,
+)
+from .merge import merge, row_norms, unmerge
+from .params import Adapter, Linear, linear_from_stored, linear_to_stored, param_count
+from .random import dropout_mask, site_key, torch_generator
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "BackendError",
+    "ConfigError",
+    "DtypeError",
+    "FormatError",
+    "Linear",
+    "LoraConfig",
+    "LoraLinearSaved",
+    "SafetensorsFile",
+    "ShapeError",
+    "backend_info",
+    "dropout_mask",
+    "init_adapter",
+    "linear_from_stored",
+    "linear_to_stored",
+    "lora_linear_backward",
+    "lora_linear_backward_base",
+    "lora_linear_forward",
+    "merge",
+    "open_safetensors",
+    "param_count",
+    "row_norms",
+    "site_key",
+    "torch_generator",
+    "unmerge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load the harness when it is first asked for, so that importing the engine stays quick."""
+    if name == "verify":
+        from importlib import import_module
+
+        return import_module(f"{__name__}.verify")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

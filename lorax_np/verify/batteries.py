@@ -1,0 +1,174 @@
+"""The checks of single tensors: each gives its largest error as a share of the bound on it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import exact, truth
+from .bounds import bounds, merged_bounds
+from .cases import MIDDLE, PROFILES, SMALL, UNIT, Case, HostArray, grid
+from .report import Check, Verdict
+from .subjects import Spec
+
+EPS = UNIT["float64"]  # of the float64 truths
+
+
+class Crash(Exception):
+    """The subject raised; the message is its exception in one line."""
+
+
+class Absent(Exception):
+    """The subject said that it does not cover a case."""
+
+
+def ask(subject: Any, method: str, *arguments: Any) -> Any:
+    """Call a subject's method; tell what it does not cover from what breaks in it."""
+    try:
+        return getattr(subject, method)(*arguments)
+    except NotImplementedError as error:
+        raise Absent(str(error) or "the subject does not cover this case") from error
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise Crash(f"{type(error).__name__}: {text}") from error
+
+
+def to_numpy(value: Any) -> HostArray:
+    """An array of any library as a NumPy array of its own."""
+    for method in ("detach", "cpu", "get"):  # torch, torch, CuPy
+        if hasattr(value, method):
+            value = getattr(value, method)()
+    try:
+        return np.array(value)
+    except Exception:  # an array-standard library off the host
+        return np.array(
+            value.to_device(value.__array_namespace__().__array_namespace_info__().default_device())
+        )
+
+
+def answer(subject: Any, case: Case) -> dict[str, HostArray]:
+    """y and the gradients that a subject makes of a case, as NumPy arrays."""
+    mine = case.copy()
+    if hasattr(subject, "run"):
+        y, gradients = ask(subject, "run", mine, mine.gy)
+    else:
+        y = ask(subject, "forward", mine)
+        gradients = ask(subject, "backward", mine, mine.gy)
+    if not isinstance(gradients, dict):
+        raise Crash(f"backward: expected a dict of gradients by name, got {type(gradients).__name__}")
+    return {name: to_numpy(value) for name, value in {"y": y, **gradients}.items() if value is not None}
+
+
+# ---- one tensor --------------------------------------------------------------------------------------------
+
+
+def judge(
+    id: str,
+    battery: str,
+    kind: str,
+    tensor: str,
+    got: HostArray | None,
+    want: Any,
+    bound: HostArray,
+    dtype: str,
+) -> Check:
+    """Compare one tensor with the truth, which is float64, or fixed-point where it is made of integers."""
+
+    def check(verdict: Verdict, **more: Any) -> Check:
+        return Check(f"{id}/{tensor}", battery, kind, tensor, verdict, **more)
+
+    fixed = want.dtype == object
+    if got is None:
+        return check("not run", note="the subject gives no such tensor")
+    if got.shape != want.shape:
+        return check("fail", note=f"expected shape {want.shape}, got {got.shape}")
+    if got.dtype != dtype:
+        return check("fail", note=f"expected dtype {dtype}, got {got.dtype}")
+    if not np.any(want):
+        return check("vacuous", note="the truth is zero everywhere")
+    finite = np.isfinite(got)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
+        value = float(exact.to_float(want[at]) if fixed else want[at])
+        return check("fail", at=at, got=float(got[at]), want=value, note="not finite")
+    if fixed:
+        error = np.abs(exact.to_float(np.asarray(exact.fixed(got), dtype=object) - want))
+        want = exact.to_float(want)
+    else:
+        error = np.abs(got.astype(np.float64) - want)
+    share = np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
+    at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+    verdict: Verdict = "pass" if share[at] <= 1 else "fail"
+    return check(verdict, ratio=float(share[at]), at=at, got=float(got[at]), want=float(want[at]))
+
+
+def judge_case(
+    subject: Any, battery: str, case: Case, want: dict[str, Any], bound: dict[str, HostArray]
+) -> list[Check]:
+    """Every tensor of a case that the truth has."""
+    try:
+        got = answer(subject, case)
+    except (Absent, Crash) as error:
+        verdict: Verdict = "crash" if isinstance(error, Crash) else "not run"
+        return [Check(f"{case.id}/y", battery, case.kind, "y", verdict, note=str(error))]
+    names = [name for name in want if name in ("y", *case.wanted) or name in got]
+    return [
+        judge(case.id, battery, case.kind, name, got.get(name), want[name], bound[name], case.x.dtype.name)
+        for name in names
+    ]
+
+
+def spec_of(subject: Any) -> Spec:
+    """What a subject declares of itself."""
+    return getattr(subject, "spec", None) or Spec()
+
+
+def chosen(id: str, only: str) -> bool:
+    """Whether a case is on the path that was asked for, or everything was."""
+    return not only or id == only or id.startswith(f"{only}/") or only.startswith(f"{id}/")
+
+
+# ---- the batteries -----------------------------------------------------------------------------------------
+
+
+def battery_exact(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
+    """Small layers of every kind against 640-bit arithmetic."""
+    for case in grid("exact", SMALL, profile, spec_of(subject).norm_gradient, seed, level):
+        if chosen(case.id, only):
+            yield judge_case(subject, "exact", case, exact.truth(case), bounds(case, UNIT[PROFILES[profile]]))
+
+
+def battery_complex(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
+    """Larger layers of every kind against complex steps, and y against the dense definition."""
+    for case in grid("complex", MIDDLE, profile, spec_of(subject).norm_gradient, seed + 1, level):
+        if chosen(case.id, only):
+            want = {"y": truth.dense(case), **truth.gradients(case)}
+            yield judge_case(subject, "complex", case, want, with_truth(case, UNIT[PROFILES[profile]]))
+
+
+def with_truth(case: Case, u: float) -> dict[str, HostArray]:
+    """The bound on a subject's error, and on a float64 truth's, which rounds where it holds the norm still."""
+    of_truth = bounds(replace(case, norm_gradient=case.m is not None), EPS)
+    return {name: bound + of_truth[name] for name, bound in bounds(case, u).items()}
+
+
+def battery_merge(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
+    """Merged weights and biases of small layers against 640-bit arithmetic."""
+    if not hasattr(subject, "merge"):
+        return
+    dtype = PROFILES[profile]
+    for case in grid("merge", SMALL, profile, (False,), seed + 2, level):
+        if case.mask is not None or not chosen(case.id, only):
+            continue
+        want, bound = exact.merged(case), merged_bounds(case, UNIT[dtype])
+        try:
+            got = {name: to_numpy(value) for name, value in ask(subject, "merge", case.copy()).items()}
+        except (Absent, Crash) as error:
+            verdict: Verdict = "crash" if isinstance(error, Crash) else "not run"
+            yield [Check(f"{case.id}/W", "merge", case.kind, "W", verdict, note=str(error))]
+            continue
+        yield [
+            judge(case.id, "merge", case.kind, name, got.get(name), want[name], bound[name], dtype)
+            for name in want
+        ]

@@ -1,0 +1,212 @@
+"""What was judged and how it came out: the checks, and the report that people and programs read."""
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import __version__, backend_info
+
+Verdict = Literal["pass", "fail", "vacuous", "not run", "crash"]
+TENSORS = ("y", "x", "A", "B", "m", "b", "bB", "W")
+SCHEMA = "lorax_np.verify/1"
+SHOWN = 8  # failing checks printed one by one; all are in the JSON
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one case, judged.
+
+    id : battery/kind/number/tensor, stable between runs;  ratio : largest error ÷ its bound, 1 or less passes
+    at, got, want : where the error is largest, what came there, and the truth;  note : anything else
+    """
+
+    id: str
+    battery: str
+    kind: str
+    tensor: str
+    verdict: Verdict
+    ratio: float | None = None
+    at: tuple[int, ...] | None = None
+    got: float | None = None
+    want: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """The verdict on one subject in one profile. str(report) is the table."""
+
+    subject: str
+    profile: str
+    seed: int
+    conventions: str
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # lines for a person: skipped tensors, a spectrum
+    seconds: float = 0.0
+
+    def count(self, verdict: Verdict) -> int:
+        """How many checks came out so."""
+        return sum(check.verdict == verdict for check in self.checks)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was judged and nothing judged failed."""
+        return self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 2 nothing judged, 3 the subject crashed."""
+        if self.count("crash"):
+            return 3
+        if self.count("fail"):
+            return 1
+        return 0 if self.count("pass") else 2
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """The tensors that are wrong, a line each, and the kinds of layer that alone show it."""
+        lines = []
+        for tensor in TENSORS:
+            mine = [
+                check for check in self.checks if check.tensor == tensor and check.verdict in ("pass", "fail")
+            ]
+            bad = [check for check in mine if check.verdict == "fail"]
+            if not bad:
+                continue
+            name = "y" if tensor == "y" else f"g{tensor}"
+            kinds = {check.kind for check in bad}
+            good = {check.kind for check in mine} - kinds
+            where = f"in {len(bad)} of {len(mine)} checks"
+            if good:
+                where += f"; only in: {'; '.join(sorted(kinds))}"
+            lines.append(f"{name} is wrong {where}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, schema lorax_np.verify/1."""
+        verdicts = ("pass", "fail", "vacuous", "not run", "crash")
+        return {
+            "schema": SCHEMA,
+            "subject": self.subject,
+            "profile": self.profile,
+            "seed": self.seed,
+            "conventions": self.conventions,
+            "passed": self.passed,
+            "exit_code": self.exit_code,
+            "counts": {verdict: self.count(verdict) for verdict in verdicts},  # type: ignore[arg-type]
+            "diagnosis": self.diagnosis,
+            "notes": self.notes,
+            "seconds": round(self.seconds, 3),
+            "environment": {"lorax_np": __version__, "platform": platform.platform(), **backend_info()},
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report as JSON, beside the path first and then over it."""
+        write_json(self.to_dict(), path)
+
+    def __str__(self) -> str:
+        """The table, then the failures one by one, then the verdict."""
+        return "\n".join([*self._head(), *self._table(), *self._lists(), *self._failures(), self._verdict()])
+
+    def _head(self) -> list[str]:
+        info = backend_info()
+        return [
+            f"{self.subject} in {self.profile}, judged by lorax_np {__version__}, seed {self.seed}",
+            f"NumPy {info['numpy']}, {info['blas']}, Python {info['python']}",
+            *self.conventions.splitlines(),
+        ]
+
+    def _table(self) -> list[str]:
+        """A row for each battery and kind, a column for each tensor: the largest error ÷ bound."""
+        lines: list[str] = []
+        columns = [t for t in TENSORS if any(c.tensor == t for c in self.checks)]
+        wide = 80 - 7 * len(columns) if any(c.battery == "weights" for c in self.checks) else 24
+        for battery in dict.fromkeys(check.battery for check in self.checks if check.tensor in TENSORS):
+            mine = [check for check in self.checks if check.battery == battery and check.tensor in TENSORS]
+            cases = len({check.id.rpartition("/")[0] for check in mine})
+            title = f"{battery}, {cases} layers"
+            lines += ["", f"{title:<{wide}}" + "".join(f"{_name(t):>7}" for t in columns)]
+            for kind in dict.fromkeys(check.kind for check in mine):
+                row = [[c for c in mine if c.kind == kind and c.tensor == t] for t in columns]
+                lines.append(f"  {kind:<{wide - 2}}" + "".join(f"{_cell(cell):>7}" for cell in row))
+        return lines
+
+    def _lists(self) -> list[str]:
+        """A line for each check that is not of one tensor: protocol, starts."""
+        lines: list[str] = []
+        rest = [check for check in self.checks if check.tensor not in TENSORS]
+        for battery in dict.fromkeys(check.battery for check in rest):
+            lines += ["", battery]
+            for law in dict.fromkeys(check.tensor for check in rest if check.battery == battery):
+                mine = [check for check in rest if check.battery == battery and check.tensor == law]
+                worst = _cell(mine)
+                lines.append(f"  {law:<58}{len(mine):>3} checks {worst:>9}")
+        return lines + (["", *self.notes] if self.notes else [])
+
+    def _failures(self) -> list[str]:
+        bad = [check for check in self.checks if check.verdict in ("fail", "crash")]
+        lines = [""] if bad else []
+        for check in bad[:SHOWN]:
+            at = f" at {list(check.at)}" if check.at is not None else ""
+            values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"
+            times = "" if check.ratio is None else f", {check.ratio:.2g} × the bound"
+            lines.append(
+                f"{check.verdict.upper()}  {check.id}{at}{values}{times}{check.note and '  ' + check.note}"
+            )
+        if len(bad) > SHOWN:
+            lines.append(f"... and {len(bad) - SHOWN} more")
+        lines += [f"diagnosis: {line}" for line in self.diagnosis]
+        reasons = dict.fromkeys(c.note for c in self.checks if c.verdict in ("not run", "vacuous"))
+        lines += [*([""] if reasons and not bad else []), *(f"not judged: {reason}" for reason in reasons)]
+        if bad and not any(check.battery == "weights" for check in bad):
+            case = bad[0].id.rpartition("/")[0]
+            lines.append(f"reproduce: lorax-np verify {self.subject} --profile {self.profile} --case {case}")
+        return lines
+
+    def _verdict(self) -> str:
+        word = {0: "PASS", 1: "FAIL", 2: "NOTHING JUDGED", 3: "CRASHED"}[self.exit_code]
+        counts = f"{self.count('pass')} pass, {self.count('fail')} fail, {self.count('vacuous')} vacuous"
+        counts += f", {self.count('not run')} not run" + (
+            f", {self.count('crash')} crashed" * (self.exit_code == 3)
+        )
+        title = f"{word}  {self.subject}  {self.profile}"
+        return f"\n{title}  {len(self.checks)} checks: {counts}  {self.seconds:.1f} s"
+
+
+def _name(tensor: str) -> str:
+    return tensor if tensor == "y" else f"g{tensor}"
+
+
+def _cell(checks: Iterable[Check]) -> str:
+    """The worst of some checks in six characters."""
+    checks = list(checks)
+    if not checks:
+        return "·"
+    for verdict in ("crash", "fail", "vacuous", "not run"):
+        hit = [check for check in checks if check.verdict == verdict]
+        if hit and verdict == "fail":
+            return "FAIL"
+        if hit:
+            return {"crash": "CRASH", "vacuous": "vacuous", "not run": "notrun"}[verdict]
+    ratios = [check.ratio for check in checks if check.ratio is not None]
+    return f"{max(ratios):.3f}" if ratios else "ok"
+
+
+def write_json(data: Any, path: str | Path) -> None:
+    """Write data as JSON to a file that appears whole or not at all."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(data, indent=1, default=_plain) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")

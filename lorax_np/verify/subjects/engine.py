@@ -1,0 +1,59 @@
+"""The engine's own layer as a subject, in any array library."""
+
+from typing import Any
+
+import numpy as np
+
+from ... import (
+    Adapter,
+    Linear,
+    LoraConfig,
+    init_adapter,
+    lora_linear_backward,
+    lora_linear_backward_base,
+    lora_linear_forward,
+    merge,
+    torch_generator,
+)
+from ..cases import Case
+from . import Spec
+
+
+class Reference:
+    """lora_linear_forward and its two adjoints, judged like a stranger's."""
+
+    spec = Spec(norm_gradient=(False, True), strided=True)
+
+    def __init__(self, xp: Any = None) -> None:
+        """xp : the array library to compute in; None for NumPy."""
+        self.xp = np if xp is None else xp
+
+    def _records(self, case: Case) -> tuple[Any, Linear, Adapter, Any]:
+        v = {name: value if self.xp is np else self.xp.asarray(value) for name, value in case.arrays().items()}
+        base = Linear(v["W"], None if case.train_b else v.get("b"))
+        adapter = Adapter(v["A"], v["B"], v.get("m"), v.get("b") if case.train_b else None, v.get("bB"))
+        return v["x"], base, adapter, v.get("mask")
+
+    def run(self, case: Case, gy: Any) -> tuple[Any, dict[str, Any]]:
+        """y and all gradients."""
+        x, base, adapter, mask = self._records(case)
+        gy = gy if self.xp is np else self.xp.asarray(gy)
+        y, saved = lora_linear_forward(x, base, adapter, scaling=case.scaling, mask=mask)
+        how: Any = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
+        gx, g = lora_linear_backward(gy, saved, base, adapter, **how)
+        found = {"x": gx, "A": g.A, "B": g.B, "m": g.m, "b": g.b, "bB": g.bB}
+        found["W"] = lora_linear_backward_base(gy, saved, base, adapter, **how).W
+        return y, {name: value for name, value in found.items() if value is not None}
+
+    def init(self, W: Any, config: LoraConfig, seed: int) -> dict[str, Any]:
+        """The start of an adapter at W."""
+        W = W if self.xp is np else self.xp.asarray(W)
+        base, adapter = init_adapter(Linear(W), config, rng=torch_generator(seed))
+        found = {"W": base.W, "A": adapter.A, "B": adapter.B, "m": adapter.m, "bB": adapter.bB}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def merge(self, case: Case) -> dict[str, Any]:
+        """The merged weight and bias."""
+        _, base, adapter, _ = self._records(case)
+        linear = merge(base, adapter, scaling=case.scaling)
+        return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})

@@ -1,0 +1,82 @@
+"""PEFT's real layers as a subject: what torch's autograd makes of them, with the case's own dropout mask."""
+
+import warnings
+from typing import Any
+
+import peft as library
+import torch
+
+from ... import LoraConfig
+from ..cases import Case
+from . import Spec
+
+
+class _Mask(torch.nn.Module):  # type: ignore[misc]
+    """Stands where PEFT has torch's dropout, and multiplies by a given mask."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Any) -> Any:
+        return x * self.mask
+
+
+class Peft:
+    """One PEFT LoRA layer a case. Its DoRA counts the norm as a constant."""
+
+    spec = Spec(norm_gradient=(False,), strided=True)
+
+    def __init__(self, config: LoraConfig | None = None) -> None:
+        """config : judge only the cases with its use_dora, use_rslora and lora_bias."""
+        self.config = config
+
+    def _layer(self, case: Case) -> tuple[Any, dict[str, Any]]:
+        """The layer with the case's numbers in it, and its parameters by our names."""
+        c = case.config
+        for name in ("use_dora", "use_rslora", "lora_bias"):
+            if self.config is not None and getattr(self.config, name) != getattr(c, name):
+                raise NotImplementedError(f"{name}={getattr(c, name)} is outside the given config")
+        v = {name: torch.tensor(value) for name, value in case.arrays().items()}
+        d_out, d_in = case.W.shape
+        holder = torch.nn.Module()
+        holder.lin = torch.nn.Linear(d_in, d_out, bias=case.b is not None, dtype=v["W"].dtype)
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+        settings = {name: getattr(c, name) for name in names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings["bias"] = "all" if case.train_b else "none"
+            model = library.LoraModel(holder, library.LoraConfig(target_modules=["lin"], **settings), "default")
+        layer = model.model.lin.to(v["W"].dtype)
+        base, A, B = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+        p = {"W": base.weight, "b": base.bias, "A": A.weight, "B": B.weight, "bB": B.bias}
+        if case.m is not None:
+            p["m"] = layer.lora_magnitude_vector["default"].weight
+        p = {name: value for name, value in p.items() if value is not None}
+        for name, value in p.items():
+            value.data = v[name].clone()
+        p["W"].requires_grad_(True)
+        if case.mask is not None:
+            layer.lora_dropout["default"] = _Mask(v["mask"])
+        return layer.train(), p
+
+    def run(self, case: Case, gy: Any) -> tuple[Any, dict[str, Any]]:
+        """y and all gradients, by autograd."""
+        layer, p = self._layer(case)
+        if case.m is not None and case.x.ndim == 1:
+            raise NotImplementedError("PEFT's DoRA turns x : (d_in,) into y : (1, d_out)")
+        x = torch.tensor(case.x, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.tensor(gy))
+        if case.train_b is False:
+            p.pop("b", None)
+        return y, {"x": x.grad, **{name: value.grad for name, value in p.items()}}
+
+    def merge(self, case: Case) -> dict[str, Any]:
+        """The merged weight and bias."""
+        if case.bB is not None and case.b is None:
+            raise NotImplementedError("PEFT does not merge a bias of B into a layer without bias")
+        layer, _ = self._layer(case)
+        layer.eval().merge()
+        bias = layer.base_layer.bias
+        return {"W": layer.base_layer.weight} | ({} if bias is None else {"b": bias})
