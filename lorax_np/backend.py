@@ -95,7 +95,7 @@ def namespace(which: Namespace | str | None = None) -> Namespace:
     if which is None:
         return _from_environment()
     if isinstance(which, str):
-        return _named(which, "which")
+        return _named(which, "xp")
     if which is np or getattr(which, "__name__", "") == "cupy" or hasattr(which, "__array_api_version__"):
         return which
     raise TypeError(f"xp: expected numpy, cupy or an array-standard module, got {which!r}")
@@ -233,19 +233,26 @@ def cast(x: Any, dtype: str) -> Any:
         return x
     xp = namespace_of(x=x)
     if xp is np or xp.__name__ == "cupy":
-        return x.astype(_bfloat16() if dtype == "bfloat16" else dtype)
+        return _to_bfloat16(x, xp) if dtype == "bfloat16" else x.astype(dtype)
     if not hasattr(xp, dtype):
         raise DtypeError(f"x: expected a dtype that {xp.__name__} has, got {dtype}")
     return xp.astype(x, getattr(xp, dtype))
 
 
-def _bfloat16() -> Any:
+def _to_bfloat16(x: Any, xp: Namespace) -> Any:
+    """Round x to bfloat16 once. From float64 the way leads through float32, rounded to odd: truncated, and the
+    last bit set where that lost something, so that the second rounding decides as the only one would."""
     try:
-        return importlib.import_module("ml_dtypes").bfloat16
+        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
     except ImportError:
         raise DtypeError(
             "bfloat16: expected the package ml_dtypes, got none; pip install 'lorax-np[bf16]'"
         ) from None
+    if dtype_name(x) != "float64":
+        return x.astype(bfloat16)
+    near = x.astype("float32")
+    bits = near.view("uint32") - (xp.abs(near) > xp.abs(x)).astype("uint32")
+    return (bits | (near != x).astype("uint32")).view("float32").astype(bfloat16)
 
 
 def real(x: Array) -> Array:

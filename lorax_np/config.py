@@ -2,16 +2,35 @@
 
 import math
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
-from difflib import get_close_matches
 from functools import partial
-from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
-from .errors import ConfigError
+from .kinds import (
+    ANY,
+    FLAG,
+    SETTINGS,
+    Kind,
+    Test,
+    content,
+    dict_of,
+    finite,
+    list_of,
+    name_of,
+    nearest,
+    or_none,
+    problem,
+    read,
+    refuse,
+    regex,
+    shown,
+    silent,
+    text,
+    thawed,
+    whole,
+    word,
+)
 
 # core: in the mathematics.  family: needed to read, place or write adapters.  exotic: carried unchanged from
 # file to file, and refused where the adapter is used unless it says nothing.
@@ -37,34 +56,70 @@ def start_name(start: bool | str) -> str:
     return re.sub("(?<=^pissa_niter_)[0-9]+$", "k", start) if isinstance(start, str) else ""
 
 
-# ---- What a field may hold ---------------------------------------------------------------------------------
+START = Kind(
+    f"True, False or one of {', '.join(STARTS)} (k = 0, 1, ...)",
+    lambda v: isinstance(v, bool) or (text(v) and v != "pissa_niter_k" and start_name(v) in STARTS),
+    tuple(STARTS),
+)
+B_BIAS = Kind("True or False (for ms-swift's lora_bias, a word, see LoraConfig.from_swift)", FLAG.fits)
+TEXT = Kind("a str", text)
+RANK = Kind("an int of at least 1 (and below 2**63)", lambda v: whole(v) and v > 0)
+ALPHA = Kind("a finite number other than 0", lambda v: finite(v) and v != 0)
+RATIO = Kind("a finite number above 0", lambda v: finite(v) and v > 0)
+DROPOUT = Kind(
+    "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
+    lambda v: finite(v) and 0 <= v < 1 and round(v * 65536) < 65536,
+)
+DROPOUT = Kind(
+    "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
+    lambda v: finite(v) and 0 <= v < 1 and round(v * 65536) < 65536,
+)
+BIAS = word("none", "all", "lora_only")
+TASK = word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
+NAMES = Kind("a list of names", list_of(text))
+TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
+LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
+PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
+RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
+ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
+TOKENS = Kind(
+    "a list of ints from 0, or a mapping from names to such lists",
+    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
+)
+TASK = word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
+NAMES = Kind("a list of names", list_of(text))
+TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
+LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
+PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
+RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
+ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
+TOKENS = Kind(
+    "a list of ints from 0, or a mapping from names to such lists",
+    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
+)
+DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
+NAMES = Kind("a list of names", list_of(text))
+TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
+LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
+PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
+RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
+ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
+TOKENS = Kind(
+    "a list of ints from 0, or a mapping from names to such lists",
+    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
+)
 
-Test = Callable[[Any], Any]
+# ---- The record --------------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """What a value must be, in words and as a test of its canonical form; the words it may be, if any."""
-
-    wanted: str
-    fits: Test
-    words: tuple[str, ...] = ()
-
-
-def _canonical(value: Any) -> Any:
-    """Return JSON content in immutable form and in Python's own types; TypeError for anything else."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)  # plain, also from an enum of strings
-    if isinstance(value, Real):
-        return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, (set, frozenset)):
-        return tuple(sorted(map(_canonical, value)))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_canonical, value))
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return MappingProxyType({str.__str__(key): _canonical(item) for key, item in value.items()})
-    raise TypeError
+def _field(default: Any, tier: Tier, kind: Kind, optional: bool = False) -> Any:
+    kind = or_none(kind) if default is None or optional else kind
+    metadata = {"default": default, "tier": tier, "kind": kind}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _same(value: Any) -> Any:
@@ -74,90 +129,6 @@ def _same(value: Any) -> Any:
 def _sorted(value: Any) -> Any:
     """Return a list of names as the set that PEFT makes of it, in order."""
     return tuple(sorted(set(value))) if isinstance(value, tuple) else value
-
-
-def _thawed(value: Any) -> Any:
-    """Undo _canonical: fresh dicts and lists, as JSON has them."""
-    if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _real(value: Any) -> bool:  # neither NaN nor infinite, as an int either
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(f"(?:{value})"))
-    except (re.error, OverflowError, RecursionError):
-        return False
-
-
-def _list(item: Test) -> Test:
-    return lambda v: isinstance(v, tuple) and all(map(item, v))
-
-
-def _dict(key: Test, item: Test) -> Test:
-    return lambda v: isinstance(v, Mapping) and all(key(k) and item(v[k]) for k in v)
-
-
-def _word(*words: str) -> Kind:
-    return Kind(f"one of {', '.join(words)}", lambda v: v in words, words)
-
-
-def _or_none(kind: Kind) -> Kind:
-    return Kind(f"{kind.wanted}, or None", lambda v: v is None or kind.fits(v), kind.words)
-
-
-ANY = Kind("JSON content", lambda v: True)
-FLAG = Kind("True or False", lambda v: isinstance(v, bool))
-B_BIAS = Kind("True or False (for ms-swift's lora_bias, a word, see LoraConfig.from_swift)", FLAG.fits)
-TEXT = Kind("a str", _text)
-RANK = Kind("an int of at least 1 (and below 2**63)", lambda v: _whole(v) and v > 0)
-ALPHA = Kind("a finite number other than 0", lambda v: _real(v) and v != 0)
-RATIO = Kind("a finite number above 0", lambda v: _real(v) and v > 0)
-DROPOUT = Kind(
-    "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
-    lambda v: _real(v) and 0 <= v < 1 and round(v * 65536) < 65536,
-)
-START = Kind(
-    f"True, False or one of {', '.join(STARTS)} (k = 0, 1, ...)",
-    lambda v: isinstance(v, bool) or (_text(v) and v != "pissa_niter_k" and start_name(v) in STARTS),
-    tuple(STARTS),
-)
-BIAS = _word("none", "all", "lora_only")
-TASK = _word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-DTYPE = _word("float16", "bfloat16", "float32", "float64", "base")
-NAMES = Kind("a list of names", _list(_text))
-TARGETS = Kind("a list of names, or one regular expression", lambda v: _list(_text)(v) or _regex(v))
-LAYERS = Kind("an int or a list of ints, from 0", lambda v: _list(_whole)(v) or _whole(v))
-PREFIXES = Kind("a name or a list of names", lambda v: _list(_text)(v) or _text(v))
-RANKS = Kind("a mapping from regular expressions to ints of at least 1", _dict(_regex, RANK.fits))
-ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", _dict(_regex, ALPHA.fits))
-TOKENS = Kind(
-    "a list of ints from 0, or a mapping from names to such lists",
-    lambda v: _list(_whole)(v) or _dict(_text, _list(_whole))(v),
-)
-SETTINGS = Kind("a mapping from str to JSON content", lambda v: isinstance(v, Mapping))
-
-# ---- The record --------------------------------------------------------------------------------------------
-
-
-def _field(default: Any, tier: Tier, kind: Kind, optional: bool = False) -> Any:
-    kind = _or_none(kind) if default is None or optional else kind
-    metadata = {"default": default, "tier": tier, "kind": kind}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,7 +184,7 @@ class LoraConfig:
     corda_config: Mapping[str, Any] | None = _field(None, "family", SETTINGS)
     lora_ga_config: Mapping[str, Any] | None = _field(None, "family", SETTINGS)
 
-    peft_type: str = _field("LORA", "family", _word("LORA"))
+    peft_type: str = _field("LORA", "family", word("LORA"))
     task_type: str | None = _field(None, "family", TASK)
     base_model_name_or_path: str | None = _field(None, "family", TEXT)
     revision: str | None = _field(None, "family", TEXT)
@@ -241,16 +212,14 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Bring every field to its canonical form, then check fields against each other: RULES."""
-        values, problems = _read(
-            {name: (f.metadata["kind"], getattr(self, name)) for name, f in FIELDS.items()}
-        )
+        values, problems = read({name: (f.metadata["kind"], getattr(self, name)) for name, f in FIELDS.items()})
         for name, value in values.items():
             object.__setattr__(self, name, SETTLED.get(name, _same)(value))
         for rule in RULES:
             names = rule.reads.split()
             if values.keys() >= set(names) and rule.broken(self):
-                problems.append(_problem(names[0], rule.wanted.format(self), values[names[0]]))
-        _refuse(problems)
+                problems.append(problem(names[0], rule.wanted.format(self), values[names[0]]))
+        refuse(problems)
 
     @property
     def scaling(self) -> float:
@@ -268,11 +237,11 @@ class LoraConfig:
         Fields that PEFT does not know go to extra. A word in init_lora_weights is lower-cased, since PEFT
         lets "Gaussian" into files. Raises ConfigError as the class does, or where d is no mapping from str.
         """
-        content = _content("adapter_config", d)
-        known = {name: value for name, value in content.items() if name in TIERS}
+        found = content("adapter_config", d)
+        known = {name: value for name, value in found.items() if name in TIERS}
         if isinstance(start := known.get("init_lora_weights"), str):
             known["init_lora_weights"] = start.lower()
-        return cls(**known, extra={name: value for name, value in content.items() if name not in known})
+        return cls(**known, extra={name: value for name, value in found.items() if name not in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of an adapter_config.json: fresh, sorted by name, JSON types only.
@@ -283,7 +252,7 @@ class LoraConfig:
         """
         values = {name: getattr(self, name) for name in TIERS if name != "runtime_config"} | dict(self.extra)
         silent = {name for name in OURS if values[name] is None}
-        return {name: _thawed(values[name]) for name in sorted(values.keys() - silent)}
+        return {name: thawed(values[name]) for name in sorted(values.keys() - silent)}
 
     @classmethod
     def from_swift(cls, d: Mapping[str, Any]) -> Self:
@@ -295,14 +264,14 @@ class LoraConfig:
         >>> LoraConfig.from_swift({"lora_rank": 4, "lora_bias": "all"}).bias
         'all'
         """
-        given = _content("ms-swift arguments", d)
+        given = content("ms-swift arguments", d)
         problems = [
-            f"{_name(name)}: expected one of {', '.join(SWIFT)}{_nearest(name, SWIFT)}"
+            f"{name_of(name)}: expected one of {', '.join(SWIFT)}{nearest(name, SWIFT)}"
             for name in given
             if name not in SWIFT
         ]
-        values, unfit = _read({k: (kind, given.get(k, default)) for k, (_, default, kind) in SWIFT.items()})
-        _refuse(problems + unfit)
+        values, unfit = read({k: (kind, given.get(k, default)) for k, (_, default, kind) in SWIFT.items()})
+        refuse(problems + unfit)
         ours = {SWIFT[name][0]: value for name, value in values.items()}
         ours["peft_type"] = "LORA"  # train_type, for which there is one word
         ours["adapter_dtype"] = SWIFT_DTYPES.get(ours["adapter_dtype"], ours["adapter_dtype"])
@@ -313,7 +282,7 @@ class LoraConfig:
     def __repr__(self) -> str:
         """Return the call that makes this config: the fields that differ from their defaults."""
         said = {name: getattr(self, name) for name, f in FIELDS.items()}
-        shown = [f"{k}={_thawed(v)!r}" for k, v in said.items() if v != FIELDS[k].metadata["default"]]
+        shown = [f"{k}={thawed(v)!r}" for k, v in said.items() if v != FIELDS[k].metadata["default"]]
         return f"LoraConfig({', '.join(shown)})"
 
     def __hash__(self) -> int:
@@ -322,7 +291,7 @@ class LoraConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by making the config anew: read-only mappings cannot be pickled."""
-        return partial(type(self), **{name: _thawed(getattr(self, name)) for name in FIELDS}), ()
+        return partial(type(self), **{name: thawed(getattr(self, name)) for name in FIELDS}), ()
 
 
 FIELDS: Mapping[str, Field[Any]] = {f.name: f for f in fields(LoraConfig)}
@@ -340,14 +309,14 @@ SWIFT: Mapping[str, tuple[str, Any, Kind]] = {
     "lora_rank": ("r", 8, RANK),
     "lora_alpha": ("lora_alpha", 32, ALPHA),
     "lora_dropout": ("lora_dropout", 0.05, DROPOUT),
-    "lora_bias": ("bias", "none", _word("none", "all")),
-    "lora_dtype": ("adapter_dtype", None, _or_none(_word("fp16", "bf16", "fp32", *DTYPE.words[:3]))),
-    "lorap_lr_ratio": ("loraplus_lr_ratio", None, _or_none(RATIO)),
+    "lora_bias": ("bias", "none", word("none", "all")),
+    "lora_dtype": ("adapter_dtype", None, or_none(word("fp16", "bf16", "fp32", *DTYPE.words[:3]))),
+    "lorap_lr_ratio": ("loraplus_lr_ratio", None, or_none(RATIO)),
     "use_rslora": ("use_rslora", False, FLAG),
     "use_dora": ("use_dora", False, FLAG),
     "target_modules": ("target_modules", "all-linear", TARGETS),
-    "modules_to_save": ("modules_to_save", None, _or_none(NAMES)),
-    "train_type": ("peft_type", "lora", _word("lora")),
+    "modules_to_save": ("modules_to_save", None, or_none(NAMES)),
+    "train_type": ("peft_type", "lora", word("lora")),
 }
 
 
@@ -361,18 +330,18 @@ def check_usable(config: LoraConfig, *, starting: bool = True) -> None:
     problems = []
     for name, f in FIELDS.items():
         value, default = getattr(config, name), f.metadata["default"]
-        if TIERS.get(name) == "exotic" and not _silent(value, default):
-            problems.append(_problem(name, f"{default!r}, since this version only carries the field", value))
+        if TIERS.get(name) == "exotic" and not silent(value, default):
+            problems.append(problem(name, f"{default!r}, since this version only carries the field", value))
     for name, value in config.extra.items():
-        if not _silent(value, None):
-            hint = _nearest(name, TIERS)
-            problems.append(f"{_name(name)}: expected a known field, got {_shown(value)}{hint}")
+        if not silent(value, None):
+            hint = nearest(name, TIERS)
+            problems.append(f"{name_of(name)}: expected a known field, got {shown(value)}{hint}")
     start = config.init_lora_weights
     tier = STARTS.get(start_name(start), "core")
     if tier == "exotic" or (tier == "family" and starting):
         built = ", ".join(name for name in STARTS if STARTS[name] == "core")
         problems.append(f"init_lora_weights: this version builds True, False, {built}, got {start!r}")
-    _refuse(problems)
+    refuse(problems)
 
 
 # ---- Fields against each other -----------------------------------------------------------------------------
@@ -447,83 +416,3 @@ RULES = (
     ),
     Rule("extra", "names that are no fields of LoraConfig", lambda c: c.extra.keys() & TIERS.keys()),
 )
-
-# ---- Reading, and what is said when it fails ---------------------------------------------------------------
-
-
-def _read(given: Mapping[str, tuple[Kind, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values that fit their kind, in canonical form, and a sentence for each that does not."""
-    values: dict[str, Any] = {}
-    problems = []
-    for name, (kind, value) in given.items():
-        try:
-            values[name] = _fitting(kind, value)
-        except TypeError:
-            problems.append(_problem(name, kind.wanted, _unfit_part(kind, value), kind.words))
-        except RecursionError:
-            problems.append(_problem(name, "JSON content without deep nesting", value))
-    return values, problems
-
-
-def _fitting(kind: Kind, value: Any) -> Any:
-    canonical = _canonical(value)
-    if not kind.fits(canonical):
-        raise TypeError
-    return canonical
-
-
-def _unfit_part(kind: Kind, value: Any) -> Any:
-    """Return the first entry of a list or mapping that alone does not fit; else the value as it came."""
-    single: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        single = ({key: item} for key, item in value.items())
-    elif isinstance(value, (list, tuple)):
-        single = ([item] for item in value)
-    for part in single:
-        try:
-            _fitting(kind, part)
-        except TypeError:
-            return part
-    return value
-
-
-def _content(name: str, d: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return d if it is a mapping from str; raise ConfigError else."""
-    if not isinstance(d, Mapping):
-        _refuse([_problem(name, "a mapping", d)])
-    _refuse([_problem(name, "only str as keys", key) for key in d if not isinstance(key, str)])
-    return d
-
-
-def _silent(value: Any, default: Any) -> bool:
-    """Say whether a value asks for nothing: None, False, {}, [] or the default. 0 is a value."""
-    return value is None or value is False or value == default or value in ((), {})
-
-
-def _problem(name: str, wanted: str, got: object, words: Iterable[str] = ()) -> str:
-    return f"{name}: expected {wanted}, got {_shown(got)}{_nearest(got, words)}"
-
-
-def _nearest(word: object, words: Iterable[str]) -> str:
-    """Return the hint at the known word that resembles this one most, or an empty str."""
-    by_case = {known.lower(): known for known in words}
-    near = get_close_matches(word.lower()[:80], by_case, 1) if isinstance(word, str) else []
-    return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
-
-
-def _name(name: str) -> str:
-    return name if name.isidentifier() else _shown(name)
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(_thawed(value))
-    except (ValueError, RecursionError):  # an int of thousands of digits; nesting without end
-        return f"a value of type {type(value).__name__} too large to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _refuse(problems: list[str]) -> None:
-    """Raise one ConfigError of one line, if there is a problem."""
-    if problems:
-        raise ConfigError(" ".join("; ".join(problems).splitlines()))

@@ -133,9 +133,7 @@ def _check(base: Linear, config: LoraConfig, rng: np.random.Generator | None) ->
     check_usable(config)
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name):
-            raise ConfigError(
-                f"{name}: expected none for a layer without a name, got {getattr(config, name)}"
-            )
+            raise ConfigError(f"{name}: expected none for a layer without a name, got {getattr(config, name)}")
     if dtype_name(base.W) == "complex128":
         raise DtypeError("W: expected real numbers to start an adapter from, got complex128")
     pissa = str(config.init_lora_weights).startswith("pissa")

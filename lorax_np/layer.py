@@ -1,8 +1,9 @@
 """A LoRA or DoRA linear layer, composed from ops/: the reference.  Derivation: specs/.
 
 Every change of dtype is a line here. Arrays are computed in their own dtype, or in float32 where theirs is
-for storage only (float16, bfloat16). The base product is rounded to the base's dtype, the adapter's branch is
-computed in the adapter's, the two are added in the wider one, and the sum is rounded once.
+for storage only (float16, bfloat16). Forward, the base product is rounded to the base's dtype, the adapter's
+branch is computed in the adapter's, the two are added in the wider one, and the sum is rounded once; backward,
+each gradient is rounded once, at the end.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def lora_linear_forward(
     W, b = cast(base.W, wide), base.b if adapter.b is None else adapter.b
 
     y0 = linear_forward(cast(x, wide), W, cast(b, wide))
-    y0 = cast(y0, narrow)  # the base's own output, as the layer without adapter gives it
+    y0 = cast(y0, narrow)  # (linear.6), the base's own output, as the layer without adapter gives it
     if adapter.A is None or adapter.B is None:
         return y0, LoraLinearSaved(x, mask, None, None)
 
@@ -83,7 +84,7 @@ def lora_linear_forward(
         t, dora = magnitude_forward(P, t, m=m, n=n)
 
     both = _wider(wide, low)
-    y = cast(cast(y0, both) + cast(t, both), narrow)
+    y = cast(cast(y0, both) + cast(t, both), narrow)  # (linear.7)
     return y, LoraLinearSaved(x, mask, lora, dora)
 
 
@@ -126,7 +127,7 @@ def lora_linear_backward(
         n = row_norm_forward(V)
         gP, gQ, gm, gn = magnitude_backward(gt, saved.dora, m=m, n=n)
         gxd, gA, gB = lora_backward(gQ, saved.lora, A, B, scaling=s)
-        gxd = gxd + linear_backward_x(gP, W)
+        gxd = gxd + linear_backward_x(gP, W)  # (dora.14)
         if norm_gradient:
             gA_n, gB_n = delta_backward(row_norm_backward(gn, V, n=n), A, B, scaling=s)
             gA, gB = gA + gA_n, gB + gB_n
@@ -134,8 +135,8 @@ def lora_linear_backward(
 
     both = _wider(wide, low)
     gxa = dropout_backward(gxd, cast(saved.mask, low))
-    gx = cast(cast(gx, both) + cast(gxa, both), narrow)
-    return gx, Adapter(
+    gx = cast(cast(gx, both) + cast(gxa, both), narrow)  # (linear.8)
+    return gx, Adapter(  # (linear.9)
         A=cast(gA, dtype_name(adapter.A)),
         B=cast(gB, dtype_name(adapter.B)),
         m=_cast_like(gm, adapter.m),
@@ -166,23 +167,17 @@ def lora_linear_backward_base(
     gb = None if base.b is None else linear_backward_b(cast(gy, wide))
     if gb is not None and adapter.b is not None:
         gb = namespace_of(gb=gb).zeros_like(gb)
-    if (
-        adapter.A is not None
-        and adapter.B is not None
-        and adapter.m is not None
-        and saved.dora
-        and saved.lora
-    ):
+    if adapter.A is not None and adapter.B is not None and adapter.m is not None and saved.dora and saved.lora:
         low = compute_dtype(adapter.A)
         A, B, m = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.m, low)
         V = cast(base.W, low) + delta_forward(A, B, scaling=s)
         n = row_norm_forward(V)
         gP, _, _, gn = magnitude_backward(cast(gy, low), saved.dora, m=m, n=n)
-        gV = linear_backward_W(gP, saved.lora.x)
+        gW_dora = linear_backward_W(gP, saved.lora.x)
         if norm_gradient:
-            gV = gV + row_norm_backward(gn, V, n=n)
+            gW_dora = gW_dora + row_norm_backward(gn, V, n=n)
         both = _wider(wide, low)
-        gW = cast(gW, both) + cast(gV, both)
+        gW = cast(gW, both) + cast(gW_dora, both)  # (dora.13)
     return Linear(cast(gW, narrow), cast(gb, narrow))
 
 
@@ -209,9 +204,7 @@ def _check(x: Array, base: Linear, adapter: Adapter, scaling: float, mask: Array
     return s
 
 
-def _check_backward(
-    gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, scaling: float
-) -> float:
+def _check_backward(gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, scaling: float) -> float:
     """Check the backward's arguments against each other and against what the forward saved."""
     if not isinstance(saved, LoraLinearSaved):
         raise TypeError(f"saved: expected what lora_linear_forward returned, got {type(saved).__name__}")

@@ -172,14 +172,14 @@ def uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float) -> H
     From any other generator, float32((2u − 1)·bound).  Source: specs/init.md.
     """
     if not isinstance(rng.bit_generator, np.random.MT19937):
-        return np.asarray(((2.0 * rng.random(shape) - 1.0) * bound).astype(np.float32))
+        return np.asarray((2.0 * rng.random(shape) - 1.0) * bound, dtype=np.float32)
     raw = rng.bit_generator.random_raw(prod(shape)).reshape(shape)
     low = -np.float32(bound)
-    width = np.float32(np.float32(bound) - low)
-    return np.asarray(((raw & 0xFFFFFF) * 2.0**-24 * float(width) + float(low)).astype(np.float32))
+    width = np.float32(np.float32(bound) - low)  # (init.11)
+    return np.asarray((raw & 0xFFFFFF) * 2.0**-24 * float(width) + float(low), dtype=np.float32)  # (init.12)
 
 
 def skip(rng: np.random.Generator, words: int) -> None:
-    """Pass over the words that torch has spent on layers it then overwrites; other generators spend none."""
+    """Pass over words that torch spends on layers it then overwrites (init.13); other generators spend none."""
     if isinstance(rng.bit_generator, np.random.MT19937):
         rng.bit_generator.random_raw(words, output=False)

@@ -25,7 +25,7 @@ def bounds(case: Case, u: float) -> dict[str, HostArray]:
     mask = v["mask"].reshape(x.shape) if "mask" in v else np.ones_like(x)
     xd, d_out, d_in, r, N = x * mask, *W.shape, A.shape[0], x.shape[0]
 
-    def gamma(count: int) -> float:
+    def gamma(count: int) -> float:  # (verify.1)
         return count * u / (1 - count * u)
 
     k, rho, n, m = _magnitude(case, u)
@@ -33,20 +33,22 @@ def bounds(case: Case, u: float) -> dict[str, HostArray]:
     base, c = (k + 1 if case.m is not None else 0 * k), FEW + 4  # of the terms (k − 1)∘P, and its roundings
     Gk, Gc = G * k, G * base
 
-    y = gamma(d_in + r + c) * (x @ W.T + v.get("b", 0.0) + base * P + k * Q + bB) + rho * k * (P + Q)
-    gB = (gamma(N + d_in + c) + rho[:, None]) * (s * Gk.T @ (xd @ A.T))
-    gA = s * (B.T @ (gamma(d_out + N + c) * (Gk.T @ xd) + rho[:, None] * (Gk.T @ xd)))
+    y = gamma(d_in + r + c) * (x @ W.T + v.get("b", 0.0) + base * P + k * Q + bB) + rho * k * (
+        P + Q
+    )  # (verify.2)
+    gB = (gamma(N + d_in + c) + rho[:, None]) * (s * Gk.T @ (xd @ A.T))  # (verify.4)
+    gA = s * (B.T @ (gamma(d_out + N + c) * (Gk.T @ xd) + rho[:, None] * (Gk.T @ xd)))  # (verify.3)
     inner = gamma(d_out + r + c) * (Gc @ W + s * (Gk @ B) @ A) + (Gk * rho) @ W + s * ((Gk * rho) @ B) @ A
-    gx = gamma(d_out + r + c) * (G @ W) + inner * mask
-    gW = gamma(N + c) * (G.T @ x + Gc.T @ xd) + rho[:, None] * (Gk.T @ xd)
+    gx = gamma(d_out + r + c) * (G @ W) + inner * mask  # (verify.5)
+    gW = gamma(N + c) * (G.T @ x + Gc.T @ xd) + rho[:, None] * (Gk.T @ xd)  # (verify.6)
     gk = (G * (P + Q)).sum(axis=0)
-    gm = (gamma(N + d_in + r + c) + rho) * gk / n
+    gm = (gamma(N + d_in + r + c) + rho) * gk / n  # (verify.8)
     if case.norm_gradient:
         V = W + s * B @ A
-        gV = ((gamma(N + d_in + d_out + 2 * r + 2 * c) + 4 * rho) * gk * m / n**3)[:, None] * V
+        gV = ((gamma(N + d_in + d_out + 2 * r + 2 * c) + 4 * rho) * gk * m / n**3)[:, None] * V  # (verify.10)
         gA, gB, gW = gA + s * B.T @ gV, gB + s * gV @ A.T, gW + gV
     found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm}
-    found["b"] = gamma(N + FEW) * G.sum(axis=0)
+    found["b"] = gamma(N + FEW) * G.sum(axis=0)  # (verify.7)
     found["bB"] = gamma(N + FEW) * s * G.sum(axis=0)
     shapes = {name: value.shape for name, value in case.arrays().items()} | {"y": case.gy.shape}
     return {name: value.reshape(shapes[name]) for name, value in found.items() if name in shapes}
@@ -72,5 +74,5 @@ def _magnitude(case: Case, u: float) -> tuple[HostArray, HostArray, HostArray, H
     V = W + s * B @ A
     n = np.linalg.norm(V, axis=1)
     error = (r + 4) * u * abs(s) * np.abs(B) @ np.abs(A) + 2 * u * (np.abs(W) + np.abs(V))  # of V's entries
-    rho = (np.abs(V) * error).sum(axis=1) / n**2 + (d_in / 2 + 6) * u
+    rho = (np.abs(V) * error).sum(axis=1) / n**2 + (d_in / 2 + 6) * u  # (verify.9)
     return np.abs(m) / n, rho, n, np.abs(m)

@@ -26,9 +26,10 @@ BARS = " ▁▂▃▄▅▆▇█"
 def battery_weights(
     where: str | Path, report: Report
 ) -> Callable[[Any, str, int, str, str], Iterator[list[Check]]]:
-    """The battery over one tensor (FILE:TENSOR) of a file, or over all its linear weights; notes go to the report.
+    """The battery over one tensor of a file (FILE:TENSOR), or over all its linear weights (FILE).
 
-    A linear weight is a floating tensor of two axes that no name calls an embedding.
+    A linear weight is a floating tensor of two axes that no name calls an embedding; what is passed over is
+    noted in the report.
     Raises FormatError where the file is damaged, or holds no such tensor.
     """
     path, name = _split(where)
