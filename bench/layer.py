@@ -2,8 +2,8 @@
 
     python bench/layer.py [--backend numpy|cupy] [--rounds 15] [--json FILE]
 
-One step is forward and backward with the gradient by x. The yardstick, timed in turn with it in the same process,
-is x Wᵀ and gy W alone. Figures are medians; a ratio is the median of the ratios of neighbouring rounds.
+One step is forward and backward with the gradient by x. The yardstick, timed in turn with it in the same
+process, is x Wᵀ and gy W alone. Figures are medians; a ratio is the median of the ratios round by round.
 """
 
 import argparse
@@ -44,9 +44,8 @@ def main() -> None:
         return time.perf_counter() - start
 
     info = lx.backend_info()
-    print(
-        f"{info['cupy'] if xp is not np else 'NumPy ' + info['numpy'] + ', ' + info['blas']}, float32, r = {RANK}"
-    )
+    where = info["cupy"] if xp is not np else f"NumPy {info['numpy']}, {info['blas']}"
+    print(f"{where}, float32, r = {RANK}")
     print(f"{'tokens, d_in, d_out':<22}{'kind':<18}{'products ms':>12}{'step ms':>10}{'ratio':>8}")
     rows = []
     for tokens, d_in, d_out in SIZES:

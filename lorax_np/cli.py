@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="judge an implementation, or let the engine prove itself",
-        description="Judge an implementation of a LoRA linear layer, tensor by tensor, within what roundings explain. "
-        "Exit codes: 0 pass, 1 fail, 2 nothing judged or bad usage, 3 the subject crashed.",
+        description="Judge an implementation of a LoRA linear layer, tensor by tensor: within what its own "
+        "roundings explain. Exit codes: 0 pass, 1 fail, 2 nothing judged or bad usage, 3 the subject crashed.",
     )
     verify.add_argument(
         "subject",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import ConfigError
 from . import exact, truth
 from .bounds import bounds, merged_bounds
 from .cases import MIDDLE, PROFILES, SMALL, UNIT, Case, HostArray, grid
@@ -13,6 +14,7 @@ from .report import Check, Verdict
 from .subjects import Spec
 
 EPS = UNIT["float64"]  # of the float64 truths
+GRADIENTS = ("x", "W", "A", "B", "m", "b", "bB")  # the names that backward may return
 
 
 class Crash(Exception):
@@ -28,36 +30,56 @@ def ask(subject: Any, method: str, *arguments: Any) -> Any:
     try:
         return getattr(subject, method)(*arguments)
     except NotImplementedError as error:
-        raise Absent(str(error) or "the subject does not cover this case") from error
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise Crash(f"{type(error).__name__}: {text}") from error
+        text = (str(error).strip().splitlines() or ["the subject does not cover this case"])[0]
+        raise Absent(text) from error
+    except (Exception, SystemExit) as error:
+        raise Crash(in_one_line(error)) from error
 
 
-def to_numpy(value: Any) -> HostArray:
+def in_one_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"
+
+
+def by_name(method: str, found: Any, names: tuple[str, ...]) -> dict[str, HostArray]:
+    """What a subject's method returned, as NumPy arrays; Crash where that is no dict of arrays so named."""
+    if not isinstance(found, dict):
+        raise Crash(f"{method}: expected a dict of arrays by name, got {type(found).__name__}")
+    arrays = {}
+    for name, value in found.items():
+        if name not in names:
+            raise Crash(f"{method}: expected names among {', '.join(names)}, got {name!r}")
+        try:
+            arrays[name] = None if value is None else _to_numpy(value)
+        except Exception as error:  # each library refuses in its own way
+            raise Crash(f"{method}: expected an array as {name}, got {type(value).__name__}") from error
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _to_numpy(value: Any) -> HostArray:
     """An array of any library as a NumPy array of its own."""
-    for method in ("detach", "cpu", "get"):  # torch, torch, CuPy
-        if hasattr(value, method):
-            value = getattr(value, method)()
-    try:
-        return np.array(value)
-    except Exception:  # an array-standard library off the host
-        return np.array(
-            value.to_device(value.__array_namespace__().__array_namespace_info__().default_device())
-        )
+    if hasattr(value, "detach"):  # torch
+        value = value.detach().cpu().numpy()
+    elif not isinstance(value, np.ndarray) and hasattr(value, "get"):  # CuPy
+        value = value.get()
+    elif not isinstance(value, np.ndarray) and hasattr(value, "to_device"):  # the array standard
+        value = value.to_device(value.__array_namespace__().__array_namespace_info__().default_device())
+    return np.array(value)
 
 
 def answer(subject: Any, case: Case) -> dict[str, HostArray]:
     """y and the gradients that a subject makes of a case, as NumPy arrays."""
     mine = case.copy()
     if hasattr(subject, "run"):
-        y, gradients = ask(subject, "run", mine, mine.gy)
+        both = ask(subject, "run", mine, mine.gy)
+        if not isinstance(both, tuple | list) or len(both) != 2:
+            raise Crash(f"run: expected y and a dict of gradients, got {type(both).__name__}")
+        y, gradients = both
     else:
         y = ask(subject, "forward", mine)
         gradients = ask(subject, "backward", mine, mine.gy)
-    if not isinstance(gradients, dict):
-        raise Crash(f"backward: expected a dict of gradients by name, got {type(gradients).__name__}")
-    return {name: to_numpy(value) for name, value in {"y": y, **gradients}.items() if value is not None}
+    return by_name("forward", {"y": y}, ("y",)) | by_name("backward", gradients, GRADIENTS)
 
 
 # ---- one tensor --------------------------------------------------------------------------------------------
@@ -91,7 +113,7 @@ def judge(
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         value = float(exact.to_float(want[at]) if fixed else want[at])
-        return check("fail", at=at, got=float(got[at]), want=value, note="not finite")
+        return check("fail", at=at, got=float(got[at]), want=value, note=f"not finite: {got[at]}")
     if fixed:
         error = np.abs(exact.to_float(np.asarray(exact.fixed(got), dtype=object) - want))
         want = exact.to_float(want)
@@ -121,7 +143,10 @@ def judge_case(
 
 def spec_of(subject: Any) -> Spec:
     """What a subject declares of itself."""
-    return getattr(subject, "spec", None) or Spec()
+    spec = getattr(subject, "spec", None) or Spec()
+    if not isinstance(spec, Spec):
+        raise ConfigError(f"spec: expected a lorax_np.verify.Spec, got {type(spec).__name__}")
+    return spec
 
 
 def chosen(id: str, only: str) -> bool:
@@ -163,7 +188,7 @@ def battery_merge(subject: Any, profile: str, seed: int, level: str, only: str) 
             continue
         want, bound = exact.merged(case), merged_bounds(case, UNIT[dtype])
         try:
-            got = {name: to_numpy(value) for name, value in ask(subject, "merge", case.copy()).items()}
+            got = by_name("merge", ask(subject, "merge", case.copy()), ("W", "b"))
         except (Absent, Crash) as error:
             verdict: Verdict = "crash" if isinstance(error, Crash) else "not run"
             yield [Check(f"{case.id}/W", "merge", case.kind, "W", verdict, note=str(error))]

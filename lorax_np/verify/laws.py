@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import LoraConfig
-from .batteries import Absent, Crash, answer, ask, chosen, spec_of, to_numpy
+from .batteries import Absent, Crash, answer, ask, by_name, chosen, spec_of
 from .bounds import bounds
 from .cases import PROFILES, UNIT, Case, HostArray, draw
 from .report import Check
@@ -78,6 +78,10 @@ def _differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[
     for name, value in want.items():
         if name not in got or got[name].shape != value.shape:
             return f"{name}: expected shape {value.shape}, got {got[name].shape if name in got else 'none'}"
+        if got[name].dtype.kind != "f" or value.dtype.kind != "f":
+            return f"{name}: expected floating numbers, got {got[name].dtype}"
+        if value.shape != bound[name].shape:
+            return f"{name}: expected shape {bound[name].shape}, got {value.shape}"
         if not (np.abs(got[name].astype(np.float64) - value) <= 2 * bound[name]).all():
             return f"{name} differs"
     return None
@@ -124,13 +128,12 @@ def _twice(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | None:
 
 def _stacked(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | None:
     N = int(np.prod(case.x.shape[:-1]))
-    flat = answer(subject, _resized(case, (N,)))
-    want = {
-        name: value.reshape(flat[name].shape) for name, value in answer(subject, case).items() if name in flat
-    }
-    return _differs(
-        flat, want, {name: value.reshape(want[name].shape) for name, value in bound.items() if name in want}
-    )
+    flat, want = answer(subject, _resized(case, (N,))), answer(subject, case)
+    for name in ("y", "x"):
+        if name in want and want[name].shape == bound[name].shape:
+            want[name] = want[name].reshape(N, -1)
+    bound = bound | {name: bound[name].reshape(N, -1) for name in ("y", "x")}
+    return _differs(flat, want, bound)
 
 
 class _AsGiven(Case):
@@ -152,36 +155,41 @@ def _layouts(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | Non
     return _differs(answer(subject, _AsGiven(**mine)), answer(subject, case), bound)
 
 
+def start_of(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, HostArray]:
+    """What a subject's init makes at W, in float64; W itself where it returns no other base."""
+    got = by_name("init", ask(subject, "init", W.copy(), config, seed), ("W", "A", "B", "m", "bB"))
+    got.setdefault("W", W)
+    shapes = {"A": (config.r, W.shape[1]), "B": (W.shape[0], config.r), "W": W.shape}
+    for name, shape in (shapes | {"m": W.shape[:1]} if config.use_dora else shapes).items():
+        if name not in got or got[name].shape != shape or got[name].dtype.kind != "f":
+            came = f"{got[name].dtype} {got[name].shape}" if name in got else "none"
+            raise Crash(f"init: expected {name} as floating {shape}, got {came}")
+    return {name: value.astype(np.float64) for name, value in got.items()}
+
+
 def _start_laws(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, Law]:
     """The laws that one start keeps, as functions that look at a fresh draw of it."""
     start, s, r = config.init_lora_weights, config.scaling, config.r
     d_out, d_in = W.shape
     u = UNIT[W.dtype.name]
 
-    def drawn() -> dict[str, HostArray]:
-        got = {name: to_numpy(value) for name, value in ask(subject, "init", W.copy(), config, seed).items()}
-        if got["A"].shape != (r, d_in) or got["B"].shape != (d_out, r):
-            raise Crash(
-                f"init: expected A {(r, d_in)} and B {(d_out, r)}, got {got['A'].shape}, {got['B'].shape}"
-            )
-        return got
+    drawn = partial(start_of, subject, W, config, seed)
 
     def same_map() -> str | None:
         got = drawn()
-        A, B = got["A"].astype(np.float64), got["B"].astype(np.float64)
-        base = got.get("W", W).astype(np.float64)
-        error = np.abs(base + s * B @ A - W)
+        A, B = got["A"], got["B"]
+        error = np.abs(got["W"] + s * B @ A - W)
         bound = 4 * u * (np.abs(W) + s * np.abs(B) @ np.abs(A))
         return None if (error <= bound).all() else f"W + s·BA is off by {error.max():.2g}"
 
     def magnitude() -> str | None:
         got = drawn()
-        V = got.get("W", W).astype(np.float64) + s * got["B"].astype(np.float64) @ got["A"].astype(np.float64)
+        V = got["W"] + s * got["B"] @ got["A"]
         off = np.abs(got["m"] / np.linalg.norm(V, axis=1) - 1).max()
         return None if off <= (d_in + r + 12) * u else f"m/n is off 1 by {off:.2g}"
 
     def distribution() -> str | None:
-        values = np.sort(drawn()["A"].astype(np.float64).ravel() * (r if start == "gaussian" else sqrt(d_in)))
+        values = np.sort(drawn()["A"].ravel() * (r if start == "gaussian" else sqrt(d_in)))
         if start == "gaussian":
             chance = [0.5 * (1 + erf(value / sqrt(2))) for value in values.tolist()]
         else:
@@ -194,8 +202,10 @@ def _start_laws(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> di
         return "B is not 0" if np.any(drawn()["B"]) else None
 
     def principal() -> str | None:
-        S = np.linalg.svd(W.astype(np.float64), compute_uv=False)
-        rest = float(np.linalg.norm(drawn()["W"].astype(np.float64), 2))
+        S, residual = np.linalg.svd(W.astype(np.float64), compute_uv=False), drawn()["W"]
+        if not np.isfinite(residual).all():
+            return "the residual is not finite"
+        rest = float(np.linalg.norm(residual, 2))
         slack = 200 * u * S[0]
         if S[r] - slack <= rest <= S[r] + slack:
             return None

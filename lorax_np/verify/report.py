@@ -1,13 +1,13 @@
 """What was judged and how it came out: the checks, and the report that people and programs read."""
 
 import json
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from .. import __version__, backend_info
 
@@ -78,7 +78,8 @@ class Report:
             bad = [check for check in mine if check.verdict == "fail"]
             if not bad:
                 continue
-            name = "y" if tensor == "y" else f"g{tensor}"
+            merges = {check.battery == "merge" for check in bad}
+            name = " and ".join(f"merged {tensor}" if merge else _name(tensor) for merge in sorted(merges))
             kinds = {check.kind for check in bad}
             good = {check.kind for check in mine} - kinds
             where = f"in {len(bad)} of {len(mine)} checks"
@@ -103,7 +104,9 @@ class Report:
             "notes": self.notes,
             "seconds": round(self.seconds, 3),
             "environment": {"lorax_np": __version__, "platform": platform.platform(), **backend_info()},
-            "checks": [asdict(check) for check in self.checks],
+            "checks": [
+                {name: _finite(value) for name, value in asdict(check).items()} for check in self.checks
+            ],
         }
 
     def to_json(self, path: str | Path) -> None:
@@ -125,16 +128,16 @@ class Report:
     def _table(self) -> list[str]:
         """A row for each battery and kind, a column for each tensor: the largest error ÷ bound."""
         lines: list[str] = []
-        columns = [t for t in TENSORS if any(c.tensor == t for c in self.checks)]
-        wide = 80 - 7 * len(columns) if any(c.battery == "weights" for c in self.checks) else 24
         for battery in dict.fromkeys(check.battery for check in self.checks if check.tensor in TENSORS):
             mine = [check for check in self.checks if check.battery == battery and check.tensor in TENSORS]
+            columns = [t for t in TENSORS if any(check.tensor == t for check in mine)]
+            wide = 88 - 8 * len(columns) if battery == "weights" else 26
             cases = len({check.id.rpartition("/")[0] for check in mine})
             title = f"{battery}, {cases} layers"
-            lines += ["", f"{title:<{wide}}" + "".join(f"{_name(t):>7}" for t in columns)]
+            lines += ["", f"{title:<{wide}}" + "".join(f"{_name(t, battery):>8}" for t in columns)]
             for kind in dict.fromkeys(check.kind for check in mine):
                 row = [[c for c in mine if c.kind == kind and c.tensor == t] for t in columns]
-                lines.append(f"  {kind:<{wide - 2}}" + "".join(f"{_cell(cell):>7}" for cell in row))
+                lines.append(f"  {kind:<{wide - 2}}" + "".join(f"{_cell(cell):>8}" for cell in row))
         return lines
 
     def _lists(self) -> list[str]:
@@ -146,7 +149,7 @@ class Report:
             for law in dict.fromkeys(check.tensor for check in rest if check.battery == battery):
                 mine = [check for check in rest if check.battery == battery and check.tensor == law]
                 worst = _cell(mine)
-                lines.append(f"  {law:<58}{len(mine):>3} checks {worst:>9}")
+                lines.append(f"  {law:<64}{len(mine):>3} checks {worst:>9}")
         return lines + (["", *self.notes] if self.notes else [])
 
     def _failures(self) -> list[str]:
@@ -166,7 +169,10 @@ class Report:
         lines += [*([""] if reasons and not bad else []), *(f"not judged: {reason}" for reason in reasons)]
         if bad and not any(check.battery == "weights" for check in bad):
             case = bad[0].id.rpartition("/")[0]
-            lines.append(f"reproduce: lorax-np verify {self.subject} --profile {self.profile} --case {case}")
+            seed = f" --seed {self.seed}" if self.seed else ""
+            lines.append(
+                f"reproduce: lorax-np verify {self.subject} --profile {self.profile}{seed} --case {case}"
+            )
         return lines
 
     def _verdict(self) -> str:
@@ -179,8 +185,8 @@ class Report:
         return f"\n{title}  {len(self.checks)} checks: {counts}  {self.seconds:.1f} s"
 
 
-def _name(tensor: str) -> str:
-    return tensor if tensor == "y" else f"g{tensor}"
+def _name(tensor: str, battery: str = "") -> str:
+    return tensor if tensor == "y" or battery == "merge" else f"g{tensor}"
 
 
 def _cell(checks: Iterable[Check]) -> str:
@@ -198,15 +204,26 @@ def _cell(checks: Iterable[Check]) -> str:
     return f"{max(ratios):.3f}" if ratios else "ok"
 
 
+def to_text(data: Any) -> str:
+    """Data as JSON that every reader takes: there is no NaN and no infinity in it."""
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
 def write_json(data: Any, path: str | Path) -> None:
-    """Write data as JSON to a file that appears whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(data, indent=1, default=_plain) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Write data as JSON to a file that appears whole or not at all; a device or a pipe is written to as it is."""
+    path, text = Path(path), to_text(data) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")
+def _finite(value: Any) -> Any:
+    """Null for what JSON cannot hold; the note of such a check says what it was."""
+    return None if isinstance(value, float) and not isfinite(value) else value

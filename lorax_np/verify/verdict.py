@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .batteries import battery_complex, battery_exact, battery_merge, spec_of
+import numpy as np
+
+from .batteries import battery_complex, battery_exact, battery_merge, chosen, spec_of
 from .cases import PROFILES
 from .laws import battery_protocol, battery_start
 from .report import Check, Report
@@ -47,7 +49,7 @@ def verify(
     A tensor passes where its error is within the bound that its own roundings explain, entry by entry
     (specs/verify.md); nothing is tuned. What a subject lacks is reported as not run, never as passed.
     Raises ValueError for an unknown profile or level, LookupError for an unknown subject, FormatError for a
-    file that is damaged or holds no such tensor.
+    file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec.
     """
     for name, value, known in (("profile", profile, tuple(PROFILES)), ("level", level, LEVELS)):
         if value not in known:
@@ -64,11 +66,12 @@ def verify(
         from .weights import battery_weights
 
         batteries = {"weights": battery_weights(weights, report)}
-    for name, battery in batteries.items():
-        for checks in battery(subject, profile, seed, level, case):
-            report.checks.extend(checks)
-            if progress is not None:
-                progress(name, len(report.checks), report.count("fail") + report.count("crash"))
+    with np.errstate(all="ignore"):  # what is not finite is judged, not warned of
+        for name, battery in batteries.items():
+            for checks in battery(subject, profile, seed, level, case):
+                report.checks.extend(check for check in checks if chosen(check.id, case))
+                if progress is not None:
+                    progress(name, len(report.checks), report.count("fail") + report.count("crash"))
     report.seconds = time.perf_counter() - start
     return report
 

@@ -21,6 +21,10 @@ class Spec:
     strided: bool = False
 
 
+class NoSubject(LookupError):
+    """There is no subject of that name; what the named module itself raises is never one."""
+
+
 class Subject(Protocol):
     """Anything with these two methods. Arrays of any library may come back; NumPy arrays go in.
 
@@ -45,25 +49,23 @@ def load(name: str, xp: Any = None) -> Any:
         return reference(xp)
     if name == "peft":
         return peft()
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise LookupError(f"SUBJECT: expected reference, peft or module:attribute, got {name!r}")
+    module_name, _, attribute = name.partition(":")
+    if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
+        raise NoSubject(f"SUBJECT: expected reference, peft or module:attribute, got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise LookupError(f"SUBJECT: expected a module that can be imported, got {name!r}: {error}") from error
+        raise NoSubject(f"SUBJECT: expected a module that can be imported, got {name!r}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise LookupError(f"SUBJECT: expected {attribute!r} in module {module_name}, got none")
+            raise NoSubject(f"SUBJECT: expected {attribute!r} in module {module_name}, got none")
         found = getattr(found, part)
     subject = found() if isinstance(found, type) else found
     if not hasattr(subject, "run") and not (hasattr(subject, "forward") and hasattr(subject, "backward")):
-        raise LookupError(
-            f"SUBJECT: expected methods forward and backward, or run, got {type(subject).__name__}"
-        )
+        raise NoSubject(f"SUBJECT: expected methods forward and backward, or run, got {type(subject).__name__}")
     return subject
 
 
@@ -82,7 +84,5 @@ def peft(config: Any = None) -> Any:
     try:
         from .peft_layer import Peft
     except ImportError as error:
-        raise LookupError(
-            f"peft: expected torch and PEFT, got: {error}; pip install 'lorax-np[peft]'"
-        ) from error
+        raise NoSubject(f"peft: expected torch and PEFT, got: {error}; pip install 'lorax-np[peft]'") from error
     return Peft(config)
