@@ -1,4 +1,7 @@
-"""The command line: lorax-np verify, lorax-np info.  Exit codes: 0 pass, 1 fail, 2 nothing judged, 3 crash."""
+"""The command line: lorax-np verify, lorax-np info.  Exit codes: 0 pass, 1 fail, 2 nothing judged, 3 crash.
+
+Besides, as shells have it: 130 when interrupted, 141 when whoever reads the output went away.
+"""
 
 import argparse
 import json
@@ -6,6 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +19,7 @@ from . import BackendError, ConfigError, DtypeError, FormatError, ShapeError, __
 if TYPE_CHECKING:
     from .verify import Report
 
-BAD_USAGE, CRASHED, INTERRUPTED = 2, 3, 130
+BAD_USAGE, CRASHED, INTERRUPTED, UNREAD = 2, 3, 130, 141
 EXTRAS = {  # module: (extra, what it adds)
     "ml_dtypes": ("bf16", "bfloat16 as a storage dtype"),
     "torch": ("peft", "with peft, PEFT's layers as a subject"),
@@ -25,20 +30,23 @@ EXTRAS = {  # module: (extra, what it adds)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every refusal is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except KeyboardInterrupt:
         print("\nlorax-np: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ConfigError, FormatError, BackendError, ShapeError, DtypeError, LookupError, OSError) as error:
-        text = error.args[0] if isinstance(error, LookupError) and error.args else error
-        print(f"lorax-np: {text}", file=sys.stderr)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; that is no verdict
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return UNREAD
+    except (ConfigError, FormatError, BackendError, ShapeError, DtypeError, OSError) as error:
+        print(f"lorax-np: {error}", file=sys.stderr)
         return BAD_USAGE
 
 
@@ -90,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 10**18 - 1, got {text!r}")
     return int(text)
 
 
@@ -99,25 +107,45 @@ def _seed(text: str) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from . import verify as harness
-    from .backend import namespace
-    from .verify.report import SCHEMA, write_json
+    from .verify.report import SCHEMA, to_text, write_json
 
     if arguments.backend and arguments.subject != "reference":
         raise ConfigError(f"--backend: expected the subject reference beside it, got {arguments.subject}")
-    if arguments.json and arguments.json != "-" and not Path(arguments.json).resolve().parent.is_dir():
-        raise ConfigError(f"--json: expected a file in a folder that is there, got {arguments.json}")
-    xp = namespace(arguments.backend) if arguments.backend else None
+    path = Path(arguments.json or "-")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ConfigError(f"--json: expected a file in a folder that is there, got {path}")
+    aside = redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext()
+    with aside:  # what the subject itself prints is no part of the JSON
+        reports = _judged(arguments)
+    if not reports:
+        return CRASHED
+    if arguments.json:
+        data = {"schema": SCHEMA, "reports": [report.to_dict() for report in reports]}
+        if arguments.json == "-":
+            print(to_text(data))
+        else:
+            write_json(data, path)
+    codes = [report.exit_code for report in reports]
+    return max(codes, key=(0, 2, 1, 3).index)
+
+
+def _judged(arguments: argparse.Namespace) -> "list[Report]":
+    """A report for each profile, printed as it comes; none where the subject's module crashed."""
+    from . import verify as harness
+    from .backend import namespace
+    from .verify.batteries import in_one_line
+
+    try:
+        xp = namespace(arguments.backend) if arguments.subject == "reference" else None
+    except BackendError as error:
+        raise BackendError(str(error).replace("xp:", "--backend:", 1)) from None
     try:
         subject = harness.subjects.load(arguments.subject, xp)
-    except LookupError:
-        raise
-    except Exception as error:  # whatever a stranger's module raises while it is imported
-        print(
-            f"lorax-np: {arguments.subject} crashed on import: {type(error).__name__}: {error}",
-            file=sys.stderr,
-        )
-        return CRASHED
+    except harness.subjects.NoSubject as error:
+        raise ConfigError(str(error)) from None
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
+        print(f"lorax-np: {arguments.subject} crashed on import: {in_one_line(error)}", file=sys.stderr)
+        return []
 
     reports: list[Report] = []
     for profile in [arguments.profile] if arguments.profile else ["fp64", "fp32"]:
@@ -136,15 +164,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         reports.append(report)
         if arguments.json != "-":
             text = str(report)
-            print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (profile == "fp64"))
-    if arguments.json:
-        data = {"schema": SCHEMA, "reports": [report.to_dict() for report in reports]}
-        if arguments.json == "-":
-            print(json.dumps(data, indent=1))
-        else:
-            write_json(data, arguments.json)
-    codes = [report.exit_code for report in reports]
-    return max(codes, key=(0, 2, 1, 3).index)
+            last = profile == "fp32" or arguments.profile
+            print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (not last))
+    return reports
 
 
 class _Progress:

@@ -6,6 +6,7 @@ branch is computed in the adapter's, the two are added in the wider one, and the
 each gradient is rounded once, at the end.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 from .backend import Array, cast, compute_dtype, dtype_name, namespace_of, one_dtype
@@ -195,7 +196,7 @@ def _wider(one: str, other: str) -> str:
 def _check(x: Array, base: Linear, adapter: Adapter, scaling: float, mask: Array | None) -> float:
     """Check all arguments together, before anything is computed; return the scaling as a Python float."""
     s = check_pair(base, adapter, scaling)
-    axes(W=(base.W, "d_out d_in"), x=(x, "... d_in"), A=(adapter.A, "r d_in"), mask=(mask, "... d_in"))
+    axes(W=(base.W, "d_out d_in"), x=(x, "... d_in"), A=(adapter.A, "? r d_in"), mask=(mask, "? ... d_in"))
     one_dtype(W=base.W, x=x)
     if mask is not None:
         one_dtype(mask=mask)
@@ -209,10 +210,13 @@ def _check_backward(gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Ad
     if not isinstance(saved, LoraLinearSaved):
         raise TypeError(f"saved: expected what lora_linear_forward returned, got {type(saved).__name__}")
     s = _check(saved.x, base, adapter, scaling, saved.mask)
-    namespace_of(x=saved.x, gy=gy)
     axes(x=(saved.x, "... d_in"), W=(base.W, "d_out d_in"), gy=(gy, "... d_out"))
-    given = {"x": saved.x, "W": base.W, "A": adapter.A, "b": adapter.b, "gy": gy}
-    for name, value in given.items():
+    if saved.lora is not None:
+        axes(A=(adapter.A, "? r d_in"), z=(saved.lora.z, "... r"))
+    parts = (
+        (field.name, getattr(record, field.name)) for record in (base, adapter) for field in fields(record)
+    )
+    for name, value in (("x", saved.x), ("mask", saved.mask), *parts, ("gy", gy)):
         if value is not None and dtype_name(value) == "complex128":
             raise DtypeError(f"{name}: expected real arrays in a backward pass, got complex128")
     if dtype_name(gy) != dtype_name(saved.x):

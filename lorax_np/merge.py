@@ -1,6 +1,6 @@
 """An adapter folded into the base weight, and taken out again.  Derivation and bounds: specs/merge.md."""
 
-from .backend import Array, all_finite, cast, dtype_name, quiet, to_host
+from .backend import Array, all_finite, cast, dtype_name, one_dtype, quiet, to_host
 from .errors import ConfigError
 from .ops.dora import row_norm_forward
 from .ops.lora import delta_forward
@@ -56,7 +56,10 @@ def unmerge(
     [[1.0, 0.0], [0.0, 1.0]]
     """
     s = check_pair(merged, adapter, scaling)
-    axes(W=(merged.W, "d_out d_in"), n=(n, "d_out"), b=(b, "d_out"))
+    axes(W=(merged.W, "d_out d_in"), n=(n, "? d_out"), b=(b, "? d_out"))
+    for name, vector in (("n", n), ("b", b)):
+        if vector is not None:
+            one_dtype(**{name: vector})
     if (n is None) != (adapter.m is None):
         wanted = "None, since the adapter has no m" if adapter.m is None else "row_norms of before the merge"
         raise ConfigError(f"n: expected {wanted}, got {'None' if n is None else 'an array'}")

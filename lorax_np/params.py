@@ -22,7 +22,7 @@ class Linear:
     b: Array | None = None
 
     def __post_init__(self) -> None:
-        bind(W=(self.W, "d_out d_in"), b=(self.b, "d_out"))
+        bind(W=(self.W, "d_out d_in"), b=(self.b, "? d_out"))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,10 +58,10 @@ class Adapter:
             raise ConfigError("bB: expected None beside m, since DoRA has no bias of B, got an array")
         if all(getattr(self, field.name) is None for field in fields(self)):
             raise ConfigError("Adapter: expected A and B, or b, got nothing")
-        d_out = "d_out"
+        d_out = "? d_out"
         axes(
-            A=(self.A, "r d_in"),
-            B=(self.B, "d_out r"),
+            A=(self.A, "? r d_in"),
+            B=(self.B, "? d_out r"),
             m=(self.m, d_out),
             b=(self.b, d_out),
             bB=(self.bB, d_out),
@@ -104,13 +104,13 @@ def check_pair(base: Linear, adapter: Adapter, scaling: float) -> float:
     for name, value, kind in (("base", base, Linear), ("adapter", adapter, Adapter)):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
-    A, B, d_out = adapter.A, adapter.B, "d_out"
-    axes(W=(base.W, "d_out d_in"), A=(A, "r d_in"), B=(B, "d_out r"), b=(adapter.b, d_out))
+    A, B, b = (adapter.A, "? r d_in"), (adapter.B, "? d_out r"), (adapter.b, "? d_out")
+    axes(W=(base.W, "d_out d_in"), A=A, B=B, b=b)
     try:
         s = float(scaling)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         s = float("nan")
-    if not isfinite(s) or isinstance(scaling, bool):
+    if not isfinite(s) or isinstance(scaling, (bool, str, bytes)):
         raise ConfigError(f"scaling: expected a finite float, got {scaling!r}")
     return s
 

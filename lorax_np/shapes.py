@@ -6,27 +6,33 @@ from typing import Any
 from .backend import Array, namespace_of, one_dtype
 from .errors import ShapeError
 
-Named = tuple[Array | None, str]  # an array, or None where absent, and its axes: "... d_in" or "r d_in"
+Named = tuple[
+    Array | None, str
+]  # an array and its axes: "... d_in", "r d_in", or "? d_out" where None may stand
 
 
 def axes(**arrays: Named) -> dict[str, Any]:
     """Check that each named axis has one size in all arrays, and return the sizes.
 
     The axes are words; "..." in front stands for any number of leading axes, the same in all arrays that
-    have it, and is returned as a tuple. Leading axes may hold nothing; a named axis holds at least 1.
-    Raises ShapeError, which names the array, what was wanted and who set it, and what came.
+    have it, and is returned as a tuple. Leading axes may hold nothing; a named axis holds at least 1. With "?"
+    before all, None may stand for an absent array.
+    Raises ShapeError, which names the array, what was wanted and who set it, and what came; TypeError for None.
 
     >>> import numpy as np
     >>> axes(x=(np.ones((2, 5, 12)), "... d_in"), A=(np.ones((4, 12)), "r d_in"))
     {'...': (2, 5), 'd_in': 12, 'r': 4}
     """
+    for name, (array, words) in arrays.items():
+        if array is None and not words.startswith("?"):
+            raise TypeError(f"{name}: expected an array, got None")
     namespace_of(**{name: array for name, (array, _) in arrays.items()})
     sizes: dict[str, Any] = {}
     setter: dict[str, str] = {}
     for name, (array, words) in arrays.items():
         if array is None:
             continue
-        shape, names = tuple(array.shape), words.split()
+        shape, names = tuple(array.shape), words.removeprefix("?").split()
         fixed = [word for word in names if word != "..."]
         lead = len(shape) - len(fixed)
         good = lead >= 0 if "..." in names else lead == 0

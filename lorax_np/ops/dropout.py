@@ -17,11 +17,11 @@ def dropout_forward(x: Array, mask: Array | None) -> Array:
     >>> dropout_forward(np.array([3.0, 5.0]), np.array([0.0, 2.0])).tolist()
     [0.0, 10.0]
     """
-    bind(x=(x, "... d_in"), mask=(mask, "... d_in"))
+    bind(x=(x, "... d_in"), mask=(mask, "? ... d_in"))
     return x if mask is None else x * mask  # (..., d_in)    (dropout.1)
 
 
 def dropout_backward(gy: Array, mask: Array | None) -> Array:
     """Adjoint of dropout_forward: the same product, gy : (..., d_in) -> gx : (..., d_in)."""
-    bind(gy=(gy, "... d_in"), mask=(mask, "... d_in"))
+    bind(gy=(gy, "... d_in"), mask=(mask, "? ... d_in"))
     return gy if mask is None else gy * mask  # (..., d_in)  (dropout.2), undoes (dropout.1)

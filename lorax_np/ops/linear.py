@@ -19,7 +19,7 @@ def linear_forward(x: Array, W: Array, b: Array | None = None) -> Array:
     >>> linear_forward(np.array([1.0, 2.0]), np.array([[3.0, 4.0]]), np.array([5.0])).tolist()
     [16.0]
     """
-    bind(x=(x, "... d_in"), W=(W, "d_out d_in"), b=(b, "d_out"))
+    bind(x=(x, "... d_in"), W=(W, "d_out d_in"), b=(b, "? d_out"))
     y = x @ W.T                       # (..., d_out)    (linear.1)
     return y if b is None else y + b  # (..., d_out)    (linear.2)
 

@@ -34,7 +34,7 @@ def lora_forward(
     >>> y.tolist()
     [3.0, 6.0]
     """
-    bind(x=(x, "... d_in"), A=(A, "r d_in"), B=(B, "d_out r"), bB=(bB, "d_out"))
+    bind(x=(x, "... d_in"), A=(A, "r d_in"), B=(B, "d_out r"), bB=(bB, "? d_out"))
     z = x @ A.T                       # (..., r)        (lora.1)
     u = z @ B.T                       # (..., d_out)    (lora.2)
     u = u if bB is None else u + bB   # (..., d_out)    (lora.3)
