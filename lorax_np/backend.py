@@ -164,6 +164,11 @@ def backend_info() -> dict[str, str]:
 # ---- between the host and a library ------------------------------------------------------------------------
 
 
+def takes_numpy(xp: Namespace) -> bool:
+    """Whether a library makes its arrays of NumPy's as they are, and has NumPy's methods: NumPy and CuPy."""
+    return xp is np or str(xp.__name__) == "cupy"
+
+
 def to_host(x: Array) -> HostArray:
     """Return x as a NumPy array: itself if it is one, else a copy in the host's memory."""
     xp = namespace_of(x=x)
@@ -181,7 +186,7 @@ def from_host(values: Array, like: Array | Namespace) -> Any:
         xp, device = like, None
     else:
         xp, device = namespace_of(like=like), getattr(like, "device", None)
-    if xp is np or xp.__name__ == "cupy":
+    if takes_numpy(xp):
         return xp.asarray(values)
     return xp.asarray(values, device=device)
 
@@ -194,7 +199,12 @@ FLOATS = (*STORAGE, "float32", "float64", "complex128")
 
 def dtype_name(x: Array) -> str:
     """Return the bare name of x's dtype, such as float32, whatever library x belongs to."""
-    return str(getattr(x.dtype, "name", None) or x.dtype).rpartition(".")[2]
+    return _dtype_name(x.dtype)
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
 
 
 def compute_dtype(x: Array) -> str:
@@ -232,7 +242,7 @@ def cast(x: Any, dtype: str) -> Any:
     if x is None or dtype_name(x) in (dtype, "complex128"):
         return x
     xp = namespace_of(x=x)
-    if xp is np or xp.__name__ == "cupy":
+    if takes_numpy(xp):
         return _to_bfloat16(x, xp) if dtype == "bfloat16" else x.astype(dtype)
     if not hasattr(xp, dtype):
         raise DtypeError(f"x: expected a dtype that {xp.__name__} has, got {dtype}")
@@ -277,5 +287,5 @@ def quiet() -> Any:
 def copy(x: Array) -> Array:
     """Return a copy of x, where x lives."""
     xp = namespace_of(x=x)
-    twin: Array = xp.array(x) if xp is np or xp.__name__ == "cupy" else xp.asarray(x, copy=True)
+    twin: Array = xp.array(x) if takes_numpy(xp) else xp.asarray(x, copy=True)
     return twin

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import FLOATS, HostArray, Namespace, cast, from_host, namespace
+from .backend import FLOATS, HostArray, Namespace, cast, from_host, namespace, takes_numpy
 from .errors import ConfigError, DtypeError
 
 LANES = 1 << 16  # a dropout probability is a whole number of 65536ths
@@ -141,7 +141,7 @@ def dropout_mask(
     count = prod(size)
     blocks = -(-count // 16)
     library = namespace(xp)
-    if library is np or library.__name__ == "cupy":
+    if takes_numpy(library):
         lanes = _words_by_numpy(blocks, counter, key).astype("<u8").view("<u2")[:count]  # low 16 bits first
         values = np.where(lanes >= LANES - kept, LANES / kept, 0.0)
         return from_host(cast(values.reshape(size), name), library)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,7 @@ def judge(
     dtype: str,
 ) -> Check:
     """Compare one tensor with the truth, which is float64, or fixed-point where it is made of integers."""
-
-    def check(verdict: Verdict, **more: Any) -> Check:
-        return Check(f"{id}/{tensor}", battery, kind, tensor, verdict, **more)
-
+    check = partial(Check, f"{id}/{tensor}", battery, kind, tensor)
     fixed = want.dtype == object
     if got is None:
         return check("not run", note="the subject gives no such tensor")

@@ -170,7 +170,7 @@ def start_of(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[
 def _start_laws(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, Law]:
     """The laws that one start keeps, as functions that look at a fresh draw of it."""
     start, s, r = config.init_lora_weights, config.scaling, config.r
-    d_out, d_in = W.shape
+    d_in = W.shape[1]
     u = UNIT[W.dtype.name]
 
     drawn = partial(start_of, subject, W, config, seed)

@@ -1,4 +1,4 @@
-"""The layer as a table of steps in plain NumPy, so that any one of them can be replaced: what faults are planted in.
+"""The layer as a table of steps in plain NumPy, any of which can be replaced: what faults are planted in.
 
 A step is a function of the steps before it. With none replaced this is one more right implementation, written
 from specs/lora.md and specs/dora.md in another order than the engine's; with one replaced, it is a known fault.
@@ -57,7 +57,9 @@ BACKWARD: Mapping[str, Step] = {
 }
 
 
-def run(case: Case, gy: HostArray, changed: Mapping[str, Step] | None = None) -> tuple[HostArray, dict[str, HostArray]]:
+def run(
+    case: Case, gy: HostArray, changed: Mapping[str, Step] | None = None
+) -> tuple[HostArray, dict[str, HostArray]]:
     """y and the gradients of a case, with some steps changed. All in the dtype of the case's arrays."""
     v = case.arrays()
     t = SimpleNamespace(c=case, full=case.m is not None and case.norm_gradient)

@@ -131,13 +131,14 @@ class Report:
         for battery in dict.fromkeys(check.battery for check in self.checks if check.tensor in TENSORS):
             mine = [check for check in self.checks if check.battery == battery and check.tensor in TENSORS]
             columns = [t for t in TENSORS if any(check.tensor == t for check in mine)]
-            wide = 88 - 8 * len(columns) if battery == "weights" else 26
+            wide = 96 - 8 * len(columns) if battery == "weights" else 26
             cases = len({check.id.rpartition("/")[0] for check in mine})
             title = f"{battery}, {cases} layers"
             lines += ["", f"{title:<{wide}}" + "".join(f"{_name(t, battery):>8}" for t in columns)]
             for kind in dict.fromkeys(check.kind for check in mine):
                 row = [[c for c in mine if c.kind == kind and c.tensor == t] for t in columns]
-                lines.append(f"  {kind:<{wide - 2}}" + "".join(f"{_cell(cell):>8}" for cell in row))
+                label = kind if len(kind) < wide - 2 else f"…{kind[4 - wide :]}"
+                lines.append(f"  {label:<{wide - 2}}" + "".join(f"{_cell(cell):>8}" for cell in row))
         return lines
 
     def _lists(self) -> list[str]:
@@ -210,7 +211,7 @@ def to_text(data: Any) -> str:
 
 
 def write_json(data: Any, path: str | Path) -> None:
-    """Write data as JSON to a file that appears whole or not at all; a device or a pipe is written to as it is."""
+    """Write data as JSON to a file that appears whole or not at all; a device or a pipe takes it as it is."""
     path, text = Path(path), to_text(data) + "\n"
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")

@@ -10,16 +10,17 @@ import numpy as np
 
 from .. import FormatError, LoraConfig, SafetensorsFile, open_safetensors
 from . import truth
-from .batteries import answer, ask, chosen, judge, judge_case, spec_of, to_numpy
+from .batteries import Absent, Crash, answer, chosen, judge, judge_case, spec_of
 from .bounds import bounds
 from .cases import PROFILES, UNIT, Case, HostArray, draw
+from .laws import start_of
 from .report import Check, Report
 from .subjects.engine import Reference
 
 KINDS = ("lora, dropout", "dora, dropout", "dora full norm, dropout")
 RANK, ALPHA, DROP, LEAD = 7, 11.9, 0.3, (3,)
 FLOATING = ("F16", "BF16", "F32", "F64")
-LABEL = 35  # characters for a name and its size
+LARGE = 1e100  # beyond it the squares that a judgement takes have no float64
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -29,7 +30,7 @@ def battery_weights(
     """The battery over one tensor of a file (FILE:TENSOR), or over all its linear weights (FILE).
 
     A linear weight is a floating tensor of two axes that no name calls an embedding; what is passed over is
-    noted in the report.
+    noted in the report. One that holds NaN or infinity is not run, and refused where it was named.
     Raises FormatError where the file is damaged, or holds no such tensor.
     """
     path, name = _split(where)
@@ -40,16 +41,22 @@ def battery_weights(
     for one in names:
         if one not in file:
             raise FormatError(f"{path}: expected a tensor {one!r}, got none of that name among {len(file)}")
-        if len(file.shape(one)) != 2 or file.dtype(one) not in FLOATING:
+        if not _linear(file, one):
             raise FormatError(
-                f"{path}: {one}: expected a floating tensor of two axes, got "
+                f"{path}: {one}: expected a floating tensor of two axes of at least 1, got "
                 f"{file.dtype(one)} {list(file.shape(one))}"
             )
 
     def battery(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
         for i, one in enumerate(names):
             if chosen(f"weights/{one}", only):
-                W, b = _read(path, file, one)
+                W, b = _read(file, one)
+                fault = _fault(one, W, b, PROFILES[profile])
+                if fault and name:
+                    raise FormatError(f"{path}: {fault}")
+                if fault:
+                    yield [Check(f"weights/{one}/y", "weights", _row(one, W), "y", "not run", note=fault)]
+                    continue
                 yield _judge_weight(subject, one, W, b, profile, (seed, 5, i))
                 if name and hasattr(subject, "init"):
                     report.notes.extend(_spectrum(subject, W.astype(PROFILES[profile]), seed))
@@ -61,29 +68,46 @@ def _split(where: str | Path) -> tuple[Path, str]:
     path, text = Path(where), str(where)
     if path.exists() or ":" not in text:
         return path, ""
-    file, _, tensor = text.rpartition(":")
-    return Path(file), tensor
+    cuts = [i for i, letter in enumerate(text) if letter == ":"]  # a path may hold colons, and so may a name
+    cut = next((i for i in reversed(cuts) if Path(text[:i]).exists()), cuts[-1])
+    name = text[cut + 1 :]
+    return (path, "") if "/" in name and not Path(text[:cut]).exists() else (Path(text[:cut]), name)
+
+
+def _linear(file: SafetensorsFile, name: str) -> bool:
+    shape = file.shape(name)
+    return len(shape) == 2 and 0 not in shape and file.dtype(name) in FLOATING
 
 
 def _linear_names(file: SafetensorsFile, report: Report) -> Iterator[str]:
     for name in file.names:
-        if len(file.shape(name)) == 2 and file.dtype(name) in FLOATING:
+        if _linear(file, name):
             if "embed" in name.lower():
                 report.notes.append(f"passed over, an embedding by its name: {name} {list(file.shape(name))}")
             else:
                 yield name
 
 
-def _read(path: Path, file: SafetensorsFile, name: str) -> tuple[HostArray, HostArray | None]:
+def _read(file: SafetensorsFile, name: str) -> tuple[HostArray, HostArray | None]:
     W = file[name].astype(np.float64)
     beside = f"{name.removesuffix('weight')}bias"
     b = file[beside].astype(np.float64) if beside != name and beside in file else None
     if b is not None and b.shape != (W.shape[0],):
         b = None
-    for what, value in ((name, W), (beside, b)):
-        if value is not None and not np.isfinite(value).all():
-            raise FormatError(f"{path}: {what}: expected finite numbers, got NaN or infinity")
     return W, b
+
+
+def _fault(name: str, W: HostArray, b: HostArray | None, dtype: str) -> str:
+    """What keeps a weight or the bias beside it from being judged, or nothing."""
+    for what, value in ((name, W), (f"the bias of {name}", b)):
+        if value is not None and not (np.abs(value.astype(dtype)) < LARGE).all():
+            return f"{what}: expected numbers below {LARGE} in {dtype}, got NaN, infinity or more"
+    return ""
+
+
+def _row(name: str, W: HostArray) -> str:
+    """What the report calls one weight: its name and its size."""
+    return f"{name.removesuffix('.weight')} {W.shape[0]}×{W.shape[1]}"
 
 
 def _judge_weight(
@@ -91,11 +115,6 @@ def _judge_weight(
 ) -> list[Check]:
     """One row of the report: LoRA and DoRA at this weight, every tensor of each."""
     dtype = PROFILES[profile]
-    size = f" {W.shape[0]}×{W.shape[1]}"
-    short = name.removesuffix(".weight")
-    row = (
-        short if len(short) + len(size) <= LABEL else f"…{short[len(short) + len(size) + 1 - LABEL :]}"
-    ) + size
     checks: list[Check] = []
     for kind in KINDS:
         if kind.startswith("dora") and ("full" in kind) not in spec_of(subject).norm_gradient:
@@ -104,7 +123,7 @@ def _judge_weight(
         shape = (*W.shape, RANK, LEAD)
         id = f"weights/{name}/{kind.partition(',')[0].replace(' ', '-')}"
         case = draw(id, kind, shape, dtype, seed, alpha=ALPHA, p=DROP, bias=bias, weight=W, base_bias=b)
-        checks += _judge_real(subject, replace(case, kind=row), profile)
+        checks += _judge_real(subject, replace(case, kind=_row(name, W)), profile)
     return checks
 
 
@@ -142,10 +161,12 @@ def _along(case: Case, engine: dict[str, HostArray], bound: dict[str, HostArray]
 def _spectrum(subject: Any, W: HostArray, seed: int) -> list[str]:
     """PiSSA at this weight, for a person: what it takes, what it leaves, and whether the two give W back."""
     config = LoraConfig(r=min(16, *W.shape), lora_alpha=ALPHA, init_lora_weights="pissa")
-    got = {
-        name: to_numpy(value).astype(np.float64)
-        for name, value in ask(subject, "init", W, config, seed).items()
-    }
+    try:
+        got = start_of(subject, W, config, seed)
+    except (Absent, Crash) as error:
+        return [f"PiSSA start: none, {error}"]
+    if not W.any() or not np.isfinite(got["W"]).all():
+        return [f"PiSSA start: none, the {'residual is not finite' if W.any() else 'weight is zero'}"]
     S = np.linalg.svd(W.astype(np.float64), compute_uv=False)
     update = config.scaling * got["B"] @ got["A"]
     off = np.abs(got["W"] + update - W).max()

@@ -181,9 +181,7 @@ def test_names_come_in_the_order_of_their_bytes(tmp_path):
 
 
 def test_scalars_padding_and_nothing_at_all_are_legal(tmp_path):
-    file = opened(
-        tmp_path, packed(b'{"s": {"shape": [], "dtype": "I16", "data_offsets": [0, 2]}}   ', b"\1\0")
-    )
+    file = opened(tmp_path, packed(b'{"s": {"shape": [], "dtype": "I16", "data_offsets": [0, 2]}}   ', b"\1\0"))
     assert file["s"].shape == ()
     assert file["s"] == 1
     assert opened(tmp_path, packed({"e": line("U8", (0, HUGE), (0, 0))}))["e"].shape == (0, HUGE)

@@ -1,0 +1,710 @@
+"""The harness convicts what is wrong, names it, and acquits what is right: from Python and from a shell."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import broken
+import numpy as np
+import pytest
+from broken import BROKEN, GARBAGE, GARBAGE_MERGES, GARBAGE_STARTS, Garbage
+
+import lorax_np as lx
+from lorax_np.cli import main
+from lorax_np.verify import exact, truth
+from lorax_np.verify.report import TENSORS, write_json
+
+HERE, ROOT = Path(__file__).parent, Path(lx.__file__).parents[1]
+PROFILES = "fp32", "fp64"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def truths_once():
+    """Compute the truth of each case once: the subjects of this file are judged on the same ones."""
+
+    def remembered(compute):
+        known = {}
+
+        def recall(case):
+            arrays = tuple((name, value.tobytes()) for name, value in case.arrays().items())
+            key = case.id, case.x.dtype.name, case.scaling, case.norm_gradient, arrays
+            if key not in known:
+                known[key] = compute(case)
+            return known[key]
+
+        return recall
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "truth", remembered(exact.truth))
+        patch.setattr(truth, "gradients", remembered(truth.gradients))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The full report on the engine itself, in each profile."""
+    return {profile: lx.verify.verify("reference", profile) for profile in PROFILES}
+
+
+def quick(subject, profile="fp32", **more):
+    return lx.verify.verify(subject, profile, "quick", **more)
+
+
+def shell(*arguments, **more):
+    """Run the command line in a process of its own, among the broken subjects."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **more.pop("env", {})}
+    command = [sys.executable, "-m", "lorax_np", *arguments]
+    settings = {"cwd": HERE, "env": environment, "capture_output": True, "encoding": "utf-8", "timeout": 120}
+    return subprocess.run(command, **{**settings, **more})
+
+
+def refused(capsys, *arguments, says, code=2):
+    """The command line, here: one line on standard error, no table, and this exit code."""
+    assert main([*arguments, "--profile", "fp32"]) == code
+    out, err = capsys.readouterr()
+    lines = [
+        line for line in err.splitlines() if not re.fullmatch(r"fp\d\d \w+: \d+ checks(, \d+ failed)?", line)
+    ]
+    assert len(lines) == 1, err
+    assert re.search(says, lines[0]), lines[0]
+    assert lines[0].startswith("lorax-np: ")
+    assert out == ""
+
+
+# ---- what is wrong is convicted, and named -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("kind", BROKEN.values(), ids=BROKEN)
+def test_a_broken_subject_fails_in_the_tensors_that_are_wrong_and_in_no_other(kind, profile):
+    report = quick(kind(), profile)
+    assert report.exit_code == 1
+    assert not report.passed
+    assert {check.tensor for check in report.checks if check.verdict != "pass"} == kind.wrong
+    names = ["y" if tensor == "y" else f"g{tensor}" for tensor in TENSORS if tensor in kind.wrong]
+    assert [line.partition(" is wrong in ")[0] for line in report.diagnosis] == names
+    text = str(report)
+    assert all(f"diagnosis: {line}" in text for line in report.diagnosis)
+    assert re.search(rf"^FAIL  {kind.__name__}  {profile}  \d+ checks: \d+ pass, [1-9]\d* fail,", text, re.M)
+    tables = [line.split() for line in text.splitlines() if re.match(r"(exact|complex), \d+ layers", line)]
+    for columns in tables:
+        rows = re.findall(rf"^{columns[0]} .*\n((?:  .*\n)+)", text, re.M)[0].splitlines()
+        cells = [row[26:].split() for row in rows]
+        failing = {columns[3 + i] for row in cells for i, cell in enumerate(row) if cell == "FAIL"}
+        assert failing == set(names)
+
+
+def test_there_are_enough_of_them():
+    assert len(BROKEN) >= 14
+    assert set().union(*(kind.wrong for kind in BROKEN.values())) == {"y", "x", "A", "B", "m", "b", "bB"}
+
+
+def test_diagnosis_says_where_alone_it_shows():
+    (line,) = quick(broken.MaskMissingInX()).diagnosis
+    assert re.fullmatch(
+        r"gx is wrong in \d+ of \d+ checks; only in: dora full norm, dropout; dora, dropout; lora, dropout",
+        line,
+    )
+
+
+@pytest.mark.parametrize("kind", [broken.ScaleMissingInA, broken.RsloraIgnored, broken.BOfAnotherDtype])
+def test_from_the_command_line(kind):
+    run = shell("verify", f"broken:{kind.__name__}", "--profile", "fp32", "--level", "quick", "--case", "exact")
+    assert run.returncode == 1
+    for tensor in kind.wrong - {"y"}:
+        assert re.search(rf"^diagnosis: g{tensor} is wrong in ", run.stdout, re.M)
+    assert f"reproduce: lorax-np verify broken:{kind.__name__} --profile fp32 --case exact/" in run.stdout
+    assert re.fullmatch(r"fp32 exact: \d+ checks, \d+ failed\n", run.stderr)
+
+
+def test_one_failing_check_is_reproduced_alone():
+    """By the id of the check, and by the command that the report prints, which holds the seed."""
+    whole = quick(broken.ScaleMissingInB(), seed=3)
+    bad = [check for check in whole.checks if check.verdict == "fail"]
+    for check in (bad[0], bad[-1]):
+        (again,) = quick(broken.ScaleMissingInB(), seed=3, case=check.id).checks
+        assert again == check
+    command = re.search(r"^reproduce: lorax-np (.*)$", str(whole), re.M)[1]
+    assert " --seed 3 " in command
+    whole.subject = "broken:ScaleMissingInB"
+    command = re.search(r"^reproduce: lorax-np (.*)$", str(whole), re.M)[1]
+    run = shell(*command.split(), "--json", "-")
+    assert run.returncode == 1
+    (report,) = json.loads(run.stdout)["reports"]
+    found = [check for check in report["checks"] if check["verdict"] == "fail"]
+    assert [check["id"] for check in found] == [bad[0].id]
+    assert (found[0]["got"], found[0]["want"], found[0]["ratio"]) == (bad[0].got, bad[0].want, bad[0].ratio)
+
+
+def test_a_wrong_merged_weight_is_called_so():
+    report = quick(Garbage(merge=GARBAGE_MERGES["off"][0]), case="merge")
+    assert [line.partition(" is wrong in ")[0] for line in report.diagnosis] == ["merged W"]
+    assert re.search(r"^merge, 6 layers +b +W$", str(report), re.M)
+
+
+# ---- what is right is acquitted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_reference_proves_itself(reference, profile):
+    report = reference[profile]
+    assert report.passed, str(report)
+    assert report.exit_code == 0
+    assert report.count("pass") == len(report.checks) > 600
+    assert report.diagnosis == []
+    judged = {(check.kind, check.tensor) for check in report.checks if check.battery == "exact"}
+    for kind in ("lora", "dora", "dora full norm"):
+        mine = {"y", "x", "A", "B", "b", "W", "bB" if kind == "lora" else "m"}
+        assert judged >= {(kind + drop, tensor) for tensor in mine for drop in ("", ", dropout")}
+    assert {check.battery for check in report.checks} == {"exact", "complex", "merge", "protocol", "start"}
+
+
+def test_the_whole_proof_takes_less_than_ten_seconds():
+    """In a process of its own; a second try only where the machine was busy."""
+    for _ in range(2):
+        started = os.times()
+        run = shell("verify", "--quiet")
+        ended = os.times()
+        wall, cpu = ended.elapsed - started.elapsed, ended.children_user - started.children_user
+        print(f"lorax-np verify: {wall:.1f} s, of which {cpu:.1f} s on a processor")
+        assert run.returncode == 0
+        lines = run.stdout.splitlines()
+        assert [line.split()[:3] for line in lines] == [
+            ["PASS", "reference", "fp64"],
+            ["PASS", "reference", "fp32"],
+        ]
+        assert run.stderr == ""
+        if min(wall, cpu) < 10:
+            return
+    raise AssertionError(f"lorax-np verify took {min(wall, cpu):.1f} s")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_short_right_subject_passes(profile):
+    assert len([line for line in inspect.getsource(broken.Naive).splitlines() if line.strip()]) <= 15
+    report = quick(broken.Naive(), profile)
+    assert report.passed, str(report)
+    assert report.count("not run") > 0
+    assert report.count("fail") == report.count("crash") == report.count("vacuous") == 0
+    text = str(report)
+    assert "not judged: LoRA without DoRA" in text
+    assert re.search(r"^  dora +notrun", text, re.M)
+    assert f" 0 vacuous, {report.count('not run')} not run " in text.splitlines()[-1]
+
+
+def test_the_tables_layout(reference):
+    """Heads, a row for each kind, a line for each law, and the verdict last; no line past 100 characters."""
+    for profile, report in reference.items():
+        lines = str(report).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert re.fullmatch(rf"reference in {profile}, judged by lorax_np \S+, seed 0", lines[0])
+        assert re.fullmatch(r"NumPy \S+, .+, Python \d\S+", lines[1])
+        assert lines[4] == "its norm constant, and differentiated in backward"
+        text = "\n".join(lines)
+        number = r" +(\d\.\d{3}|·)"
+        assert re.search(r"^exact, 48 layers +y +gx +gA +gB +gm +gb +gbB +gW$", text, re.M)
+        for kind in ("lora", "lora, dropout", "dora", "dora, dropout", "dora full norm"):
+            assert len(re.findall(rf"^  {kind}{number * 7}", text, re.M)) == 2
+        assert re.search(r"^merge, 18 layers +b +W\n  lora +0\.\d{3} +0\.\d{3}\n  dora ", text, re.M)
+        assert re.search(r"^protocol\n(  \S.*\S +\d+ checks +ok\n){5}", text, re.M)
+        assert re.search(r"^start\n(  \S.*\S +\d+ checks +ok\n){14}", text, re.M)
+        assert re.fullmatch(
+            rf"PASS  reference  {profile}  (\d+) checks: \1 pass, 0 fail, 0 vacuous, 0 not run  \d+\.\d s",
+            lines[-1],
+        )
+
+
+def test_ids_are_unique_and_stable(reference):
+    full, again = reference["fp32"], quick("reference")
+    ids = [check.id for check in full.checks]
+    assert len(set(ids)) == len(ids)
+    assert ids == [check.id for check in reference["fp64"].checks]
+    assert again.checks == quick("reference").checks
+    assert set(again.checks) < set(full.checks)  # quick judges some of the same checks, with the same outcome
+    assert [check.id for check in again.checks] == [check.id for check in quick("reference", seed=1).checks]
+
+
+def test_another_seed_is_another_draw():
+    one, other = (quick("reference", seed=seed, case="exact/lora") for seed in (0, 1))
+    assert one.passed
+    assert other.passed
+    assert [check.want for check in one.checks] != [check.want for check in other.checks]
+
+
+def test_conventions_can_be_declared_for_a_subject():
+    full = lx.verify.Spec(norm_gradient=(True,))
+    assert quick(broken.NormNotDetached(), conventions=full).passed
+    report = quick("reference", conventions=full)
+    assert not [
+        check for check in report.checks if check.kind in ("dora", "dora, dropout") and check.battery == "exact"
+    ]
+    assert "its norm differentiated in backward" in str(report)
+
+
+@pytest.mark.parametrize("spec", [{"norm_gradient": True}, "full", broken.BOTH.norm_gradient])
+def test_a_spec_that_is_none_is_refused(spec):
+    subject = Garbage()
+    subject.spec = spec
+    with pytest.raises(lx.ConfigError, match=r"^spec: expected a lorax_np\.verify\.Spec, got \w+$"):
+        quick(subject)
+
+
+@pytest.mark.parametrize(("name", "value"), [("profile", "fp8"), ("level", "all")])
+def test_unknown_words_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got '{value}'$"):
+        lx.verify.verify("reference", **{name: value})
+
+
+# ---- what cannot be judged ---------------------------------------------------------------------------------
+
+
+def test_what_covers_nothing_is_not_passed(capsys):
+    report = quick(broken.CoversNothing())
+    assert report.exit_code == 2
+    assert not report.passed
+    assert report.count("not run") == len(report.checks) > 0
+    assert str(report).splitlines()[-1].startswith("NOTHING JUDGED  CoversNothing  fp32  ")
+    assert quick("reference", case="no/such/case").exit_code == 2
+    assert main(["verify", "--case", "no/such/case", "--quiet"]) == 2
+    assert capsys.readouterr().out.count("NOTHING JUDGED  reference") == 2
+
+
+def test_what_a_subject_does_not_cover_is_counted_and_said():
+    report = quick(broken.NoDora())
+    assert report.passed
+    missing = [check for check in report.checks if check.verdict == "not run"]
+    assert {check.kind.partition(" ")[0].strip(",") for check in missing} == {"dora"}
+    assert {check.battery for check in missing} == {"exact", "complex", "merge", "protocol", "start"}
+    text = str(report)
+    assert "not judged: no DoRA here" in text
+    assert "second line" not in text
+    assert re.search(rf", {len(missing)} not run ", text)
+
+
+@pytest.mark.parametrize(
+    ("subject", "says"),
+    [
+        (broken.Crashes, "ZeroDivisionError: one over nothing"),
+        (broken.CrashesLate, "ZeroDivisionError: integer division or modulo by zero"),
+        (broken.Exits, "SystemExit: 0"),
+        (lambda: broken.Naive, "TypeError: .*missing 1 required positional argument: 'case'"),
+        (broken.NoMethods, "AttributeError: .* has no attribute 'forward'"),
+    ],
+)
+def test_a_crash_is_reported_as_one(subject, says):
+    report = quick(subject())
+    assert report.exit_code == 3
+    text = str(report)
+    assert re.search(rf"^CRASH  exact/\S+/y  {says}$", text, re.M), text
+    assert text.splitlines()[-1].startswith("CRASHED  ")
+    assert f" {report.count('crash')} crashed " in text.splitlines()[-1]
+    assert "and more\n" not in text
+
+
+def test_an_interruption_is_not_a_crash():
+    class Interrupted:
+        def run(self, case, gy):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(Interrupted())
+
+
+def test_who_writes_into_its_inputs_harms_only_itself():
+    report = quick(broken.WritesIntoItsInputs())
+    assert report.exit_code == 1
+    bad = [check for check in report.checks if check.verdict != "pass"]
+    assert [check.tensor for check in bad] == ["no argument is written to"] * 2
+    assert {check.note for check in bad} == {"written to: x, gy"}
+    assert re.search(r"^  no argument is written to +2 checks +FAIL$", str(report), re.M)
+
+
+def test_nan_is_wrong_and_said_to_be():
+    report = quick(broken.Nan())
+    assert report.exit_code == 1
+    bad = [check for check in report.checks if check.battery in ("exact", "complex")]
+    assert {check.verdict for check in bad} == {"fail"}
+    assert {check.note for check in bad} == {"not finite: nan", "not finite: inf"}
+
+
+def strict(text):
+    """Parse JSON as its standard has it: no NaN, no infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("made", "code", "only"),
+    [
+        *((Garbage(run=run), code, "") for run, code in GARBAGE.values()),
+        *((Garbage(init=init), code, "start") for init, code in GARBAGE_STARTS.values()),
+        *((Garbage(merge=merge), code, "merge") for merge, code in GARBAGE_MERGES.values()),
+    ],
+    ids=[
+        f"{where} {name}"
+        for where, made in (("run", GARBAGE), ("init", GARBAGE_STARTS), ("merge", GARBAGE_MERGES))
+        for name in made
+    ],
+)
+def test_garbage_never_breaks_the_harness(made, code, only):
+    for profile in PROFILES:
+        report = quick(made, profile, case=only)
+        if code != 1 or profile == "fp32":  # lists become float64 arrays, which are right there
+            assert report.exit_code == code, str(report)
+        assert len(str(report)) > 100
+        assert strict(json.dumps(report.to_dict(), allow_nan=False)) == json.loads(json.dumps(report.to_dict()))
+
+
+def test_gradients_under_other_names_are_no_pass():
+    """A gradient called gA is not a missing A: nothing would be judged, and all would pass."""
+    report = quick(Garbage(run=GARBAGE["a name of its own"][0]))
+    assert report.exit_code == 3
+    assert "backward: expected names among x, W, A, B, m, b, bB, got 'gx'" in str(report)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def test_json_round_trips(reference, tmp_path):
+    for report in (reference["fp32"], quick(broken.Nan()), quick(broken.Crashes())):
+        path = tmp_path / "report.json"
+        report.to_json(path)
+        assert [path] == list(tmp_path.iterdir())
+        data = strict(path.read_text(encoding="utf-8"))
+        assert data == json.loads(json.dumps(report.to_dict()))
+        assert data["schema"] == "lorax_np.verify/1"
+        assert data["passed"] is report.passed
+        assert data["exit_code"] == report.exit_code
+        assert sum(data["counts"].values()) == len(data["checks"]) == len(report.checks)
+        assert data["diagnosis"] == report.diagnosis
+        fields = ["id", "battery", "kind", "tensor", "verdict", "ratio", "at", "got", "want", "note"]
+        assert all(list(check) == fields for check in data["checks"])
+
+
+def test_json_on_standard_output_is_alone_there():
+    run = shell("verify", "broken:Chatty", "--profile", "fp32", "--case", "exact/lora/0", "--json", "-")
+    assert run.returncode == 0
+    data = strict(run.stdout)
+    assert data["schema"] == "lorax_np.verify/1"
+    assert [report["profile"] for report in data["reports"]] == ["fp32"]
+    assert "what a subject says" in run.stderr
+
+
+def test_a_json_file_appears_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """No room on the disk halfway: the old file stays, and nothing lies beside it."""
+    path = tmp_path / "report.json"
+    write_json({"old": True}, path)
+    write = Path.write_text
+
+    def half(self, text, **more):
+        write(self, text[: len(text) // 2], **more)
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert main(["verify", "--case", "exact/lora/0", "--json", str(path), "--quiet"]) == 2
+    monkeypatch.undo()
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == {"old": True}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_json_file_that_cannot_be_is_refused_before_the_work(tmp_path, capsys):
+    for path in (tmp_path / "missing" / "report.json", tmp_path, Path("/")):
+        refused(
+            capsys,
+            "verify",
+            "--json",
+            str(path),
+            says="--json: expected a file in a folder that is there, got /",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    with suppress(OSError):
+        (folder / "probe").touch()  # whoever is root may write there
+        (folder / "probe").unlink()
+        folder = Path("/proc")
+        if not folder.is_dir():
+            pytest.skip("this user may write anywhere")
+    before = set(tmp_path.rglob("*"))
+    assert main(["verify", "--case", "exact/lora/0", "--quiet", "--json", str(folder / "report.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("PASS") == 2  # the verdict is there, the file is not
+    assert re.fullmatch(r"lorax-np: .*report\.json.*\n", err)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """And so /dev/null stays the device it is, under root too."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    write_json({"a": 1}, path)
+    assert json.loads(os.read(reader, 1000)) == {"a": 1}
+    os.close(reader)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("subject", "code"),
+    [
+        ("broken:Naive", 0),
+        ("broken:Garbage", 0),  # with nothing to spoil, the reference
+        ("broken:BOffByAThousandth", 1),
+        ("broken:CoversNothing", 2),
+        ("broken:Crashes", 3),
+        ("broken:WantsAnArgument", 3),
+    ],
+)
+def test_exit_codes(subject, code, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    assert main(["verify", subject, "--level", "quick", "--case", "exact", "--quiet"]) == code
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == (0 if subject == "broken:WantsAnArgument" else 2)
+    assert len(err.splitlines()) == (subject == "broken:WantsAnArgument")
+
+
+def test_an_interrupted_run_says_so(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "lorax_np",
+        "verify",
+        "broken:Asleep",
+        "--json",
+        str(tmp_path / "report.json"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stderr.readline() == "asleep\n"
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert err == "\nlorax-np: interrupted\n"
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_level_profile_seed_and_quiet(capsys):
+    arguments = ["verify", "--profile", "fp32", "--case", "exact/lora"]
+    assert main(arguments) == 0
+    full = capsys.readouterr()
+    assert main([*arguments, "--level", "quick"]) == 0
+    some = capsys.readouterr()
+    count = [int(re.search(r"  (\d+) checks: ", run.out)[1]) for run in (full, some)]
+    assert 0 < count[1] < count[0]
+    assert full.err == f"fp32 exact: {count[0]} checks\n"
+    assert main([*arguments, "--quiet", "--seed", "7"]) == 0
+    run = capsys.readouterr()
+    assert re.fullmatch(r"PASS  reference  fp32  .*\n", run.out)
+    assert run.err == ""
+    assert main([*arguments, "--seed", "7", "--json", "-"]) == 0
+    assert strict(capsys.readouterr().out)["reports"][0]["seed"] == 7
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", "²", "1" * 19, "9" * 5000, ""])
+def test_a_seed_is_a_whole_number(seed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", f"--seed={seed}"])
+    assert stop.value.code == 2
+    assert "argument --seed: expected an integer from 0 to 10**18 - 1, got" in capsys.readouterr().err
+
+
+# ---- on real weights ---------------------------------------------------------------------------------------
+
+
+def saved(path, **tensors):
+    """A file that the safetensors library wrote; bfloat16 as ml_dtypes has it."""
+    library = pytest.importorskip("safetensors.numpy", reason="the test extra is not installed")
+    library.save_file({name.replace("__", "."): value for name, value in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Every kind of tensor that a model's file may hold."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="the test extra is not installed")
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype="float32"):
+        return rng.standard_normal(shape).astype(dtype)
+
+    bad = normal(3, 4)
+    bad[1, 2] = np.nan
+    return saved(
+        tmp_path_factory.mktemp("a:b") / "model.safetensors",
+        single__weight=normal(5, 7),
+        single__bias=normal(5),
+        half__weight=normal(6, 4, dtype="float16"),
+        brain__weight=normal(4, 9, dtype=ml_dtypes.bfloat16),
+        double__weight=normal(7, 3, dtype="float64"),
+        zero__weight=np.zeros((4, 6), dtype=np.float32),
+        of_another_size__weight=normal(3, 5),
+        of_another_size__bias=normal(4),
+        tiny__weight=1e-20 * normal(3, 5),
+        nan__weight=bad,
+        too_large__weight=1e200 * normal(2, 5, dtype="float64"),
+        empty__weight=normal(0, 5),
+        norm__weight=normal(8),
+        wte__embedding__weight=normal(11, 5),
+        conv__weight=normal(3, 4, 2),
+        counts=np.ones((3, 3), dtype=np.int64),
+        **{"a_name_of_sixty_characters_" * 3 + f"{i}__weight": normal(3, 2) for i in range(2)},
+    )
+
+
+JUDGED = ["single", "half", "brain", "double", "zero", "of_another_size", "tiny"]
+LONG = ["a_name_of_sixty_characters_" * 3 + str(i) for i in range(2)]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_linear_weight_is_judged_in_a_line(file, profile):
+    report = lx.verify.verify("reference", profile, weights=file)
+    assert report.passed, str(report)
+    judged = [check for check in report.checks if check.verdict == "pass"]
+    good = {*JUDGED, *LONG}
+    assert {check.kind.split()[0] for check in judged} == good
+    missing = [check for check in report.checks if check.verdict != "pass"]
+    assert {check.verdict for check in missing} == {"not run"}
+    assert {check.kind.split()[0] for check in missing} == {"nan", "too_large"}
+    assert {check.tensor for check in judged if check.kind.startswith("single")} >= {
+        "y",
+        "x",
+        "A",
+        "B",
+        "m",
+        "b",
+    }
+    assert "b" not in {check.tensor for check in judged if check.kind.startswith(("half", "of_another"))}
+    assert report.notes == ["passed over, an embedding by its name: wte.embedding.weight [11, 5]"]
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 100
+    for name in (*JUDGED, "nan"):
+        assert len(re.findall(rf"^  {name} \d+×\d+ .*\d\.\d{{3}}|^  {name} .*notrun", text, re.M)) == 1
+    for i in range(2):
+        assert len(re.findall(rf"^  …\S+_{i} 3×2 .*\d\.\d{{3}}", text, re.M)) == 1
+    what = "expected numbers below 1e\\+100 in float(32|64), got NaN, infinity or more"
+    assert re.search(rf"^not judged: nan\.weight: {what}$", text, re.M)
+    assert report.to_dict()["counts"]["not run"] == len(missing)
+
+
+@pytest.mark.parametrize(
+    "kind", [broken.AOfUndroppedInput, broken.MagnitudeWithoutAdapter, broken.BaseOfDroppedInput]
+)
+def test_a_broken_subject_fails_on_weights(kind, file):
+    report = lx.verify.verify(kind(), "fp32", weights=f"{file}:single.weight")
+    assert {check.tensor for check in report.checks if check.verdict != "pass"} == kind.wrong
+    assert report.exit_code == 1
+
+
+def test_one_tensor_shows_the_spectrum_of_its_pissa_start(file, capsys):
+    assert main(["verify", "--weights", f"{file}:double.weight", "--profile", "fp32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        re.fullmatch(r"PiSSA start, r = 3: 100\.0% of the squared norm goes into the adapter", x) for x in lines
+    )
+    assert any(re.match(r"singular values, \S+ down to \S+ \(height: logarithm", x) for x in lines)
+    assert any(re.fullmatch(r"  [ ▁▂▃▄▅▆▇█]{3}", x) for x in lines)
+    left = [x for x in lines if x.startswith("largest singular value left in the residual: ")]
+    assert left[0].endswith("singular value 4 of W: 0")
+    off = next(float(x.split()[-6]) for x in lines if x.startswith("residual + s·BA − W: at most "))
+    assert off <= 0.51
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_spectrum_that_cannot_be_is_no_traceback(file):
+    for subject, name, says in [
+        ("reference", "zero", "the weight is zero"),
+        (Garbage(init=GARBAGE_STARTS["nan"][0]), "half", "the residual is not finite"),
+        (
+            Garbage(init=GARBAGE_STARTS["none"][0]),
+            "half",
+            "init: expected a dict of arrays by name, got NoneType",
+        ),
+    ]:
+        report = lx.verify.verify(subject, "fp32", weights=f"{file}:{name}.weight")
+        assert report.notes == [f"PiSSA start: none, {says}"]
+    assert "PiSSA" not in str(lx.verify.verify(broken.Naive(), "fp32", weights=f"{file}:half.weight"))
+
+
+def test_colons_in_paths_and_in_names(tmp_path):
+    path = saved(tmp_path / "x:y.safetensors", **{"a:b__weight": np.eye(3), "c__weight": np.eye(2)})
+    for where, names in [
+        (path, {"a:b", "c"}),
+        (f"{path}:c.weight", {"c"}),
+        (f"{path}:a:b.weight", {"a:b"}),
+    ]:
+        report = lx.verify.verify("reference", "fp64", weights=where)
+        assert report.passed
+        assert {check.kind.split()[0] for check in report.checks} == names
+
+
+def test_only_one_weight_by_case(file):
+    report = lx.verify.verify("reference", "fp32", weights=file, case="weights/half.weight/dora")
+    assert {check.id.rpartition("/")[0] for check in report.checks} == {"weights/half.weight/dora"}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "model.safetensors:no.such.weight",
+            r"expected a tensor 'no.such.weight', got none of that name among \d+",
+        ),
+        (
+            "model.safetensors:norm.weight",
+            r"norm.weight: expected a floating tensor of two axes .*got F32 \[8\]",
+        ),
+        ("model.safetensors:conv.weight", r"two axes of at least 1, got F32 \[3, 4, 2\]"),
+        ("model.safetensors:empty.weight", r"two axes of at least 1, got F32 \[0, 5\]"),
+        ("model.safetensors:counts", r"got I64 \[3, 3\]"),
+        (
+            "model.safetensors:nan.weight",
+            r"nan.weight: expected numbers below 1e\+100 in float32, got NaN, infinity or more",
+        ),
+        ("nothing.safetensors", "No such file or directory: .*nothing.safetensors'"),
+        ("nothing.safetensors:a.weight", "No such file or directory: .*nothing.safetensors'"),
+        (".", "expected a safetensors file, got a directory"),
+        ("short.safetensors", "expected"),
+        ("hostile.safetensors", "header length: expected 2 to"),
+        ("unlinear.safetensors", "expected a floating tensor of two axes, got none"),
+        ("model.bin", "got a pickle"),
+        ("empty", "expected at least 10 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_judged_is_one_line(file, name, says, capsys, tmp_path):
+    folder = file.parent
+    whole = file.read_bytes()
+    (folder / "short.safetensors").write_bytes(whole[:-5])
+    (folder / "hostile.safetensors").write_bytes(b"\xff" * 8 + whole[8:])
+    (folder / "model.bin").write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n(S'true'\ntR." * 3)
+    (folder / "empty").write_bytes(b"")
+    saved(folder / "unlinear.safetensors", norm__weight=np.ones(3))
+    path = tmp_path / "report.json"
+    refused(capsys, "verify", "--weights", str(folder / name), "--json", str(path), says=says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_judged_from_a_shell(tmp_path):
+    run = shell("verify", "--weights", str(tmp_path / "none:of:these"))
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"lorax-np: \[Errno 2\] No such file or directory: '.*none:of'\n", run.stderr)
