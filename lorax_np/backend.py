@@ -199,12 +199,13 @@ FLOATS = (*STORAGE, "float32", "float64", "complex128")
 
 def dtype_name(x: Array) -> str:
     """Return the bare name of x's dtype, such as float32, whatever library x belongs to."""
-    return _dtype_name(x.dtype)
+    dtype = x.dtype
+    return _name_of(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
 
 
 @cache
-def _dtype_name(dtype: Any) -> str:
-    return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
+def _name_of(dtype: np.dtype[Any]) -> str:  # NumPy takes microseconds over it
+    return dtype.name
 
 
 def compute_dtype(x: Array) -> str:
