@@ -18,10 +18,16 @@ class Spec:
 
     norm_gradient : the DoRA norms it differentiates: (False,) detached, (True,) full, or both
     strided : whether it takes arrays that are not contiguous, and read-only ones
+    draws_mask : whether it drops by itself, at case.config.lora_dropout, where case.mask is None
+    approximate_root : whether its roots and quotients may be off by roundings even where they are exact
+    interleaves : whether forwards of several layers may come before their backwards
     """
 
     norm_gradient: tuple[bool, ...] = (False,)
     strided: bool = False
+    draws_mask: bool = False
+    approximate_root: bool = False
+    interleaves: bool = False
 
 
 class NoSubject(LookupError):
@@ -130,7 +136,7 @@ def torch_module(
 
     Raises LookupError naming the extra where torch is missing, ConfigError for anything else given wrongly.
     """
-    from .torch_module import TorchModule
+    from .torch_layer import TorchModule
 
     return TorchModule(module, params, dropout, scaling, spec)
 

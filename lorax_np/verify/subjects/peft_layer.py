@@ -58,7 +58,7 @@ class Peft:
         p["W"].requires_grad_(True)
         if case.mask is not None:
             layer.lora_dropout["default"] = _Mask(v["mask"])
-        return layer.train(), p
+        return layer.train(case.mask is not None), p
 
     def run(self, case: Case, gy: Any) -> tuple[Any, dict[str, Any]]:
         """y and all gradients, by autograd."""
