@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         help="reference (the default: the engine itself), peft, or module:attribute of yours",
     )
     verify.add_argument(
-        "--profile", choices=("fp64", "fp32"), help="the dtype to compute in (default: both, one by one)"
+        "--profile",
+        choices=("fp64", "fp32", "tf32", "bf16", "fp16", "bf16-pure", "tf32-rz", "bf16-rz"),
+        help="what the subject computes in (default: fp64, then fp32)",
     )
     verify.add_argument(
         "--level", choices=("quick", "full"), default="full", help="quick judges a third of the layers"
@@ -88,8 +90,23 @@ def _parser() -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="write the report as JSON; - for standard output, without a table"
     )
     verify.add_argument("--backend", choices=("numpy", "cupy", "auto"), help="where the reference computes")
+    verify.add_argument("--html", metavar="FILE", help="write the report as one page for a browser")
+    verify.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
+    verify.add_argument("--markdown", metavar="FILE", help="write the report for a pull request")
+    verify.add_argument(
+        "--isolation", choices=("process", "none"), default="process", help="where module:attribute runs"
+    )
+    verify.add_argument(
+        "--mutants", action="store_true", help="judge the harness: every known fault, every check"
+    )
     verify.add_argument("--quiet", action="store_true", help="print the verdict alone")
     verify.set_defaults(run=_verify)
+
+    vectors = commands.add_parser("vectors", help="write the golden vectors into a folder, or check them")
+    vectors.add_argument("directory", metavar="DIR")
+    vectors.add_argument("--check", action="store_true", help="check the folder instead of writing it")
+    vectors.add_argument("--seed", type=_seed, default=0, help="of every draw (default: 0)")
+    vectors.set_defaults(run=_vectors)
 
     info = commands.add_parser("info", help="versions, backend and why, BLAS, what each extra would add")
     info.add_argument("--json", action="store_true", help="print as JSON")
@@ -107,24 +124,34 @@ def _seed(text: str) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .verify.report import SCHEMA, to_text, write_json
+    from .verify.digest import write_text
+    from .verify.html import html
+    from .verify.junit import junit
+    from .verify.markdown import to_markdown
+    from .verify.report import SCHEMA, to_text
 
     if arguments.backend and arguments.subject != "reference":
         raise ConfigError(f"--backend: expected the subject reference beside it, got {arguments.subject}")
-    path = Path(arguments.json or "-")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ConfigError(f"--json: expected a file in a folder that is there, got {path}")
+    for name in ("json", "html", "junit", "markdown"):
+        path = Path(getattr(arguments, name) or "-")
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise ConfigError(f"--{name}: expected a file in a folder that is there, got {path}")
+    if arguments.mutants:
+        return _mutants(arguments)
     aside = redirect_stdout(sys.stderr) if arguments.json == "-" else nullcontext()
     with aside:  # what the subject itself prints is no part of the JSON
         reports = _judged(arguments)
     if not reports:
         return CRASHED
+    if arguments.html:
+        write_text(html(reports), arguments.html)
+    if arguments.junit:
+        write_text(junit(reports), arguments.junit)
+    if arguments.markdown:
+        write_text(to_markdown(reports), arguments.markdown)
     if arguments.json:
-        data = {"schema": SCHEMA, "reports": [report.to_dict() for report in reports]}
-        if arguments.json == "-":
-            print(to_text(data))
-        else:
-            write_json(data, path)
+        text = to_text({"schema": SCHEMA, "reports": [report.to_dict() for report in reports]}) + "\n"
+        print(text, end="") if arguments.json == "-" else write_text(text, arguments.json)
     codes = [report.exit_code for report in reports]
     return max(codes, key=(0, 2, 1, 3).index)
 
@@ -134,39 +161,57 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
     from . import verify as harness
     from .backend import namespace
     from .verify.batteries import in_one_line
+    from .verify.verdict import opened
 
     try:
         xp = namespace(arguments.backend) if arguments.subject == "reference" else None
     except BackendError as error:
         raise BackendError(str(error).replace("xp:", "--backend:", 1)) from None
-    try:
-        subject = harness.subjects.load(arguments.subject, xp)
-    except harness.subjects.NoSubject as error:
-        raise ConfigError(str(error)) from None
-    except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
-        print(f"lorax-np: {arguments.subject} crashed on import: {in_one_line(error)}", file=sys.stderr)
-        return []
-
     reports: list[Report] = []
-    for profile in [arguments.profile] if arguments.profile else ["fp64", "fp32"]:
-        progress = _Progress(profile, quiet=arguments.quiet)
-        report = harness.verify(
-            subject,
-            profile,
-            arguments.level,
-            weights=arguments.weights,
-            seed=arguments.seed,
-            case=arguments.case,
-            progress=progress,
-        )
-        progress.done()
-        report.subject = arguments.subject
-        reports.append(report)
-        if arguments.json != "-":
-            text = str(report)
-            last = profile == "fp32" or arguments.profile
-            print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (not last))
+    with ExitStack() as stack:
+        try:
+            subject = stack.enter_context(opened(arguments.subject, arguments.isolation, xp))
+        except harness.subjects.NoSubject as error:
+            raise ConfigError(str(error)) from None
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
+            print(f"lorax-np: {arguments.subject} crashed on import: {in_one_line(error)}", file=sys.stderr)
+            return []
+        profiles = [arguments.profile] if arguments.profile else ["fp64", "fp32"]
+        for profile in profiles:
+            progress = _Progress(profile, quiet=arguments.quiet)
+            report = harness.verify(
+                subject,
+                profile,
+                arguments.level,
+                weights=arguments.weights,
+                seed=arguments.seed,
+                case=arguments.case,
+                title=arguments.subject,
+                progress=progress,
+            )
+            progress.done()
+            reports.append(report)
+            if arguments.json != "-":
+                text = str(report)
+                print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (profile != profiles[-1]))
     return reports
+
+
+def _mutants(arguments: argparse.Namespace) -> int:
+    """The harness judged by its own measure: every known fault against every check."""
+    from .verify import verify
+    from .verify.digest import write_text
+    from .verify.html import html
+    from .verify.matrix import kill_matrix
+
+    profile = arguments.profile or "fp32"
+    progress = _Progress(profile, quiet=arguments.quiet)
+    matrix = kill_matrix(profile=profile, progress=lambda fault, done, total: progress("mutants", done, 0))
+    progress.done()
+    print(matrix.summary() if arguments.quiet else matrix)
+    if arguments.html:
+        write_text(html([verify("reference", profile, "quick")], matrix), arguments.html)
+    return 0 if all(matrix.killers(fault) for fault in matrix.faults) else 1
 
 
 class _Progress:
@@ -180,7 +225,7 @@ class _Progress:
         if battery != self.battery:
             self._line()
             self.battery = battery
-        self.text = f"{self.profile} {battery}: {checks} checks" + (f", {failures} failed" if failures else "")
+        self.text = f"{self.profile} {battery}: {checks}" + (f", {failures} failed" if failures else "")
         now = time.monotonic()
         if self.terminal and not self.quiet and now - self.shown > 0.1:
             print(f"\r\033[K{self.text}", end="", file=sys.stderr, flush=True)
@@ -195,6 +240,24 @@ class _Progress:
         self._line()
         if self.terminal and not self.quiet:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ---- vectors -----------------------------------------------------------------------------------------------
+
+
+def _vectors(arguments: argparse.Namespace) -> int:
+    from .verify.vectors import vectors
+
+    progress = _Progress("vectors", quiet=False)
+    code, lines = vectors(
+        arguments.directory,
+        arguments.check,
+        arguments.seed,
+        lambda file, done, total: progress("files", done, 0),
+    )
+    progress.done()
+    print(*lines, sep="\n")
+    return code
 
 
 # ---- info --------------------------------------------------------------------------------------------------

@@ -5,10 +5,36 @@
 True
 """
 
-from . import subjects
+from . import strategies, subjects
 from .cases import Case
+from .conformance import assert_case, assert_conforms
+from .gradcheck import GradcheckError, GradcheckResult, gradcheck
+from .lattice import lattice_cases
+from .precision import Precision
+from .probes import infer_precision
 from .report import Check, Report
+from .secant import norm_of
+from .smallest import smallest
 from .subjects import Spec, Subject
 from .verdict import verify
 
-__all__ = ["Case", "Check", "Report", "Spec", "Subject", "subjects", "verify"]
+__all__ = [
+    "Case",
+    "Check",
+    "GradcheckError",
+    "GradcheckResult",
+    "Precision",
+    "Report",
+    "Spec",
+    "Subject",
+    "assert_case",
+    "assert_conforms",
+    "gradcheck",
+    "infer_precision",
+    "lattice_cases",
+    "norm_of",
+    "smallest",
+    "strategies",
+    "subjects",
+    "verify",
+]

@@ -11,6 +11,7 @@ from .. import ConfigError
 from . import exact, truth
 from .bounds import bounds, merged_bounds
 from .cases import MIDDLE, PROFILES, SMALL, UNIT, Case, HostArray, grid
+from .heat import shrink
 from .report import Check, Verdict
 from .subjects import Spec
 
@@ -20,6 +21,10 @@ GRADIENTS = ("x", "W", "A", "B", "m", "b", "bB")  # the names that backward may 
 
 class Crash(Exception):
     """The subject raised; the message is its exception in one line."""
+
+
+class Unlike(Crash):
+    """What the subject returned is not what was asked for; nobody raised."""
 
 
 class Absent(Exception):
@@ -69,6 +74,13 @@ def _to_numpy(value: Any) -> HostArray:
     return np.array(value)
 
 
+def refusal(error: Exception) -> Verdict:
+    """The verdict on what kept a subject from being judged: not run, fail, or crash."""
+    if isinstance(error, Absent):
+        return "not run"
+    return "fail" if isinstance(error, Unlike) else "crash"
+
+
 def answer(subject: Any, case: Case) -> dict[str, HostArray]:
     """y and the gradients that a subject makes of a case, as NumPy arrays."""
     mine = case.copy()
@@ -111,7 +123,8 @@ def judge(
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         value = float(exact.to_float(want[at]) if fixed else want[at])
-        return check("fail", at=at, got=float(got[at]), want=value, note=f"not finite: {got[at]}")
+        where = shrink(np.where(finite, 0.0, np.inf))
+        return check("fail", at=at, got=float(got[at]), want=value, note=f"not finite: {got[at]}", map=where)
     if fixed:
         error = np.abs(exact.to_float(np.asarray(exact.fixed(got), dtype=object) - want))
         want = exact.to_float(want)
@@ -119,24 +132,33 @@ def judge(
         error = np.abs(got.astype(np.float64) - want)
     share = np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
     at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
-    verdict: Verdict = "pass" if share[at] <= 1 else "fail"
-    return check(verdict, ratio=float(share[at]), at=at, got=float(got[at]), want=float(want[at]))
+    values: Any = {"ratio": float(share[at]), "at": at, "got": float(got[at]), "want": float(want[at])}
+    return check("pass", **values) if share[at] <= 1 else check("fail", **values, map=shrink(share))
 
 
 def judge_case(
     subject: Any, battery: str, case: Case, want: dict[str, Any], bound: dict[str, HostArray]
 ) -> list[Check]:
     """Every tensor of a case that the truth has."""
+    return judge_answer(subject, battery, case, want, bound)[1]
+
+
+def judge_answer(
+    subject: Any, battery: str, case: Case, want: dict[str, Any], bound: dict[str, HostArray]
+) -> tuple[dict[str, HostArray], list[Check]]:
+    """As judge_case, and besides what the subject answered; nothing where it did not."""
     try:
         got = answer(subject, case)
     except (Absent, Crash) as error:
-        verdict: Verdict = "crash" if isinstance(error, Crash) else "not run"
-        return [Check(f"{case.id}/y", battery, case.kind, "y", verdict, note=str(error))]
+        verdict = refusal(error)
+        return {}, [Check(f"{case.id}/y", battery, case.kind, "y", verdict, note=str(error))]
     names = [name for name in want if name in ("y", *case.wanted) or name in got]
-    return [
-        judge(case.id, battery, case.kind, name, got.get(name), want[name], bound[name], case.x.dtype.name)
+    dtype = case.x.dtype.name
+    checks = [
+        judge(case.id, battery, case.kind, name, got.get(name), want[name], bound[name], dtype)
         for name in names
     ]
+    return got, checks
 
 
 def spec_of(subject: Any) -> Spec:
@@ -188,7 +210,7 @@ def battery_merge(subject: Any, profile: str, seed: int, level: str, only: str) 
         try:
             got = by_name("merge", ask(subject, "merge", case.copy()), ("W", "b"))
         except (Absent, Crash) as error:
-            verdict: Verdict = "crash" if isinstance(error, Crash) else "not run"
+            verdict = refusal(error)
             yield [Check(f"{case.id}/W", "merge", case.kind, "W", verdict, note=str(error))]
             continue
         yield [

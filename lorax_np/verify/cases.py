@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from .. import LoraConfig
+from .precision import PRECISIONS
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 
-PROFILES = {"fp64": "float64", "fp32": "float32"}
+PROFILES = {name: precision.dtype for name, precision in PRECISIONS.items()}
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}  # unit roundoff, round to nearest
 KINDS = ("lora", "lora, dropout", "dora", "dora, dropout", "dora full norm", "dora full norm, dropout")
 
@@ -145,18 +146,9 @@ def draw(
 def _assert_distinct(config: LoraConfig, p: float, lead: tuple[int, ...]) -> None:
     """Two equal constants would let one error pass for another: refuse such a layer."""
     s, r, alpha, N = config.scaling, config.r, config.lora_alpha, int(np.prod(lead))
-    constants = {
-        s,
-        s * s,
-        1 / s,
-        alpha,
-        sqrt(r) + 0.001 * (r == 1),
-        1 - p,
-        1 / (1 - p),
-        alpha / r + 0.001,
-        2.0,
-        0.5,
-    }
+    constants = [s, s * s, 1 / s, 1 - p, 1 / (1 - p)]
+    if r > 1:  # at rank 1 these are s, or 1, whoever computes them
+        constants += [alpha, sqrt(r)] + [alpha / r] * config.use_rslora
     for one, other in combinations(sorted(constants), 2):
         if abs(one - other) < 1e-6 * abs(other) and N > 0:
             raise ValueError(f"alpha={alpha}, r={r}, p={p}: expected pairwise distinct constants")

@@ -26,7 +26,7 @@ def battery_protocol(subject: Any, profile: str, seed: int, level: str, only: st
     dtype, spec = PROFILES[profile], spec_of(subject)
     kinds = ("lora, dropout", "dora, dropout") if False in spec.norm_gradient else ("lora, dropout",)
     for kind in kinds:
-        case = draw("", kind, (5, 7, 3, (2, 2)), dtype, (seed, 3), bias="trained", lora_bias=True)
+        case = draw("", kind, (5, 7, 3, (2, 2)), dtype, (seed, 3), bias="trained")
         bound = bounds(case, UNIT[dtype])
         name = kind.partition(",")[0]
         laws: dict[str, Law] = {
@@ -40,7 +40,7 @@ def battery_protocol(subject: Any, profile: str, seed: int, level: str, only: st
         for i, (law, run) in enumerate(laws.items()):
             id = f"protocol/{name}/{i}"
             if chosen(id, only):
-                yield [_lawful(id, "protocol", kind, law, run)]
+                yield [lawful(id, "protocol", kind, law, run)]
 
 
 def battery_start(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
@@ -57,13 +57,14 @@ def battery_start(subject: Any, profile: str, seed: int, level: str, only: str) 
             for j, (law, run) in enumerate(laws.items()):
                 id = f"start/{start}{'-dora' * dora}-{d_out}x{d_in}/{j}"
                 if chosen(id, only):
-                    yield [_lawful(id, "start", "dora" if dora else "lora", f"{start!s:<14}{law}", run)]
+                    yield [lawful(id, "start", "dora" if dora else "lora", f"{start!s:<14}{law}", run)]
 
 
 # ---- laws: None, or what is wrong in one line ------------------------------------------------------------
 
 
-def _lawful(id: str, battery: str, kind: str, law: str, run: Law) -> Check:
+def lawful(id: str, battery: str, kind: str, law: str, run: Law) -> Check:
+    """The check that a law is kept."""
     try:
         wrong = run()
     except Absent as error:
@@ -73,9 +74,11 @@ def _lawful(id: str, battery: str, kind: str, law: str, run: Law) -> Check:
     return Check(id, battery, kind, law, "fail" if wrong else "pass", note=wrong or "")
 
 
-def _differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[str, HostArray]) -> str | None:
+def differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[str, HostArray]) -> str | None:
     """Where two answers to one question differ by more than both their roundings."""
     for name, value in want.items():
+        if name not in bound:
+            continue  # nobody asked for it
         if name not in got or got[name].shape != value.shape:
             return f"{name}: expected shape {value.shape}, got {got[name].shape if name in got else 'none'}"
         if got[name].dtype.kind != "f" or value.dtype.kind != "f":
@@ -87,7 +90,9 @@ def _differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[
     return None
 
 
-def _resized(case: Case, lead: tuple[int, ...]) -> Case:
+def resized(case: Case, lead: tuple[int, ...]) -> Case:
+    """The case with its tokens repeated, or cut, to other leading axes."""
+
     def to(value: HostArray) -> HostArray:
         return np.resize(value, (*lead, value.shape[-1])).astype(value.dtype)
 
@@ -95,7 +100,7 @@ def _resized(case: Case, lead: tuple[int, ...]) -> Case:
 
 
 def _empty(subject: Any, case: Case) -> str | None:
-    none = _resized(case, (2, 0))
+    none = resized(case, (2, 0))
     got = answer(subject, none)
     for name in ("y", *case.wanted):
         shape = none.gy.shape if name == "y" else getattr(none, name).shape
@@ -106,7 +111,8 @@ def _empty(subject: Any, case: Case) -> str | None:
     return None
 
 
-def _hashes(case: Case) -> dict[str, str]:
+def hashes(case: Case) -> dict[str, str]:
+    """A digest of every array of a case."""
     return {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in case.arrays().items()}
 
 
@@ -117,26 +123,26 @@ def _untouched(subject: Any, case: Case) -> str | None:
     else:
         ask(subject, "forward", mine)
         ask(subject, "backward", mine, mine.gy)
-    before, after = _hashes(case), _hashes(mine)
+    before, after = hashes(case), hashes(mine)
     changed = [name for name in before if before[name] != after[name]]
     return f"written to: {', '.join(changed)}" if changed else None
 
 
 def _twice(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | None:
-    return _differs(answer(subject, case), answer(subject, case), bound)
+    return differs(answer(subject, case), answer(subject, case), bound)
 
 
 def _stacked(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | None:
     N = int(np.prod(case.x.shape[:-1]))
-    flat, want = answer(subject, _resized(case, (N,))), answer(subject, case)
+    flat, want = answer(subject, resized(case, (N,))), answer(subject, case)
     for name in ("y", "x"):
         if name in want and want[name].shape == bound[name].shape:
             want[name] = want[name].reshape(N, -1)
     bound = bound | {name: bound[name].reshape(N, -1) for name in ("y", "x")}
-    return _differs(flat, want, bound)
+    return differs(flat, want, bound)
 
 
-class _AsGiven(Case):
+class AsGiven(Case):
     """A case that hands out its own arrays, whatever their layout."""
 
     def copy(self) -> Case:
@@ -152,7 +158,7 @@ def _layouts(subject: Any, case: Case, bound: dict[str, HostArray]) -> str | Non
 
     mine: Any = {field.name: getattr(case, field.name) for field in fields(case)}
     mine |= {name: strided(value) for name, value in case.arrays().items()}
-    return _differs(answer(subject, _AsGiven(**mine)), answer(subject, case), bound)
+    return differs(answer(subject, AsGiven(**mine)), answer(subject, case), bound)
 
 
 def start_of(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, HostArray]:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -14,6 +15,15 @@ from .. import __version__, backend_info
 Verdict = Literal["pass", "fail", "vacuous", "not run", "crash"]
 TENSORS = ("y", "x", "A", "B", "m", "b", "bB", "W")
 SCHEMA = "lorax_np.verify/1"
+TRUTHS = (
+    "lattice",
+    "generic",
+    "exact",
+    "complex",
+    "merge",
+    "weights",
+)  # which hold a tensor against what it is
+WIDTH = 80
 SHOWN = 8  # failing checks printed one by one; all are in the JSON
 
 
@@ -23,6 +33,7 @@ class Check:
 
     id : battery/kind/number/tensor, stable between runs;  ratio : largest error ÷ its bound, 1 or less passes
     at, got, want : where the error is largest, what came there, and the truth;  note : anything else
+    map : error ÷ bound over the tensor's two axes, where it failed, at most 64 × 64
     """
 
     id: str
@@ -35,6 +46,7 @@ class Check:
     got: float | None = None
     want: float | None = None
     note: str = ""
+    map: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # lines for a person: skipped tensors, a spectrum
     seconds: float = 0.0
+    cause: Any = None  # a Diagnosis, where something was refused
 
     def count(self, verdict: Verdict) -> int:
         """How many checks came out so."""
@@ -71,10 +84,9 @@ class Report:
     def diagnosis(self) -> list[str]:
         """The tensors that are wrong, a line each, and the kinds of layer that alone show it."""
         lines = []
+        held = [check for check in self.checks if check.battery in TRUTHS]
         for tensor in TENSORS:
-            mine = [
-                check for check in self.checks if check.tensor == tensor and check.verdict in ("pass", "fail")
-            ]
+            mine = [check for check in held if check.tensor == tensor and check.verdict in ("pass", "fail")]
             bad = [check for check in mine if check.verdict == "fail"]
             if not bad:
                 continue
@@ -101,6 +113,7 @@ class Report:
             "exit_code": self.exit_code,
             "counts": {verdict: self.count(verdict) for verdict in verdicts},  # type: ignore[arg-type]
             "diagnosis": self.diagnosis,
+            "cause": None if self.cause is None else self.cause.to_dict(),
             "notes": self.notes,
             "seconds": round(self.seconds, 3),
             "environment": {"lorax_np": __version__, "platform": platform.platform(), **backend_info()},
@@ -112,6 +125,30 @@ class Report:
     def to_json(self, path: str | Path) -> None:
         """Write the report as JSON, beside the path first and then over it."""
         write_json(self.to_dict(), path)
+
+    def to_junit(self, path: str | Path) -> None:
+        """Write the report as JUnit XML."""
+        from .junit import to_junit
+
+        to_junit(self, path)
+
+    def to_html(self, path: str | Path, matrix: Any = None) -> None:
+        """Write the report as one self-contained HTML page, with a kill matrix if one is given."""
+        from .html import to_html
+
+        to_html(self, path, matrix)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown for a pull request."""
+        from .markdown import to_markdown
+
+        return to_markdown(self)
+
+    def to_badge(self) -> dict[str, Any]:
+        """The verdict as a badge endpoint has it."""
+        from .markdown import to_badge
+
+        return to_badge(self)
 
     def __str__(self) -> str:
         """The table, then the failures one by one, then the verdict."""
@@ -126,32 +163,38 @@ class Report:
         ]
 
     def _table(self) -> list[str]:
-        """A row for each battery and kind, a column for each tensor: the largest error ÷ bound."""
-        lines: list[str] = []
-        for battery in dict.fromkeys(check.battery for check in self.checks if check.tensor in TENSORS):
-            mine = [check for check in self.checks if check.battery == battery and check.tensor in TENSORS]
-            columns = [t for t in TENSORS if any(check.tensor == t for check in mine)]
-            wide = 96 - 8 * len(columns) if battery == "weights" else 26
-            cases = len({check.id.rpartition("/")[0] for check in mine})
-            title = f"{battery}, {cases} layers"
-            lines += ["", f"{title:<{wide}}" + "".join(f"{_name(t, battery):>8}" for t in columns)]
-            for kind in dict.fromkeys(check.kind for check in mine):
-                row = [[c for c in mine if c.kind == kind and c.tensor == t] for t in columns]
-                label = kind if len(kind) < wide - 2 else f"…{kind[4 - wide :]}"
-                lines.append(f"  {label:<{wide - 2}}" + "".join(f"{_cell(cell):>8}" for cell in row))
+        """A row for each battery, and for each kind where one was refused: the largest error ÷ bound."""
+        mine = [check for check in self.checks if check.tensor in TENSORS]
+        columns = [t for t in TENSORS if any(check.tensor == t for check in mine)]
+        wide = WIDTH - 7 * len(columns)
+        lines = (
+            ["", "".join(["largest error ÷ bound".ljust(wide), *(f"{_name(t):>7}" for t in columns)])]
+            if mine
+            else []
+        )
+        for battery in dict.fromkeys(check.battery for check in mine):
+            of_it = [check for check in mine if check.battery == battery]
+            cases = len({check.id.rpartition("/")[0] for check in of_it})
+            lines.append(_row(f"{battery}, {cases} layers", of_it, columns, wide))
+            if battery == "weights" or any(check.verdict in ("fail", "crash") for check in of_it):
+                for kind in dict.fromkeys(check.kind for check in of_it):
+                    label = kind if len(kind) < wide - 2 else f"…{kind[4 - wide :]}"
+                    lines.append(_row(f"  {label}", [c for c in of_it if c.kind == kind], columns, wide))
         return lines
 
     def _lists(self) -> list[str]:
-        """A line for each check that is not of one tensor: protocol, starts."""
+        """A line for each battery of laws, and for each law that is broken or was not asked."""
         lines: list[str] = []
         rest = [check for check in self.checks if check.tensor not in TENSORS]
         for battery in dict.fromkeys(check.battery for check in rest):
-            lines += ["", battery]
-            for law in dict.fromkeys(check.tensor for check in rest if check.battery == battery):
-                mine = [check for check in rest if check.battery == battery and check.tensor == law]
-                worst = _cell(mine)
-                lines.append(f"  {law:<64}{len(mine):>3} checks {worst:>9}")
-        return lines + (["", *self.notes] if self.notes else [])
+            mine = [check for check in rest if check.battery == battery]
+            laws = dict.fromkeys(check.tensor for check in mine)
+            lines.append(f"{f'{battery}, {len(mine)} checks of {len(laws)} laws':<{WIDTH - 8}}{_cell(mine):>8}")
+            for law in laws:
+                of_it = [check for check in mine if check.tensor == law]
+                if any(check.verdict != "pass" for check in of_it):
+                    lines.append(f"  {law:<{WIDTH - 10}}{_cell(of_it):>8}")
+        return (["", *lines] if lines else []) + (["", *self.notes] if self.notes else [])
 
     def _failures(self) -> list[str]:
         bad = [check for check in self.checks if check.verdict in ("fail", "crash")]
@@ -166,14 +209,14 @@ class Report:
         if len(bad) > SHOWN:
             lines.append(f"... and {len(bad) - SHOWN} more")
         lines += [f"diagnosis: {line}" for line in self.diagnosis]
+        lines += [] if self.cause is None else ["", *self.cause.lines()]
         reasons = dict.fromkeys(c.note for c in self.checks if c.verdict in ("not run", "vacuous"))
-        lines += [*([""] if reasons and not bad else []), *(f"not judged: {reason}" for reason in reasons)]
-        if bad and not any(check.battery == "weights" for check in bad):
-            case = bad[0].id.rpartition("/")[0]
-            seed = f" --seed {self.seed}" if self.seed else ""
-            lines.append(
-                f"reproduce: lorax-np verify {self.subject} --profile {self.profile}{seed} --case {case}"
-            )
+        for reason in reasons:
+            lines += ["", *textwrap.wrap(f"not judged: {reason}", WIDTH, subsequent_indent="  ")]
+        if bad and (self.cause is None or not self.cause.reproduce):
+            from .digest import command
+
+            lines.append(f"reproduce: {command(self, bad[0])}")
         return lines
 
     def _verdict(self) -> str:
@@ -186,8 +229,13 @@ class Report:
         return f"\n{title}  {len(self.checks)} checks: {counts}  {self.seconds:.1f} s"
 
 
-def _name(tensor: str, battery: str = "") -> str:
-    return tensor if tensor == "y" or battery == "merge" else f"g{tensor}"
+def _name(tensor: str) -> str:
+    return tensor if tensor == "y" else f"g{tensor}"
+
+
+def _row(label: str, checks: list[Check], columns: list[str], wide: int) -> str:
+    cells = (_cell(check for check in checks if check.tensor == tensor) for tensor in columns)
+    return "".join([label.ljust(wide), *(f"{cell:>7}" for cell in cells)])
 
 
 def _cell(checks: Iterable[Check]) -> str:
@@ -200,9 +248,9 @@ def _cell(checks: Iterable[Check]) -> str:
         if hit and verdict == "fail":
             return "FAIL"
         if hit:
-            return {"crash": "CRASH", "vacuous": "vacuous", "not run": "notrun"}[verdict]
+            return {"crash": "CRASH", "vacuous": "void", "not run": "notrun"}[verdict]
     ratios = [check.ratio for check in checks if check.ratio is not None]
-    return f"{max(ratios):.3f}" if ratios else "ok"
+    return f"{max(ratios):.3f}" if ratios else "ok" if any(c.tensor not in TENSORS for c in checks) else "="
 
 
 def to_text(data: Any) -> str:

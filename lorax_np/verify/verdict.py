@@ -2,26 +2,55 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .batteries import battery_complex, battery_exact, battery_merge, chosen, spec_of
 from .cases import PROFILES
+from .generic import battery_generic
+from .lattice import battery_lattice
 from .laws import battery_protocol, battery_start
+from .mutants.trials import battery_edges, battery_widened
+from .packed import battery_packed
+from .probes import battery_probes
+from .protocol import battery_conduct
 from .report import Check, Report
+from .secant import battery_secant
 from .subjects import Spec, load
 
 LEVELS = ("quick", "full")
+ISOLATION = ("process", "none")
 Battery = Callable[[Any, str, int, str, str], Iterator[list[Check]]]
 BATTERIES: dict[str, Battery] = {
+    "lattice": battery_lattice,
+    "generic": battery_generic,
     "exact": battery_exact,
     "complex": battery_complex,
+    "secant": battery_secant,
+    "probes": battery_probes,
     "merge": battery_merge,
     "protocol": battery_protocol,
+    "conduct": battery_conduct,
     "start": battery_start,
+    "packed": battery_packed,
+    "edges": battery_edges,
+    "widened": battery_widened,
 }
+PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
+UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
+ONE_WIDTH = (  # their bounds know one unit roundoff
+    "secant",
+    "merge",
+    "protocol",
+    "conduct",
+    "start",
+    "packed",
+    "edges",
+    "widened",
+)
 Progress = Callable[[str, int, int], None]  # battery, checks so far, failures so far
 
 
@@ -34,34 +63,74 @@ def verify(
     *,
     seed: int = 0,
     case: str = "",
+    isolation: Literal["process", "none"] = "process",
+    title: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Judge an implementation of a LoRA linear layer, and return the report.
 
     subject : any object with forward(case) and backward(case, gy), or run(case, gy); or a name: reference,
               peft, module:attribute.  specs/verify.md says what it is given and what it returns
-    profile : fp32 or fp64, the dtype that the subject computes in
+    profile : fp64, fp32, tf32, bf16, fp16, ...: what the subject computes in, by its name in PRECISIONS
     level : full, or quick for a third of the layers
     conventions : a Spec that stands in for the subject's own
     weights : a safetensors file, or FILE:TENSOR, whose linear weights stand in for drawn ones
     seed : of every draw;  case : only the checks whose id begins with these path segments
+    isolation : "process" judges a subject named as module:attribute in a process of its own, so that a crash is
+                a verdict; objects are judged where they are, and with "none" all are
+    title : what the report calls the subject; its own name unless given
 
     A tensor passes where its error is within the bound that its own roundings explain, entry by entry
     (specs/verify.md); nothing is tuned. What a subject lacks is reported as not run, never as passed.
     Raises ValueError for an unknown profile or level, LookupError for an unknown subject, FormatError for a
     file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec.
     """
-    for name, value, known in (("profile", profile, tuple(PROFILES)), ("level", level, LEVELS)):
+    choices = (
+        ("profile", profile, tuple(PROFILES)),
+        ("level", level, LEVELS),
+        ("isolation", isolation, ISOLATION),
+    )
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    title = subject if isinstance(subject, str) else type(subject).__name__
-    if isinstance(subject, str):
-        subject = load(subject)
-    if conventions is not None:
-        subject = _Declared(subject, conventions)
     start = time.perf_counter()
-    report = Report(title, profile, seed, _conventions(spec_of(subject)))
-    batteries = BATTERIES
+    title = title or (subject if isinstance(subject, str) else type(subject).__name__)
+    with opened(subject, isolation) as found:
+        if conventions is not None:
+            found = _Declared(found, conventions)
+        report = Report(title, profile, seed, _conventions(spec_of(found)))
+        _judge(found, report, level, weights, case, progress)
+        if weights is None and report.count("fail") + report.count("crash"):
+            from .diagnose import diagnose
+
+            report.cause = diagnose(found, report.checks, profile, name=title, seed=seed)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+@contextmanager
+def opened(subject: Any, isolation: str = "process", xp: Any = None) -> Iterator[Any]:
+    """The subject as it is judged: found by its name, and in a process of its own where that is asked for."""
+    named = isinstance(subject, str)
+    apart = isolation == "process" and (":" in subject if named else getattr(subject, "native", False))
+    if not apart:
+        yield load(subject, xp) if named else subject
+        return
+    from .isolate import isolated
+
+    found = isolated(subject)
+    try:
+        yield found.ready()
+    finally:
+        found.close()
+
+
+def _judge(
+    subject: Any, report: Report, level: str, weights: str | Path | None, case: str, progress: Progress | None
+) -> None:
+    """Fill a report with the checks of every battery that suits its profile."""
+    profile, seed = report.profile, report.seed
+    batteries = suited(profile, case.partition("/")[0])
     if weights is not None:
         from .weights import battery_weights
 
@@ -72,8 +141,18 @@ def verify(
                 report.checks.extend(check for check in checks if chosen(check.id, case))
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
-    report.seconds = time.perf_counter() - start
-    return report
+
+
+def suited(profile: str, asked: str = "") -> dict[str, Battery]:
+    """The batteries that a profile is judged by, and the one that is asked for by name.
+
+    Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
+    """
+    wide = profile in UNIT_PROFILES
+    left_out = (() if profile == "fp64" else PROOF) + (() if wide else ONE_WIDTH)
+    return {
+        name: battery for name, battery in BATTERIES.items() if name not in left_out or (wide and name == asked)
+    }
 
 
 class _Declared:

@@ -292,7 +292,9 @@ SLIGHT = [  # a function of the layer, which result, the case, what the check mu
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize(("name", "place", "case", "hit"), SLIGHT, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "place", "case", "hit"), SLIGHT, ids=lambda v: "".join(sorted(v)) if isinstance(v, set) else str(v)
+)
 def test_a_gradient_wrong_by_a_thousandth_is_refused(monkeypatch, dtype, name, place, case, hit) -> None:
     assert refused(case, dtype) == set()
     monkeypatch.setattr(f"lorax_np.layer.{name}", scaled(getattr(lx.layer, name), place))

@@ -3,9 +3,12 @@
 Each broken one is the reference's own answer with one fault in it; `wrong` names the tensors that shows in.
 """
 
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -294,6 +297,16 @@ class Exits:
         sys.exit(0)
 
 
+class EndsItsProcess:
+    def run(self, case, gy):
+        os._exit(7)
+
+
+class Segfaults:
+    def run(self, case, gy):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
 class WritesIntoItsInputs:
     def run(self, case, gy):
         answer = right(case, gy)
@@ -316,7 +329,7 @@ class Chatty:
 
 class Asleep:
     def run(self, case, gy):
-        print("asleep", file=sys.stderr, flush=True)
+        Path(os.environ["ASLEEP"]).write_text(str(os.getpid()), encoding="utf-8")
         time.sleep(60)
 
 
@@ -348,6 +361,14 @@ class Garbage:
         return self._run(*right(case, gy)) if self._run else right(case, gy)
 
 
+def words(value):
+    return value.astype(float).astype(str)
+
+
+def largest(dtype):
+    return np.finfo(dtype).max if dtype.kind == "f" else 2.0**128 - 2.0**120  # bfloat16's
+
+
 GARBAGE = {  # name: (what it does, exit code)
     "none": (lambda y, g: None, 3),
     "one array": (lambda y, g: y, 3),
@@ -361,14 +382,14 @@ GARBAGE = {  # name: (what it does, exit code)
     "lists of objects": (lambda y, g: (y, g | {"A": [[object()]]}), 1),
     "lists": (lambda y, g: (y, {name: value.tolist() for name, value in g.items()}), 1),
     "words": (lambda y, g: ("y", {name: name for name in g}), 1),
-    "word arrays": (lambda y, g: (y.astype(str), {name: value.astype(str) for name, value in g.items()}), 1),
+    "word arrays": (lambda y, g: (words(y), {name: words(value) for name, value in g.items()}), 1),
     "scalars": (lambda y, g: (0.5, dict.fromkeys(g, 0.5)), 1),
     "flat": (lambda y, g: (y.ravel(), {name: value.ravel() for name, value in g.items()}), 1),
     "an axis more": (lambda y, g: (y[None], {name: value[None] for name, value in g.items()}), 1),
     "complex": (lambda y, g: (y + 1j, {name: value + 1j for name, value in g.items()}), 1),
     "objects": (lambda y, g: (y.astype(object), g), 1),
     "integers": (lambda y, g: (y.astype(int), g), 1),
-    "huge": (lambda y, g: (np.full_like(y, np.finfo(y.dtype).max), g), 1),
+    "huge": (lambda y, g: (np.full_like(y, largest(y.dtype)), g), 1),
 }
 GARBAGE_STARTS = {
     "none": (lambda found: None, 3),
