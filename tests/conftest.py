@@ -1,10 +1,22 @@
 """Hypothesis profiles: `ci` repeats the same examples everywhere, `deep` draws many new ones."""
 
 import os
+from importlib.util import find_spec
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=slow)
 settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("LORAX_NP_HYPOTHESIS", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip PEFT's lane, with its reason, where the extra is not installed."""
+    missing = [name for name in ("torch", "peft") if find_spec(name) is None]
+    if missing:
+        reason = f"{' and '.join(missing)}: not installed; pip install 'lorax-np[peft]'"
+        for item in items:
+            if item.get_closest_marker("peft"):
+                item.add_marker(pytest.mark.skip(reason=reason))
