@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -26,20 +26,7 @@ Kind = Literal[
     "file",
     "packed",
 ]
-KINDS: tuple[Kind, ...] = (
-    "forward",
-    "gradient",
-    "dora",
-    "dropout",
-    "precision",
-    "shape",
-    "conduct",
-    "start",
-    "pissa",
-    "merge",
-    "file",
-    "packed",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Faulty(Plain):
