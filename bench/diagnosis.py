@@ -14,8 +14,8 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from lorax_np.verify.diagnose_trials import Trial, pair, single
-from lorax_np.verify.dictionary import faults
+from lorax_np.verify.diagnosis.dictionary import faults
+from lorax_np.verify.diagnosis.trials import Trial, pair, single
 
 FOUND = ("named", "class", "hidden")
 

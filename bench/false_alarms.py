@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from lorax_np import LoraConfig
-from lorax_np.verify import plain
+from lorax_np.verify.bounds.sigma import THRESHOLD, ceiling, deviations, tolerance
+from lorax_np.verify.bounds.slope import slopes
 from lorax_np.verify.cases import Case
+from lorax_np.verify.layers import plain
+from lorax_np.verify.layers.rounding import ORDERS, layer, to_bits
 from lorax_np.verify.precision import PRECISIONS
-from lorax_np.verify.rounding import ORDERS, layer, to_bits
-from lorax_np.verify.sigma import THRESHOLD, ceiling, deviations, tolerance
-from lorax_np.verify.slope import slopes
 
 TENSORS = ("y", "x", "W", "A", "B", "m", "b", "bB")
 NAMES = tuple(ORDERS)

@@ -15,12 +15,7 @@ from .config import LoraConfig
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
-from .layer import (
-    LoraLinearSaved,
-    lora_linear_backward,
-    lora_linear_backward_base,
-    lora_linear_forward,
-)
+from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
 from .merge import merge, row_norms, unmerge
 from .params import Adapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .random import dropout_mask, site_key, torch_generator

@@ -124,10 +124,10 @@ def _seed(text: str) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .verify.digest import write_text
-    from .verify.html import html
-    from .verify.junit import junit
-    from .verify.markdown import to_markdown
+    from .verify.pages.digest import write_text
+    from .verify.pages.html import html
+    from .verify.pages.junit import junit
+    from .verify.pages.markdown import to_markdown
     from .verify.report import SCHEMA, to_text
 
     if arguments.backend and arguments.subject != "reference":
@@ -160,7 +160,7 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
     """A report for each profile, printed as it comes; none where the subject's module crashed."""
     from . import verify as harness
     from .backend import namespace
-    from .verify.batteries import in_one_line
+    from .verify.batteries.tensors import in_one_line
     from .verify.verdict import opened
 
     try:
@@ -200,9 +200,9 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
 def _mutants(arguments: argparse.Namespace) -> int:
     """The harness judged by its own measure: every known fault against every check."""
     from .verify import verify
-    from .verify.digest import write_text
-    from .verify.html import html
-    from .verify.matrix import kill_matrix
+    from .verify.mutants.matrix import kill_matrix
+    from .verify.pages.digest import write_text
+    from .verify.pages.html import html
 
     profile = arguments.profile or "fp32"
     progress = _Progress(profile, quiet=arguments.quiet)
@@ -246,7 +246,7 @@ class _Progress:
 
 
 def _vectors(arguments: argparse.Namespace) -> int:
-    from .verify.vectors import vectors
+    from .verify.vectors.directory import vectors
 
     progress = _Progress("vectors", quiet=False)
     code, lines = vectors(

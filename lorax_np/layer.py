@@ -20,14 +20,7 @@ from .ops.dora import (
 )
 from .ops.dropout import dropout_backward, dropout_forward
 from .ops.linear import linear_backward_b, linear_backward_W, linear_backward_x, linear_forward
-from .ops.lora import (
-    LoraSaved,
-    delta_backward,
-    delta_forward,
-    lora_backward,
-    lora_backward_bB,
-    lora_forward,
-)
+from .ops.lora import LoraSaved, delta_backward, delta_forward, lora_backward, lora_backward_bB, lora_forward
 from .params import Adapter, Linear, check_pair
 from .shapes import axes
 

@@ -17,7 +17,7 @@ import lorax_np as lx
 
 PACKAGE = Path(lx.__file__).parent
 ROOT = PACKAGE.parent
-APART = {"verify/pytest_entry.py"}  # installed beside the package, which it therefore calls by its name
+APART = {"verify/plugin/entry.py"}  # installed beside the package, which it therefore calls by its name
 FILES = {
     str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -6,15 +6,15 @@ True
 """
 
 from . import strategies, subjects
+from .batteries.lattice import lattice_cases
+from .batteries.probes import infer_precision
+from .batteries.secant import norm_of
 from .cases import Case
 from .conformance import assert_case, assert_conforms
+from .diagnosis.smallest import smallest
 from .gradcheck import GradcheckError, GradcheckResult, gradcheck
-from .lattice import lattice_cases
 from .precision import Precision
-from .probes import infer_precision
 from .report import Check, Report
-from .secant import norm_of
-from .smallest import smallest
 from .subjects import Spec, Subject
 from .verdict import verify
 

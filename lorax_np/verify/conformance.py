@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from . import exact, truth
-from .batteries import GRADIENTS, by_name, judge, with_truth
-from .bounds import bounds
+from .batteries.tensors import GRADIENTS, by_name, judge, with_truth
+from .bounds.worst import bounds
 from .cases import UNIT, Case
 from .report import Check, Report
 from .subjects import Spec
 from .subjects.engine import Reference
+from .truths import exact, truth
 from .verdict import verify
 
 SMALL = 80  # numbers in a layer, up to which 640-bit arithmetic takes a tenth of a second or less

@@ -128,25 +128,25 @@ class Report:
 
     def to_junit(self, path: str | Path) -> None:
         """Write the report as JUnit XML."""
-        from .junit import to_junit
+        from .pages.junit import to_junit
 
         to_junit(self, path)
 
     def to_html(self, path: str | Path, matrix: Any = None) -> None:
         """Write the report as one self-contained HTML page, with a kill matrix if one is given."""
-        from .html import to_html
+        from .pages.html import to_html
 
         to_html(self, path, matrix)
 
     def to_markdown(self) -> str:
         """The report as Markdown for a pull request."""
-        from .markdown import to_markdown
+        from .pages.markdown import to_markdown
 
         return to_markdown(self)
 
     def to_badge(self) -> dict[str, Any]:
         """The verdict as a badge endpoint has it."""
-        from .markdown import to_badge
+        from .pages.markdown import to_badge
 
         return to_badge(self)
 
@@ -214,7 +214,7 @@ class Report:
         for reason in reasons:
             lines += ["", *textwrap.wrap(f"not judged: {reason}", WIDTH, subsequent_indent="  ")]
         if bad and (self.cause is None or not self.cause.reproduce):
-            from .digest import command
+            from .pages.digest import command
 
             lines.append(f"reproduce: {command(self, bad[0])}")
         return lines

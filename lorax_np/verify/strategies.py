@@ -125,7 +125,7 @@ def _exact(
     name: str, kind: str, shape: Any, dtype: str, seed: int, p: float, options: dict[str, Any]
 ) -> Case | None:
     """A layer whose every intermediate is a number of float32; None where these sizes allow none."""
-    from . import lattice
+    from .batteries import lattice
 
     alpha = 1.5 * (sqrt(shape[2]) if options["rslora"] else shape[2])
     found = lattice.draw(name, kind, shape, alpha=alpha, p=p, seed=(seed,), **options)

@@ -8,49 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .batteries import battery_complex, battery_exact, battery_merge, chosen, spec_of
+from .batteries import suited
+from .batteries.tensors import chosen, spec_of
 from .cases import PROFILES
-from .generic import battery_generic
-from .lattice import battery_lattice
-from .laws import battery_protocol, battery_start
-from .mutants.trials import battery_edges, battery_widened
-from .packed import battery_packed
-from .probes import battery_probes
-from .protocol import battery_conduct
-from .report import Check, Report
-from .secant import battery_secant
+from .report import Report
 from .subjects import Spec, load
 
 LEVELS = ("quick", "full")
 ISOLATION = ("process", "none")
-Battery = Callable[[Any, str, int, str, str], Iterator[list[Check]]]
-BATTERIES: dict[str, Battery] = {
-    "lattice": battery_lattice,
-    "generic": battery_generic,
-    "exact": battery_exact,
-    "complex": battery_complex,
-    "secant": battery_secant,
-    "probes": battery_probes,
-    "merge": battery_merge,
-    "protocol": battery_protocol,
-    "conduct": battery_conduct,
-    "start": battery_start,
-    "packed": battery_packed,
-    "edges": battery_edges,
-    "widened": battery_widened,
-}
-PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
-UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ONE_WIDTH = (  # their bounds know one unit roundoff
-    "secant",
-    "merge",
-    "protocol",
-    "conduct",
-    "start",
-    "packed",
-    "edges",
-    "widened",
-)
 Progress = Callable[[str, int, int], None]  # battery, checks so far, failures so far
 
 
@@ -101,7 +66,7 @@ def verify(
         report = Report(title, profile, seed, _conventions(spec_of(found)))
         _judge(found, report, level, weights, case, progress)
         if weights is None and report.count("fail") + report.count("crash"):
-            from .diagnose import diagnose
+            from .diagnosis.diagnose import diagnose
 
             report.cause = diagnose(found, report.checks, profile, name=title, seed=seed)
     report.seconds = time.perf_counter() - start
@@ -132,7 +97,7 @@ def _judge(
     profile, seed = report.profile, report.seed
     batteries = suited(profile, case.partition("/")[0])
     if weights is not None:
-        from .weights import battery_weights
+        from .batteries.weights import battery_weights
 
         batteries = {"weights": battery_weights(weights, report)}
     with np.errstate(all="ignore"):  # what is not finite is judged, not warned of
@@ -141,18 +106,6 @@ def _judge(
                 report.checks.extend(check for check in checks if chosen(check.id, case))
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
-
-
-def suited(profile: str, asked: str = "") -> dict[str, Battery]:
-    """The batteries that a profile is judged by, and the one that is asked for by name.
-
-    Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
-    """
-    wide = profile in UNIT_PROFILES
-    left_out = (() if profile == "fp64" else PROOF) + (() if wide else ONE_WIDTH)
-    return {
-        name: battery for name, battery in BATTERIES.items() if name not in left_out or (wide and name == asked)
-    }
 
 
 class _Declared:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import lorax_np as lx
-from lorax_np.verify import Check, Report, heat
+from lorax_np.verify import Check, Report
+from lorax_np.verify.pages import heat
 
 HOSTILE = (
     "a<script>alert(1)</script>&amp;\"'>]]><!-- | `b` ```c``` \x00\x07\x1b[31m \u202eedoc \u2028 \ud800 "

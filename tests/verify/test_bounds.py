@@ -8,10 +8,10 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from strategies import seeds
 
-from lorax_np.verify import exact, truth
-from lorax_np.verify.batteries import EPS, with_truth
-from lorax_np.verify.bounds import bounds, merged_bounds
+from lorax_np.verify.batteries.tensors import EPS, with_truth
+from lorax_np.verify.bounds.worst import bounds, merged_bounds
 from lorax_np.verify.cases import KINDS, MIDDLE, SMALL, UNIT, draw, grid
+from lorax_np.verify.truths import exact, truth
 
 ORDERS = (
     "z first",

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.batteries import answer
-from lorax_np.verify.diagnose import diagnose, source
-from lorax_np.verify.diagnose_trials import Stored, same
-from lorax_np.verify.dictionary import LIMIT, Comparison, faults
-from lorax_np.verify.plain import Plain, run
+from lorax_np.verify.batteries.tensors import answer
+from lorax_np.verify.diagnosis.diagnose import diagnose, source
+from lorax_np.verify.diagnosis.dictionary import LIMIT, Comparison, faults
+from lorax_np.verify.diagnosis.probe_layers import KINDS, LAYERS, constants, observe, probe
+from lorax_np.verify.diagnosis.regression import terms
+from lorax_np.verify.diagnosis.tree import branch
+from lorax_np.verify.diagnosis.trials import Stored, same
+from lorax_np.verify.layers.plain import Plain, run
+from lorax_np.verify.layers.replaying import STEPS
+from lorax_np.verify.layers.rounding import ORDERS, layer
 from lorax_np.verify.precision import PRECISIONS
-from lorax_np.verify.probe_layers import KINDS, LAYERS, constants, observe, probe
-from lorax_np.verify.regression import terms
-from lorax_np.verify.replaying import STEPS
 from lorax_np.verify.report import Check
-from lorax_np.verify.rounding import ORDERS, layer
-from lorax_np.verify.tree import branch
 
 BOTH = lx.verify.Spec(norm_gradient=(False, True))
 

@@ -6,8 +6,8 @@ from itertools import combinations, islice
 
 import pytest
 
-from lorax_np.verify.diagnose_trials import pair, single
-from lorax_np.verify.dictionary import faults
+from lorax_np.verify.diagnosis.dictionary import faults
+from lorax_np.verify.diagnosis.trials import pair, single
 
 FOUND = ("named", "class", "hidden")
 

@@ -11,8 +11,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lorax_np.verify import exact
 from lorax_np.verify.cases import KINDS, SMALL, draw, grid
+from lorax_np.verify.truths import exact
 
 LORA = [kind for kind in KINDS if kind.startswith("lora")]
 DORA = [kind for kind in KINDS if kind.startswith("dora")]

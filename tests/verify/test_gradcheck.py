@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import quotients
-from lorax_np.verify.gradcheck import GradcheckError, gradcheck
+from lorax_np.verify.gradcheck import GradcheckError, gradcheck, quotients
 
 METHODS = "secant", "complex", "central"
 BUGS = "gx ignores mask", "gA from undropped x", "gx without adapter", "gA = 0"

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import dyadic, exact, lattice, plain
+from lorax_np.verify.batteries import lattice
+from lorax_np.verify.batteries.lattice import battery_lattice, judge_lattice, lattice_cases, places
 from lorax_np.verify.cases import KINDS
-from lorax_np.verify.dyadic import Dyadic
-from lorax_np.verify.lattice import battery_lattice, judge_lattice, lattice_cases, places
-from lorax_np.verify.plain import BACKWARD, FORWARD
-from lorax_np.verify.smallest import smallest
+from lorax_np.verify.diagnosis.smallest import smallest
+from lorax_np.verify.layers import dyadic, plain
+from lorax_np.verify.layers.dyadic import Dyadic
+from lorax_np.verify.layers.plain import BACKWARD, FORWARD
+from lorax_np.verify.truths import exact
 
 STEPS = {**FORWARD, **BACKWARD}
 CASES = lattice.lattice(0)

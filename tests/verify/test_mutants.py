@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax_np.verify import matrix as kill
-from lorax_np.verify import plain
+from lorax_np.verify.batteries import BATTERIES
 from lorax_np.verify.cases import KINDS as LAYERS
 from lorax_np.verify.cases import draw
+from lorax_np.verify.layers import plain
+from lorax_np.verify.layers.plain import Plain
 from lorax_np.verify.mutants import CATALOGUE, CONVENTIONS, KINDS, Fault
+from lorax_np.verify.mutants import matrix as kill
 from lorax_np.verify.mutants.adapters import Arithmetic
 from lorax_np.verify.mutants.equivalent import EQUIVALENT, exact_cases, first_differences
 from lorax_np.verify.mutants.files import Filed
+from lorax_np.verify.mutants.naive import close_at_start, differences
 from lorax_np.verify.mutants.packed import Serving
-from lorax_np.verify.naive import close_at_start, differences
-from lorax_np.verify.plain import Plain
 from lorax_np.verify.subjects import reference
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -144,16 +145,6 @@ def test_the_matrix_is_quick(matrix):
     assert matrix.cpu < 2 * 20
 
 
-def test_the_verdict_alone_refuses_all_layers_but_those_named(matrix):
-    """What no battery but the trials of this room sees is known by id."""
-    trials = set(kill.TRIALS)
-    missed = {f.id for f in CATALOGUE.values() if not set(matrix.killers(f)) - trials}
-    seen_by_trials_only = {"T6", "T7", "R18", "R19", "G6"} | {
-        f.id for f in CATALOGUE.values() if f.id[0] in "FLU" or f.id in ("I3", "P2", "P8", "P9", "P10", "P11")
-    }
-    assert missed <= seen_by_trials_only
-
-
 def test_usual_tests_miss_most(matrix):
     """Why there is a harness: neither kind of naive test sees half of what a layer can have wrong."""
     layers = [fault for fault in CATALOGUE.values() if fault.kind in kill.LAYER]
@@ -171,7 +162,7 @@ def test_a_matrix_reads_in_a_hundred_columns(matrix):
 
 
 def test_a_matrix_names_what_few_checks_refuse():
-    check = {"merge": kill.all_checks()["merge"]}
+    check = {"merge": BATTERIES["merge"]}
     seen = []
     found = kill.kill_matrix(
         [CATALOGUE["M1"], CATALOGUE["M4"]], checks=check, progress=lambda *at: seen.append(at)
@@ -192,14 +183,14 @@ def test_a_matrix_refuses_an_unknown_profile():
 @pytest.mark.parametrize("name", RIGHT)
 def test_nothing_right_is_refused(name, profile):
     with np.errstate(all="ignore"), kill.remembered(MEMORY):
-        wrong = {c: kill.refused(RIGHT[name](), battery, profile) for c, battery in kill.all_checks().items()}
+        wrong = {c: kill.refused(RIGHT[name](), battery, profile) for c, battery in BATTERIES.items()}
     assert not {check for check, letter in wrong.items() if letter in "KE"}
     if name == "whole":
         assert set(wrong.values()) == {"."}, "every check has something to judge"
 
 
-def test_trials_pass_what_is_right_at_the_full_level_and_other_seeds():
-    for name, battery in kill.TRIALS.items():
+def test_batteries_pass_what_is_right_at_the_full_level_and_other_seeds():
+    for name, battery in BATTERIES.items():
         for seed in (1, 2):
             checks = [check for found in battery(Whole(), "fp32", seed, "full", "") for check in found]
             bad = [check for check in checks if check.verdict in ("fail", "crash")]

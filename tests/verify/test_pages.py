@@ -16,8 +16,9 @@ from samples import ALL, Mapped, hostile, judged, matrix
 from screenshots import SETTINGS, Browser, chromium, colours
 
 import lorax_np as lx
-from lorax_np.verify import Report, heat
-from lorax_np.verify.html import html
+from lorax_np.verify import Report
+from lorax_np.verify.pages import heat
+from lorax_np.verify.pages.html import html
 
 # ---- HTML --------------------------------------------------------------------------------------------------
 

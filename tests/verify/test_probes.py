@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import plain
-from lorax_np.verify.plain import BACKWARD, FORWARD
-from lorax_np.verify.probes import battery_probes, decode_masks, first_differing, infer_precision, mask_case
+from lorax_np.verify.batteries import lattice
+from lorax_np.verify.batteries.probes import (
+    battery_probes,
+    decode_masks,
+    first_differing,
+    infer_precision,
+    mask_case,
+)
+from lorax_np.verify.layers import plain
+from lorax_np.verify.layers.plain import BACKWARD, FORWARD
 
 REFERENCE = lx.verify.subjects.reference()
 STEPS = {**FORWARD, **BACKWARD}
@@ -146,7 +153,7 @@ def test_16_bit_arrays_are_taken():
     class Half:
         def run(self, case, gy):
             dtype = case.x.dtype
-            wide = lx.verify.lattice.cast(case, "float32")
+            wide = lattice.cast(case, "float32")
             y, g = plain.run(wide, gy.astype(np.float32))
             return y.astype(dtype), {name: value.astype(dtype) for name, value in g.items()}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import plain
-from lorax_np.verify.plain import BACKWARD, FORWARD
-from lorax_np.verify.protocol import battery_conduct, laws_of
+from lorax_np.verify.batteries.protocol import battery_conduct, laws_of
+from lorax_np.verify.layers import plain
+from lorax_np.verify.layers.plain import BACKWARD, FORWARD
 
 REFERENCE = lx.verify.subjects.reference()
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.plain import Plain
+from lorax_np.verify.layers.plain import Plain
 
 ROOT = Path(lx.__file__).parents[1]
 SUBJECTS = """
 import numpy as np
-from lorax_np.verify.plain import Plain
+from lorax_np.verify.layers.plain import Plain
 
 right = Plain()
 wrong = Plain({"gA": lambda t: 0 * (t.gz.T @ t.xd)})
@@ -38,7 +38,7 @@ def project(tmp_path):
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: lorax-np-plugin\nVersion: 0\n")
     (installed / "entry_points.txt").write_text("[pytest11]\nlorax_np = _lorax_np_pytest\n")
-    entry = ROOT / "lorax_np" / "verify" / "pytest_entry.py"
+    entry = ROOT / "lorax_np" / "verify" / "plugin" / "entry.py"
     (tmp_path / "site" / "_lorax_np_pytest.py").write_text(entry.read_text())  # where a wheel has it
     folder = tmp_path / "project"
     folder.mkdir()
@@ -165,7 +165,7 @@ def test_workers_share_one_judgement(project):
 def test_the_fixture_runs_a_test_once_for_each_kind(project):
     text = """
 from lorax_np.verify.conformance import assert_case
-from lorax_np.verify.plain import run
+from lorax_np.verify.layers.plain import run
 
 def test_right(lorax_np_case):
     assert_case(lorax_np_case, *run(lorax_np_case, lorax_np_case.gy))

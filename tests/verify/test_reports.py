@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from samples import ALL, NAMES, hostile, judged
 
 from lorax_np.cli import main
-from lorax_np.verify import Check, Report, digest
-from lorax_np.verify.html import html, to_html
-from lorax_np.verify.junit import junit, to_junit
-from lorax_np.verify.markdown import LONGEST, code, code_cell, fence, to_badge, to_markdown
+from lorax_np.verify import Check, Report
+from lorax_np.verify.pages import digest
+from lorax_np.verify.pages.html import html, to_html
+from lorax_np.verify.pages.junit import junit, to_junit
+from lorax_np.verify.pages.markdown import LONGEST, code, code_cell, fence, to_badge, to_markdown
 
 SCHEMA = digest.report_schema()
 each = pytest.mark.parametrize("report", ALL, ids=NAMES)

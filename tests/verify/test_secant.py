@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import plain, secant
+from lorax_np.verify.batteries import secant
+from lorax_np.verify.batteries.secant import battery_secant, judge_secants, norm_of, secants
 from lorax_np.verify.cases import KINDS, draw
-from lorax_np.verify.plain import BACKWARD, FORWARD
+from lorax_np.verify.layers import plain
+from lorax_np.verify.layers.plain import BACKWARD, FORWARD
 from lorax_np.verify.precision import PRECISIONS
-from lorax_np.verify.secant import battery_secant, judge_secants, norm_of, secants
 
 STEPS = {**FORWARD, **BACKWARD}
 

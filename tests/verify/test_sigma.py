@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax_np.verify.bounds import bounds
+from lorax_np.verify.bounds.sigma import THRESHOLD, ceiling, deviations, tolerance
+from lorax_np.verify.bounds.slope import slope, slopes
+from lorax_np.verify.bounds.worst import bounds
 from lorax_np.verify.cases import KINDS, MIDDLE, SMALL, draw, grid
+from lorax_np.verify.layers.rounding import ORDERS, layer, to_bits
 from lorax_np.verify.precision import PRECISIONS
-from lorax_np.verify.rounding import ORDERS, layer, to_bits
-from lorax_np.verify.sigma import THRESHOLD, ceiling, deviations, tolerance
-from lorax_np.verify.slope import slope, slopes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import false_alarms

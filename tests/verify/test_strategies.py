@@ -13,7 +13,7 @@ import lorax_np as lx
 from lorax_np.verify import Case, Spec
 from lorax_np.verify.cases import ALPHAS, DROPS
 from lorax_np.verify.conformance import assert_case, assert_conforms
-from lorax_np.verify.plain import Plain, run
+from lorax_np.verify.layers.plain import Plain, run
 from lorax_np.verify.strategies import _apart, lora_cases, specs
 
 ROOT = Path(lx.__file__).parents[1]

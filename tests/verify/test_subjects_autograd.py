@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import subjects, truth
-from lorax_np.verify.batteries import judge_case, with_truth
+from lorax_np.verify import subjects
+from lorax_np.verify.batteries.tensors import judge_case, with_truth
 from lorax_np.verify.cases import MIDDLE, PROFILES, SMALL, UNIT, grid
+from lorax_np.verify.truths import truth
 
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
 LORA = ("y", "x", "A", "B")

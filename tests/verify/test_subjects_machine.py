@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import exact, subjects, truth
-from lorax_np.verify.batteries import answer, judge_case, with_truth
-from lorax_np.verify.bounds import bounds
+from lorax_np.verify import subjects
+from lorax_np.verify.batteries.tensors import answer, judge_case, with_truth
+from lorax_np.verify.bounds.worst import bounds
 from lorax_np.verify.cases import MIDDLE, PROFILES, SMALL, UNIT, grid
 from lorax_np.verify.isolate import isolated
 from lorax_np.verify.subjects.shared_library import PLACES, Fence
+from lorax_np.verify.truths import exact, truth
 
 HERE = Path(__file__).parent / "subjects"
 CASES = [case for case in grid("exact", SMALL, "fp32", (False,), 0, "full") if case.m is None]

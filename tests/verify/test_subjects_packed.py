@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify import packed
+from lorax_np.verify.batteries import packed
+from lorax_np.verify.batteries.packed import LAYOUTS, NONE, PackedReference, battery_packed, draw
 from lorax_np.verify.isolate import isolated
-from lorax_np.verify.packed import LAYOUTS, NONE, PackedReference, battery_packed, draw
 
 PROFILES = "fp32", "fp64"
 KINDS = [layout[0] for layout in LAYOUTS]

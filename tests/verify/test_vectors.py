@@ -15,16 +15,20 @@ import pytest
 from safetensors.numpy import load_file
 
 import lorax_np as lx
-from lorax_np.verify import exact, plain, precision, vectors_schema, vectors_write
-from lorax_np.verify.batteries import Absent, answer
+from lorax_np.verify import precision
+from lorax_np.verify.batteries.tensors import Absent, answer
+from lorax_np.verify.layers import plain
 from lorax_np.verify.mutants import CATALOGUE
 from lorax_np.verify.tensorfile import encode, save
-from lorax_np.verify.vectors import check_vectors, load_vectors, refusal, vectors, write_vectors
-from lorax_np.verify.vectors_bugs import differs
-from lorax_np.verify.vectors_case import TENSOR_OF, inputs_of, number_of, to_case, widened
-from lorax_np.verify.vectors_schema import SCHEMA, schema_faults
-from lorax_np.verify.vectors_special import invalid_group, rounding_group, steps_of
-from lorax_np.verify.vectors_write import sums
+from lorax_np.verify.truths import exact
+from lorax_np.verify.vectors import schema as vectors_schema
+from lorax_np.verify.vectors import write as vectors_write
+from lorax_np.verify.vectors.bugs import differs
+from lorax_np.verify.vectors.case import TENSOR_OF, inputs_of, number_of, to_case, widened
+from lorax_np.verify.vectors.directory import check_vectors, load_vectors, refusal, vectors, write_vectors
+from lorax_np.verify.vectors.schema import SCHEMA, schema_faults
+from lorax_np.verify.vectors.special import invalid_group, rounding_group, steps_of
+from lorax_np.verify.vectors.write import sums
 
 HERE = Path(__file__).parent
 REGISTRY = HERE.parent / "golden" / "tcids.json"

@@ -25,8 +25,8 @@ import numpy as np
 from ... import ConfigError
 from .. import subjects
 from ..cases import HostArray
-from ..processes import ended, kill
 from .frames import Answer, Damaged, arrays_of, exactly, read_answer, request_bytes, room
+from .processes import ended, kill
 
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
 BOOT += f"from {__name__}.__main__ import main; main(sys.argv[1:])"

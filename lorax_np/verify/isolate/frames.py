@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batteries import Crash, by_name
+from ..batteries.tensors import Crash, by_name
 from ..cases import HostArray
 
 Read = Callable[[int], bytes]  # exactly so many bytes, or fewer at the end of the stream

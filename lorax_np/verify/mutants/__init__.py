@@ -5,20 +5,7 @@
 's = α, not divided by the rank'
 """
 
-from . import (
-    adapters,
-    conduct,
-    dora,
-    dropout,
-    files,
-    gradient,
-    merge,
-    packed,
-    rounding,
-    scale,
-    shape,
-    start,
-)
+from . import adapters, conduct, dora, dropout, files, gradient, merge, packed, rounding, scale, shape, start
 from .dora import CONVENTIONS
 from .fault import KINDS, Fault, Faulty, Kind
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case, HostArray
-from ..plain import Step
+from ..layers.plain import Step
 from .dropout import POST_B
 from .fault import Fault, Faulty, moved, row_norms
 

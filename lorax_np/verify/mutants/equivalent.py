@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import plain
+from ..batteries.lattice import lattice_cases
 from ..cases import Case, HostArray
-from ..lattice import lattice_cases
+from ..layers import plain
 from .fault import Fault
 
 EQUIVALENT: dict[str, Fault] = {

@@ -6,10 +6,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ... import Adapter, Linear, unmerge
-from ... import row_norms as lora_row_norms
 from ..cases import Case, HostArray
-from ..plain import Plain, Step
+from ..layers.plain import Plain, Step
 from ..subjects.engine import Reference
 
 Kind = Literal[
@@ -47,10 +45,7 @@ class Faulty(Plain):
 
     def unmerge(self, case: Case, merged: dict[str, HostArray]) -> dict[str, Any]:
         """W and b again, of the merged ones; the row norms are those of before, under DoRA."""
-        adapter = Adapter(case.A, case.B, case.m, None, case.bB)
-        n = None if case.m is None else lora_row_norms(Linear(case.W), adapter, scaling=case.scaling)
-        linear = unmerge(Linear(merged["W"], merged.get("b")), adapter, scaling=case.scaling, n=n)
-        return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
+        return self.right.unmerge(case, merged)
 
     def accumulate(self, case: Case, gy: Any, into: dict[str, HostArray]) -> dict[str, HostArray]:
         """The gradients of this call added to those of earlier ones."""

@@ -7,18 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..batteries.files import CONFIG, KEYS, TENSORS
 from ..cases import Case, HostArray
 from .fault import Fault, Faulty, row_norms
 
 WORDS = {"float32": "F32", "float64": "F64", "float16": "F16"}
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KEYS = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "bB": "lora_B.bias",
-    "m": "lora_magnitude_vector",
-    "b": "base_layer.bias",
-}
 
 
 def written(tensors: dict[str, HostArray]) -> bytes:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..batteries.packed import NONE, PackedCase, PackedReference
 from ..cases import Case, HostArray
-from ..packed import NONE, PackedCase, PackedReference
-from ..plain import rows
+from ..layers.plain import rows
 from .fault import Fault, Faulty
 
 Answer = tuple[HostArray, dict[str, HostArray]]

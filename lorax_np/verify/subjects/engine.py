@@ -1,5 +1,6 @@
 """The engine's own layer as a subject, in any array library."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from ... import (
     lora_linear_backward_base,
     lora_linear_forward,
     merge,
+    row_norms,
     torch_generator,
+    unmerge,
 )
 from ..cases import Case
 from . import Spec
@@ -56,4 +59,12 @@ class Reference:
         """The merged weight and bias."""
         _, base, adapter, _ = self._records(case)
         linear = merge(base, adapter, scaling=case.scaling)
+        return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
+
+    def unmerge(self, case: Case, merged: dict[str, Any]) -> dict[str, Any]:
+        """W and b again of the merged ones; under DoRA with the row norms from before."""
+        _, base, adapter, _ = self._records(replace(case, train_b=False))  # the merged bias is the base's
+        there = {name: value if self.xp is np else self.xp.asarray(value) for name, value in merged.items()}
+        n = None if adapter.m is None else row_norms(base, adapter, scaling=case.scaling)
+        linear = unmerge(Linear(there["W"], there.get("b")), adapter, scaling=case.scaling, n=n)
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})

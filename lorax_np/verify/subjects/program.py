@@ -17,7 +17,7 @@ import numpy as np
 
 from ... import ConfigError, FormatError, open_safetensors
 from ..cases import Case, HostArray
-from ..processes import ended, kill
+from ..isolate.processes import ended, kill
 from ..tensorfile import encode
 from . import NoSubject, Spec
 

@@ -1,0 +1,79 @@
+"""The batteries of checks: each asks a subject about some layers, and yields a verdict a tensor or a law."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..report import Check
+from . import (
+    calls,
+    edges,
+    files,
+    generic,
+    lattice,
+    laws,
+    packed,
+    probes,
+    protocol,
+    secant,
+    several,
+    starts,
+    tensors,
+)
+
+Battery = Callable[[Any, str, int, str, str], Iterator[list[Check]]]
+BATTERIES: dict[str, Battery] = {
+    # of a layer's tensors
+    "lattice": lattice.battery_lattice,
+    "generic": generic.battery_generic,
+    "exact": tensors.battery_exact,
+    "complex": tensors.battery_complex,
+    "secant": secant.battery_secant,
+    "probes": probes.battery_probes,
+    "edges": edges.battery_edges,
+    "widened": edges.battery_widened,
+    # of its conduct
+    "protocol": laws.battery_protocol,
+    "conduct": protocol.battery_conduct,
+    "sequence": calls.battery_sequence,
+    "training": calls.battery_training,
+    # of what only some subjects offer: merge, unmerge
+    "merge": tensors.battery_merge,
+    "served": edges.battery_served,
+    "unmerge": edges.battery_unmerge,
+    "round trip": edges.battery_round_trip,
+    # init
+    "start": laws.battery_start,
+    "moments": starts.battery_moments,
+    "distribution": starts.battery_distribution,
+    "orthogonal": starts.battery_orthogonal,
+    "first step": starts.battery_first_step,
+    # convert, combine
+    "converted": several.battery_converted,
+    "on base": several.battery_on_base,
+    "combined": several.battery_combined,
+    "alone": several.battery_alone,
+    # save, load
+    "reloaded": files.battery_reloaded,
+    "foreign": files.battery_foreign,
+    "rebuilt": files.battery_rebuilt,
+    "resumed": files.battery_resumed,
+    # packed_forward, packed_backward, together
+    "packed": packed.battery_packed,
+    "unpacked": several.battery_unpacked,
+    "together": several.battery_together,
+    "apart": several.battery_apart,
+}
+PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
+UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
+ANY_WIDTH = ("lattice", "generic", "probes")  # the bounds of the others know one unit roundoff
+
+
+def suited(profile: str, asked: str = "") -> dict[str, Battery]:
+    """The batteries that a profile is judged by, and the one that is asked for by name.
+
+    Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
+    """
+    if profile not in UNIT_PROFILES:
+        return {name: BATTERIES[name] for name in ANY_WIDTH}
+    left_out = () if profile == "fp64" else PROOF
+    return {name: battery for name, battery in BATTERIES.items() if name not in left_out or name == asked}

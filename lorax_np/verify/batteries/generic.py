@@ -1,0 +1,54 @@
+"""The battery at generic points: every entry within eight deviations of its own roundings, and no drift.
+
+The truth is the engine in float64, which the batteries `exact` and `complex` prove; y comes from the dense
+definition. What an error common to all entries of a tensor amounts to is measured below the noise of each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..bounds.sigma import THRESHOLD, tolerance
+from ..bounds.slope import slopes
+from ..cases import MIDDLE, Case, HostArray, grid
+from ..precision import PRECISIONS
+from ..report import Check
+from ..subjects.engine import Reference
+from ..truths import truth
+from .tensors import answer, chosen, judge_answer, spec_of
+
+SHAPES = (*MIDDLE, (65, 63, 8, (31,)))  # the last wide enough for a common error of a thousandth in 16 bits
+
+
+def battery_generic(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
+    """Layers of every kind: each entry by its own deviation, each tensor by what its entries share."""
+    if profile == "fp64" and isinstance(subject, Reference):
+        return  # the truth itself, which `exact` and `complex` judge
+    engine, precision = Reference(), PRECISIONS[profile]
+    for case in grid("generic", SHAPES, profile, spec_of(subject).norm_gradient, seed + 7, level):
+        if chosen(case.id, only):
+            want = wide_truth(engine, case)
+            got, checks = judge_answer(subject, "generic", case, want, tolerance(case, precision))
+            yield [*checks, *_shared(case, profile, got, want, checks)]
+
+
+def wide_truth(engine: Any, case: Case) -> dict[str, HostArray]:
+    """y and every gradient of a case in float64."""
+    wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
+    found = answer(engine, replace(case, **wide))
+    return {**found, "y": truth.dense(case)}
+
+
+def _shared(
+    case: Case, profile: str, got: dict[str, HostArray], want: dict[str, HostArray], checks: list[Check]
+) -> Iterator[Check]:
+    """A check more for each tensor that passed entry by entry: a relative error that all its entries share."""
+    fine = {check.tensor for check in checks if check.verdict == "pass"}
+    wide = {name: got[name].astype(np.float64) for name in got if name in fine}
+    for name, (found, z) in slopes(case, PRECISIONS[profile], wide, want).items():
+        share = abs(z) / THRESHOLD
+        note = f"all entries share a relative error of {found:.2g}" if share > 1 else ""
+        verdict: Any = "fail" if share > 1 else "pass"
+        yield Check(f"{case.id}/{name}-slope", "slope", case.kind, name, verdict, ratio=share, note=note)

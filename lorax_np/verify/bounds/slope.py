@@ -1,0 +1,132 @@
+"""An error that all entries of a tensor share, found below the noise of each.  Derivation: specs/bounds.md."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case, HostArray
+from ..precision import Precision
+from .sigma import replay
+
+
+def slope(got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0) -> tuple[float, float]:
+    """The relative error that all entries have in common, by weighted least squares, and its z.
+
+    got, want, sigma : arrays of one shape, and the standard deviation of each entry, 0 where none counts
+    shared : a relative deviation that honest entries have in common, as of a constant that is rounded once
+
+    Returns the slope, 0.001 where everything is a thousandth too large, and how many deviations that is from 0.
+
+    >>> import numpy as np
+    >>> want = np.arange(1.0, 5.0)
+    >>> [round(v, 6) for v in slope(1.01 * want, want, 0.1 * want)]
+    [0.01, 0.4]
+    """
+    use = (sigma > 0) & (want != 0)
+    deviation, reference = sigma[use], np.asarray(want[use], dtype=np.float64)
+    error, scaled = (np.asarray(got[use], dtype=np.float64) - reference) / deviation, reference / deviation
+    size = float(scaled @ scaled)
+    if size == 0.0:
+        return 0.0, 0.0
+    found = float(error @ scaled) / size  # (bounds.36)
+    left = error - found * scaled
+    noise = min(1.0, (1 + float(left @ left)) / len(left))  # (bounds.37), of σ² used up
+    return found, float(found / np.sqrt(noise / size + shared * shared))
+
+
+def slopes(
+    case: Case, precision: Precision, got: Mapping[str, HostArray], want: Mapping[str, HostArray]
+) -> dict[str, tuple[float, float]]:
+    """The slope of each tensor and its z, what honest entries share being allowed for.
+
+    got, want : y and gradients by name, as the subject gave them and as they are, in wider arithmetic
+    """
+    t, variances = replay(case, precision)
+    found = {}
+    for name, value in got.items():
+        sigma = np.sqrt(variances[name]).reshape(value.shape)
+        truth = np.asarray(want[name], dtype=np.float64)
+        weight = np.divide(truth, sigma * sigma, out=np.zeros(truth.shape), where=sigma > 0)
+        size = float(np.sum(weight * truth))
+        shared = 0.0 if size == 0.0 else _shared(t, name, weight.reshape(variances[name].shape)) / size**2
+        shared += (
+            _rounds_back(t)
+            + 2 * t.u.sum
+            + (precision.accumulate * _lengths(t, name)) ** 2 / 4 * (t.u.drift > 0)
+        )
+        found[name] = slope(value, truth, sigma, float(np.sqrt(shared)))
+    return found
+
+
+def _rounds_back(t: Any) -> float:
+    """Square of what all entries share where s is so near a power of two that it is rounded away."""
+    distance = abs(t.s) / 2.0 ** round(np.log2(abs(t.s))) - 1 if t.s else 0.0
+    return float(distance**2 if abs(distance) < 2 * np.sqrt(3 * t.u.store) else 0.0)  # (bounds.45)
+
+
+def _lengths(t: Any, name: str) -> int:
+    """How many additions a term of a tensor meets."""
+    by_tensor = {"y": t.d_in + t.r, "x": t.d_out + t.r, "A": t.d_out + t.N, "B": t.d_in + t.N, "W": t.N}
+    norm = t.d_in + t.r if t.dora else 0
+    return int(by_tensor.get(name, t.N) + norm + (t.d_in + t.N if t.full else 0) + 4)
+
+
+def _shared(t: Any, name: str, weight: HostArray) -> float:
+    """Variance of Σ weight∘error by arrays that are rounded once and used for many entries."""
+    u, s = t.u, t.s
+    both, mask = u.store + u.operand, 1.0 if t.mask is None else t.mask
+    c = t.k - 1
+
+    def pair(w: HostArray, X: HostArray, Y: HostArray) -> float:  # (bounds.41)
+        return float(np.square((w @ Y.T) * X).sum() + np.square((X.T @ w) * Y).sum())
+
+    def triple(w: HostArray, X: HostArray, Y: HostArray, Z: HostArray) -> float:  # (bounds.42)
+        XY, YZ = X @ Y, Y @ Z
+        return pair(w, XY, Z) + pair(w, X, YZ) + float(np.square((X.T @ w @ Z.T) * Y).sum())
+
+    rows = near = np.zeros(t.d_out)  # what a relative error of each k, or k − 1, does to Σ weight∘value
+    row = t.Mk + 3 * t.gV
+    variance = 0.0
+    if name == "y":
+        variance = both * triple(s * weight * t.k, t.xd, t.A.T, t.B.T) + u.operand * pair(weight, t.x, t.W.T)
+        variance += _alike(t, weight, u)
+        if t.dora:
+            variance += both * pair(weight * c, t.xd, t.W.T)
+            rows = (weight * t.k * (t.P + t.L)).sum(axis=0)
+            near = (weight * c * t.P).sum(axis=0)
+    elif name == "x":
+        variance = both * triple(s * weight * mask, t.Gk, t.B, t.A) + u.operand * pair(weight, t.G, t.W)
+        if t.dora:
+            variance += both * pair(weight * mask, t.G * c, t.W)
+            back = t.G.T @ (weight * mask)
+            rows, near = t.k * (back * t.V).sum(axis=1), c * (back * t.W).sum(axis=1)
+    elif name == "A":
+        variance = both * triple(s * weight, t.B.T, t.Gk.T, t.xd)
+        rows = s * ((t.B @ weight) * row).sum(axis=1)
+    elif name == "B":
+        variance = both * triple(s * weight, t.Gk.T, t.xd, t.A.T)
+        rows = s * ((weight @ t.A) * row).sum(axis=1)
+    elif name == "W":
+        variance = u.operand * pair(weight, t.G.T, t.x)
+        if t.dora:
+            variance += both * pair(c[:, None] * weight, t.G.T, t.xd)
+            rows, near = (weight * row).sum(axis=1), c * (weight * t.M).sum(axis=1)
+    elif name == "m":
+        variance = both * pair(t.G * (weight / t.n), t.xd, t.V.T)
+    if t.full and name in ("A", "B", "W"):
+        onto = weight if name == "W" else s * (t.B @ weight if name == "A" else weight @ t.A)
+        variance += float((t.c_var * np.square((onto * t.V).sum(axis=1))).sum())
+        variance += float((t.gV_own * np.square(onto)).sum()) + both * float(np.square(onto * t.gV).sum())
+    return variance + float((t.rho * rows * rows + 2 * u.store * near * near).sum())  # (bounds.43)
+
+
+def _alike(t: Any, weight: HostArray, u: Any) -> float:
+    """What a column of y shares: s·bB, and the last rounding where entries differ by less than its step."""
+    bias = np.zeros(t.d_out) if t.b is None else t.b
+    fixed = np.zeros(t.d_out) if t.bB is None else t.s * t.bB
+    columns = np.abs(weight.sum(axis=0))
+    own = t.y0 + t.k * t.L + ((t.k - 1) * t.P if t.dora else 0.0)
+    step = 4 * np.sqrt(3 * u.store) * np.abs(bias + fixed)
+    steady = (own.std(axis=0) < step) * np.square(columns * (np.abs(bias) + np.abs(fixed)))
+    return float(u.store * (2 * np.square(columns * fixed) + steady).sum())  # (bounds.44)

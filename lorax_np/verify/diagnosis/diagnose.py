@@ -1,0 +1,304 @@
+"""What is wrong with a subject that failed: the part, the known faults that explain it, the evidence for them.
+
+Three sources: a decision tree over the failed checks (tree.py), the dictionary of known faults and of pairs of
+them (dictionary.py, pairs.py), and regression on the layer's terms (regression.py). A fault is named only where
+its replay gives what the subject gave, within roundings; faults that cannot be told apart come as one class.
+Derivation: specs/diagnosis.md.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..batteries.tensors import answer, spec_of
+from ..precision import PRECISIONS
+from ..report import TENSORS, Check
+from .dictionary import LIMIT, RIGHT, Comparison, Match, faults
+from .pairs import pairs
+from .probe_layers import KINDS, Ask, observe
+from .regression import Finding, explain
+from .smallest import smallest
+from .tree import Branch, branch
+
+WIDE, LINES = 80, 12
+FILES = {  # where the equations of a spec are computed
+    "linear": ("ops/linear.py", "layer.py"),
+    "dropout": ("ops/dropout.py", "random.py", "layer.py"),
+    "lora": ("ops/lora.py", "config.py"),
+    "dora": ("ops/dora.py", "layer.py"),
+    "init": ("init.py",),
+    "merge": ("merge.py",),
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """One explanation that is accepted: a fault, two faults at once, or a class of those.
+
+    ids, titles : of every member of the class, "S4" or "S4 + D1";  z : of the nearest replay from the answer
+    line : the equation that is broken, as "lora.8";  file : where the reference computes it, and at which line
+    """
+
+    ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    z: float
+    line: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong, as far as it is known.
+
+    branch : the part, from the failed checks;  only : the trait without which the layers asked are right, or ""
+    names : explanations that are accepted, nearest first; the right layer itself is among the ids of a class
+            where the layers asked show nothing wrong
+    nearest : where none is accepted, the fault that explains most of the wrong entries, if half, and its share
+    findings : each wrong tensor: changed factors, or where it is wrong
+    case : parameters of the smallest exact layer that fails, or "";  asked : on how many layers it was asked
+    """
+
+    subject: str
+    profile: str
+    branch: Branch
+    only: str
+    names: tuple[Name, ...]
+    nearest: tuple[str, float] | None
+    findings: tuple[Finding, ...]
+    case: str
+    reproduce: str
+    asked: int
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The ids of the faults that are named; empty where nothing is, or nothing can be told from right."""
+        return tuple(id for name in self.names if RIGHT not in name.ids for id in name.ids)
+
+    def lines(self) -> list[str]:
+        """At most 12 lines of at most 80 columns."""
+        out = [f"wrong part: {self.branch.part}: {self.branch.why}"]
+        if self.only:
+            out.append(f"wrong only with {self.only}")
+        out += self._named()
+        again = f"reproduce: {self.reproduce}" if self.reproduce else ""
+        if len(again) > WIDE:  # still to be copied
+            again = again.replace(" --case", " \\\n  --case")
+        out = out[: LINES - bool(self.case) - len(again.splitlines())]
+        room = LINES - len(out) - bool(self.case) - len(again.splitlines())
+        found = [f"  {finding}" for finding in self.findings] if room else []
+        if len(found) > room:
+            found = [*found[: room - 1], f"  and {len(found) - room + 1} more tensors"]
+        out += found
+        out += [f"smallest: {self.case}"] if self.case else []
+        out += again.splitlines()
+        return [_fit(line) for line in out]
+
+    def _named(self) -> list[str]:
+        out = []
+        for name in self.names[:2]:
+            if RIGHT in name.ids:
+                some = ", ".join(name.ids[1:])
+                tail = f"; roundings hide {some}" if some else ""
+                out.append(
+                    f"cause: not seen: {self.asked} single layers come out right in {self.profile}{tail}"
+                )
+                continue
+            if len(name.ids) > 1:
+                out.append(f"cause, one of {', '.join(name.ids)}; their answers are the same")
+            out += [f"cause: {id}: {title}" for id, title in list(zip(name.ids, name.titles, strict=True))[:2]]
+            if name.line:
+                out.append(f"compare: ({name.line}) in {name.file}; its replay is {name.z:.1f}σ away")
+        if len(self.names) > 2:
+            out.append(f"  and {len(self.names) - 2} more explanations")
+        if not self.names and self.asked:
+            near = (
+                f"; nearest is {self.nearest[0]}, {self.nearest[1]:.0%} of the entries" if self.nearest else ""
+            )
+            out.append(f"cause: none of the known faults{near}")
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain data for JSON."""
+        return {
+            "part": self.branch.part,
+            "why": self.branch.why,
+            "only": self.only,
+            "names": [
+                {
+                    "ids": list(n.ids),
+                    "titles": list(n.titles),
+                    "z": _finite(n.z),
+                    "line": n.line,
+                    "file": n.file,
+                }
+                for n in self.names
+            ],
+            "nearest": None if self.nearest is None else {"id": self.nearest[0], "share": self.nearest[1]},
+            "findings": [
+                {
+                    "tensor": f.tensor,
+                    "z": _finite(f.z),
+                    "factors": [
+                        {"term": c.term, "value": _finite(c.value), "right": c.right, "names": list(c.names)}
+                        for c in f.factors
+                    ],
+                    "place": f.place,
+                }
+                for f in self.findings
+            ],
+            "smallest": self.case,
+            "reproduce": self.reproduce,
+            "asked": self.asked,
+            "lines": self.lines(),
+        }
+
+
+def diagnose(
+    subject: Any,
+    checks: Sequence[Check],
+    profile: str = "fp32",
+    ask: Ask = answer,
+    *,
+    name: str = "",
+    seed: int = 0,
+    without: frozenset[str] = frozenset(),
+) -> Diagnosis:
+    """Say what is wrong with a subject, given its checks.
+
+    checks : of one report, of any batteries
+    ask : how the subject is asked: (subject, case) to tensors by name, raising Absent or Crash
+    name, seed : of the subject and the run, for the line that reproduces a failure
+    without : ids of faults that are not to be thought of
+
+    Raises ValueError for an unknown profile.
+    """
+    if profile not in PRECISIONS:
+        raise ValueError(f"profile: expected one of {', '.join(PRECISIONS)}, got {profile!r}")
+    where = branch(checks)
+    name = name or type(subject).__name__
+    with np.errstate(all="ignore"):
+        norms = spec_of(subject).norm_gradient
+        kinds = tuple(kind for kind in KINDS if kind == "lora" or ("full" in kind) in norms)
+        compared = Comparison(*observe(subject, profile, kinds, ask), without)
+        names = _names(compared)
+        right = compared.is_right
+        near = None if names or right else compared.nearest()
+        findings = [] if right else explain(compared)
+        case = "" if right else _smallest(subject, compared, profile)
+    return Diagnosis(
+        subject=name,
+        profile=profile,
+        branch=where if where.part != "none" or right else _seen_by_probes(compared),
+        only="" if right else _trait(compared),
+        names=tuple(_name(match) for match in names),
+        nearest=None if near is None else (near.ids[0], near.share),
+        findings=tuple(findings),
+        case=case,
+        reproduce=_reproduce(name, checks, profile, seed),
+        asked=len(compared.probes),
+    )
+
+
+def _names(compared: Comparison) -> list[Match]:
+    if not compared.probes:
+        return []
+    return compared.single() or compared.rounded() or pairs(compared)
+
+
+def _seen_by_probes(compared: Comparison) -> Branch:
+    """A part for a subject whose checks all passed, or were not given: from the layers asked here."""
+    wrong = {
+        tensor
+        for layer, z in zip(compared.probes, compared.wrong, strict=True)
+        for tensor, away in zip(layer.names, z, strict=True)
+        if away > LIMIT
+    }
+    checks = [Check(f"probe/{t}", "probe", "", t, "fail") for t in sorted(wrong)]
+    return branch(checks)
+
+
+def _trait(compared: Comparison) -> str:
+    """What every layer that came out wrong has and no layer that came out right has."""
+    wrong = [p.traits for p, z in zip(compared.probes, compared.wrong, strict=True) if (z > LIMIT).any()]
+    right = [p.traits for p, z in zip(compared.probes, compared.wrong, strict=True) if not (z > LIMIT).any()]
+    if not wrong or not right:
+        return ""
+    shared = frozenset.intersection(*wrong)
+    for trait in sorted(shared):
+        if not any(trait in traits for traits in right):
+            return trait
+    return ""
+
+
+def _name(match: Match) -> Name:
+    known = faults()
+    titles = []
+    for id in match.ids:
+        titles.append(
+            " + ".join(known[one].title if one != RIGHT else "the right layer" for one in id.split(" + "))
+        )
+    first = next((one for id in match.ids for one in id.split(" + ") if one != RIGHT), "")
+    line = known[first].line if first else ""
+    return Name(match.ids, tuple(titles), match.z, line, source(line) if line else "")
+
+
+@cache
+def source(line: str) -> str:
+    """The file of the reference that computes an equation, and the number of its line there.
+
+    >>> source("lora.8").partition(":")[0]
+    'lorax_np/ops/lora.py'
+    """
+    folder = Path(__file__).parents[2]
+    number = re.compile(rf"\({re.escape(line)}\)")
+    candidates = FILES.get(line.partition(".")[0], ())
+    for file in candidates:
+        if not (folder / file).is_file():
+            continue
+        for i, text in enumerate((folder / file).read_text(encoding="utf-8").splitlines(), 1):
+            at = number.search(text)
+            if at and "undoes" not in text[: at.start()]:
+                return f"lorax_np/{file}:{i}"
+    return f"specs/{line.partition('.')[0]}.md"
+
+
+def _smallest(subject: Any, compared: Comparison, profile: str) -> str:
+    """Parameters of the smallest exact layer that fails, of the kind that came out wrong first."""
+    if PRECISIONS[profile].dtype not in ("float64", "float32", "float16", "bfloat16"):
+        return ""
+    for layer, z in zip(compared.probes, compared.wrong, strict=True):
+        if (z > LIMIT).any():
+            found = smallest(subject, layer.case, profile)
+            if found is not None:
+                return _parameters(layer.key[1], found[1])
+    return ""
+
+
+def _parameters(kind: str, p: dict[str, Any]) -> str:
+    sizes = f"{kind}, d_in={p['d_in']} d_out={p['d_out']} r={p['r']} lead={p['lead']}"
+    sizes += f" alpha={p['alpha']:g} p={p['p']:g}"
+    extra = [f"bias {p['bias']}"] if p["bias"] != "absent" else []
+    extra += ["lora_bias"] if p["lora_bias"] else []
+    extra += ["rslora"] if p["rslora"] else []
+    return ", ".join([sizes, *extra])
+
+
+def _reproduce(name: str, checks: Sequence[Check], profile: str, seed: int) -> str:
+    bad = next((check for check in checks if check.verdict in ("fail", "crash")), None)
+    if bad is None:
+        return ""
+    case = bad.id.rpartition("/")[0] if bad.tensor in TENSORS else bad.id
+    return f"lorax-np verify {name} --profile {profile}{f' --seed {seed}' if seed else ''} --case {case}"
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= WIDE else f"{line[: WIDE - 1]}…"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Golden vectors, for implementations in any language.  Format: specs/vectors.md."""
