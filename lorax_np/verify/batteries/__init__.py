@@ -14,6 +14,7 @@ from . import (
     packed,
     probes,
     protocol,
+    schedule,
     secant,
     several,
     starts,
@@ -29,6 +30,7 @@ BATTERIES: dict[str, Battery] = {
     "complex": tensors.battery_complex,
     "secant": secant.battery_secant,
     "probes": probes.battery_probes,
+    "schedule": schedule.battery_schedule,
     "edges": edges.battery_edges,
     "widened": edges.battery_widened,
     # of its conduct
@@ -65,7 +67,7 @@ BATTERIES: dict[str, Battery] = {
 }
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ANY_WIDTH = ("lattice", "generic", "probes")  # the bounds of the others know one unit roundoff
+ANY_WIDTH = ("lattice", "generic", "probes", "schedule")  # the bounds of the others know one unit roundoff
 
 
 def suited(profile: str, asked: str = "") -> dict[str, Battery]:

@@ -8,7 +8,7 @@ import torch
 
 from ... import LoraConfig
 from ..cases import Case
-from . import Spec
+from ..conventions import Spec
 
 
 class _Mask(torch.nn.Module):  # type: ignore[misc]

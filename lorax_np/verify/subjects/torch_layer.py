@@ -9,7 +9,8 @@ import numpy as np
 
 from ... import ConfigError
 from ..cases import Case, HostArray
-from . import NoSubject, Spec
+from ..conventions import Spec
+from . import NoSubject
 
 PARAMETERS = ("W", "b", "A", "B", "bB", "m")
 
