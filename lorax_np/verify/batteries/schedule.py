@@ -41,9 +41,9 @@ def schedule_case(dtype: str, seed: int = 0) -> tuple[Case, dict[str, HostArray]
 
     z, y0, found = wide.x @ wide.A.T, wide.x @ wide.W.T, {}
     for name in SCHEDULES:
-        kept = narrow(z) if "z" in name else z  # (conventions.7)
+        kept = narrow(z) if "z" in name else z  # (conventions.8)
         update = 2 * kept @ wide.B.T
-        found[name] = narrow(y0 + (narrow(update) if name.startswith("round") else update))  # (conventions.8)
+        found[name] = narrow(y0 + (narrow(update) if name.startswith("round") else update))  # (conventions.9)
     return case, found
 
 

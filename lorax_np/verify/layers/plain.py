@@ -28,32 +28,33 @@ FORWARD: Mapping[str, Step] = {
     "xd": lambda t: t.x * t.keep,
     "z": lambda t: t.xd @ t.A.T,
     "u": lambda t: t.z @ t.B.T,
-    "Q": lambda t: (t.s * t.u + (0 if t.bB is None else t.s * t.bB)) * t.out,
+    "L": lambda t: t.s * t.u + (0 if t.bB is None else t.s * t.bB),  # (conventions.1)
+    "Q": lambda t: t.L * t.out,  # (conventions.2)
     "y0": lambda t: t.xb @ t.W.T,
     "bias": lambda t: 0 if t.b is None else t.b,
     "V": lambda t: t.W + t.s * (t.B @ t.A),
     "n": lambda t: np.sqrt(np.sum(t.V * t.V, axis=1)),
     "k": lambda t: np.ones_like(t.n) if t.m is None else t.m / t.n,
-    "xp": lambda t: t.xd if t.c.dora == "peft" else t.x * t.other,
+    "xp": lambda t: t.xd if t.c.dora == "peft" else t.x * t.other,  # (conventions.3)
     "P": lambda t: t.xp @ t.W.T,
     "whole": lambda t: t.P + t.Q + (t.bias if t.c.scales_bias else 0),  # what k multiplies
     "bias_k": lambda t: t.k * t.bias if t.c.scales_bias else t.bias,
-    "y": lambda t: t.y0 + t.bias_k + (t.Q if t.m is None else (t.k - 1) * t.P + t.k * t.Q),
+    "y": lambda t: t.y0 + t.bias_k + (t.Q if t.m is None else (t.k - 1) * t.P + t.k * t.Q),  # (conventions.4)
 }
 BACKWARD: Mapping[str, Step] = {
     "Gk": lambda t: t.G * t.k,
-    "gu": lambda t: t.s * t.Gk * t.out,
+    "gu": lambda t: t.s * t.Gk * t.out,  # (conventions.5)
     "gz": lambda t: t.gu @ t.B,
     "back": lambda t: t.keep,  # the mask that backward applies
     "gB": lambda t: t.gu.T @ t.z,
     "gA": lambda t: t.gz.T @ t.xd,
     "gx_lora": lambda t: (t.gz @ t.A) * t.back,
     "gx_base": lambda t: t.G @ t.W,
-    "back_P": lambda t: t.back if t.c.dora == "peft" else t.other,
+    "back_P": lambda t: t.back if t.c.dora == "peft" else t.other,  # (conventions.6)
     "gx_dora": lambda t: 0 if t.m is None else ((t.G * (t.k - 1)) @ t.W) * t.back_P,
     "gb": lambda t: (t.Gk if t.c.scales_bias else t.G).sum(axis=0),
     "gbB": lambda t: t.gu.sum(axis=0),
-    "gk": lambda t: (t.G * t.whole).sum(axis=0),
+    "gk": lambda t: (t.G * t.whole).sum(axis=0),  # (conventions.7)
     "gm": lambda t: t.gk / t.n,
     "gV": lambda t: np.zeros_like(t.W) if not t.full else -(t.gk * t.m / t.n**3)[:, None] * t.V,
     "gA_norm": lambda t: t.s * t.B.T @ t.gV,
