@@ -4,9 +4,9 @@
 
 Each case draws sizes, rank, leading axes, scales of 10^±3, dropout, biases, rank stabilisation and DoRA, with
 weights that nearly cancel too, conventions, and one order of evaluation; it is computed in the profile's
-arithmetic, emulated, and compared with a truth in wider arithmetic (fp64: long doubles, where there are any). z is
-the error in deviations: a tensor with z > 8 is a false alarm, or one over the hard ceiling (*over*). Interrupted,
-it prints what it has. A case is reproduced by `--only PROFILE:NUMBER`.
+arithmetic, emulated, and compared with a truth in wider arithmetic (fp64: long doubles, where there are any).
+z is the error in deviations: a tensor with z > 8 is a false alarm, or one over the hard ceiling (*over*).
+Interrupted, it prints what it has. A case is reproduced by `--only PROFILE:NUMBER`.
 """
 
 import argparse
