@@ -96,7 +96,7 @@ def _numeric(checks: Sequence[Check]) -> list[Check]:
 
 
 def _wrong(bad: Sequence[Check]) -> list[Check]:
-    """Failed checks of tensors. Secants use several gradients at once: they speak where no truth does."""
+    """Failed checks of tensors. Secants compare with a forward that may be wrong itself: they speak where no truth does."""
     numeric = _numeric(bad)
     return [check for check in numeric if check.battery != "secant"] or numeric
 
