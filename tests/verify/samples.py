@@ -69,13 +69,13 @@ def hostile(text=HOSTILE):
     for i, verdict in enumerate(("pass", "fail", "vacuous", "not run", "crash")):
         report.checks += [
             Check(f"weights/{text}/{i}/A", "weights", text, "A", verdict, 0.5, (0, 1), 1.0, float("nan"), text),
-            Check(f"protocol/lora/{i}", "protocol", "lora", text, verdict, note=text),
+            Check(f"conduct/lora/{i}", "conduct", "lora", text, verdict, note=text),
         ]
     report.checks.append(Check("exact/lora/0/y", "exact", "lora", "y", "fail", float("inf"), (), 1.0, 2.0))
     return report
 
 
-CHECKS = ("exact", "complex", "merge", "protocol", "start", "weights", "lattice", "secant", "mask")
+CHECKS = ("exact", "complex", "merge", "conduct", "start", "weights", "lattice", "secant", "mask")
 
 
 def matrix(rows=120):

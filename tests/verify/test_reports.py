@@ -289,8 +289,8 @@ def test_a_command_can_be_pasted_into_a_shell():
         *("lorax-np", "verify", report.subject, "--profile", "fp32"),
         *("--seed", "7", "--case", "exact/lora/0"),
     ]
-    law = Check("protocol/lora/0", "protocol", "lora", "a law", "fail")
-    assert digest.command(report, law).endswith("--case protocol/lora/0")
+    law = Check("conduct/lora/0", "conduct", "lora", "a law", "fail")
+    assert digest.command(report, law).endswith("--case conduct/lora/0")
     real = Check("weights/a.weight/lora/A", "weights", "a 3×4", "A", "fail")
     assert digest.command(report, real).endswith("--weights FILE --case weights/a.weight/lora")
 

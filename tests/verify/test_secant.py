@@ -106,7 +106,7 @@ def test_wrong_gradients_are_refused_in_their_tensor(name):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_wrong_gm_is_no_fault_of_what_goes_through_the_norm(seed):
-    """Through the norm gA, gB and gW exceed the constant norm's by a rate along m: the forward's own, not gm's."""
+    """gA, gB and gW through the norm have a rate along m besides: the forward's own, not gm's."""
     wrong_gm = plain.Plain({"gm": lambda t: t.gk * t.n})
     found = run(wrong_gm, seed=seed, only="secant/dora-full-norm/5")
     assert {check.tensor: check.verdict for check in found if check.tensor in "mABW"} == {

@@ -236,7 +236,7 @@ def test_the_reference_proves_itself(reference, profile):
             mine |= {"W"} if battery != "complex" else set()
             assert judged >= {(kind + drop, tensor) for tensor in mine for drop in ("", ", dropout")}
     ran = {check.battery for check in report.checks}
-    assert ran >= {*every, "secant", "probes", "merge", "protocol", "conduct", "start"}
+    assert ran >= {*every, "secant", "probes", "merge", "conduct", "start"}
     own = {"generic"} if profile == "fp64" else set()  # its own truth
     assert ran - {"slope"} == set(suited(profile)) - own - OFFERED_BY_OTHERS
 
@@ -299,7 +299,6 @@ def test_the_tables_layout(reference):
         kept = laws("\n".join(lines))
         assert list(kept) == list(dict.fromkeys(c.battery for c in report.checks if c.tensor not in TENSORS))
         assert all((cell, broken) == ("ok", {}) for _, _, cell, broken in kept.values())
-        assert kept["protocol"][1] == 5
         assert kept["start"][1] == 14
         assert kept["conduct"][0] > kept["conduct"][1] >= 16
         assert re.fullmatch(
@@ -314,7 +313,7 @@ def test_ids_are_unique_and_stable(reference):
         ids = [check.id for check in report.checks]
         assert len(set(ids)) == len(ids)
     both = set.intersection(*({check.battery for check in report.checks} for report in reference.values()))
-    assert both >= {"lattice", "secant", "merge", "protocol", "conduct", "start"}
+    assert both >= {"lattice", "secant", "merge", "conduct", "start"}
     here, there = ([c.id for c in report.checks if c.battery in both] for report in reference.values())
     assert here == there
     assert fewer.checks == quick("reference").checks
@@ -460,12 +459,12 @@ def test_who_writes_into_its_inputs_harms_only_itself():
     report = quick(broken.WritesIntoItsInputs())
     assert report.exit_code == 1
     bad = [check for check in report.checks if check.verdict != "pass"]
-    untouched = [check for check in bad if check.battery == "protocol"]
-    assert [check.tensor for check in untouched] == ["no argument is written to"] * 2
+    untouched = [check for check in bad if check.battery == "conduct"]
+    assert {check.tensor for check in untouched} == {"nothing that is given is written to"}
+    assert len(untouched) == 2
     assert {check.note for check in untouched} == {"written to: x, gy"}
-    rest = {check.tensor for check in bad if check.battery != "protocol"}
-    assert rest <= {"backward writes to nothing, gy included", "ten steps of descent"}
-    assert laws(str(report))["protocol"][2:] == ("FAIL", {"no argument is written to": "FAIL"})
+    assert {check.tensor for check in bad if check.battery != "conduct"} <= {"ten steps of descent"}
+    assert laws(str(report))["conduct"][2:] == ("FAIL", {"nothing that is given is written to": "FAIL"})
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -14,7 +14,7 @@ from ..cases import PROFILES, UNIT, Case, HostArray, draw
 from ..report import Check, Report
 from ..subjects.engine import Reference
 from ..truths import truth
-from .laws import start_of
+from .starts import start_of
 from .tensors import Absent, Crash, answer, chosen, judge, judge_case, spec_of
 
 KINDS = ("lora, dropout", "dora, dropout", "dora full norm, dropout")
