@@ -193,7 +193,8 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
             reports.append(report)
             if arguments.json != "-":
                 text = str(report)
-                print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (profile != profiles[-1]))
+                gap = "\n" * (profile != profiles[-1])
+                print(text.rpartition("\n\n")[2] if arguments.quiet else text + gap)
     return reports
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from .batteries.tensors import GRADIENTS, by_name, judge, with_truth
 from .bounds.worst import bounds
 from .cases import UNIT, Case
-from .report import Check, Report
+from .report import Check, Report, describe
 from .subjects import Spec
 from .subjects.engine import Reference
 from .truths import exact, truth
@@ -68,13 +68,3 @@ def assert_case(case: Case, y: Any, gradients: dict[str, Any]) -> list[Check]:
     if wrong:
         raise AssertionError("\n".join(f"FAIL  {describe(check)}" for check in wrong))
     return checks
-
-
-def describe(check: Check) -> str:
-    """One check in one line: its id, where it is worst, what came there, what was wanted."""
-    at = f" at {list(check.at)}" if check.at is not None else ""
-    values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"
-    times = "" if check.ratio is None else f", {check.ratio:.2g} × the bound"
-    note = f"  {check.note}" if check.note else ""
-    law = f"  {check.tensor}" if " " in check.tensor else ""
-    return f"{check.id}{law}{at}{values}{times}{note}"

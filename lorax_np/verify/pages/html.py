@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..report import TENSORS, Report
 from .cards import ROWS, check_list, colours, groups_of, text, told
+from .cause import cause_card
 from .digest import (
     WORDS,
     Cell,
@@ -97,6 +98,7 @@ def _about(found: list[Report]) -> str:
 def _section(report: Report, key: str, budget: int) -> Iterator[str]:
     title = f"{_pill(report)} <code>{text(report.profile)}</code> <span>{text(counts(report))}</span>"
     yield f"<section aria-labelledby={key}><h2 id={key}>{title}</h2>"
+    yield from cause_card(report, key)
     if report.diagnosis:
         yield "<ul class=diagnosis>" + "".join(f"<li>{text(line)}" for line in report.diagnosis) + "</ul>"
     groups = groups_of(report)

@@ -19,8 +19,7 @@ import pytest
 
 from ... import ConfigError, FormatError
 from ..cases import PROFILES, SMALL, Case, grid
-from ..conformance import describe
-from ..report import Check, Report
+from ..report import Check, Report, describe
 from ..verdict import LEVELS, verify
 
 HOME = Path(__file__).parents[1] / "conformance.py"  # the file under which the items are collected
