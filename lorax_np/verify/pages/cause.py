@@ -1,12 +1,11 @@
 """The part of a page that names what is wrong: cause, equation to compare, evidence, command."""
 
 from collections.abc import Iterator
-from html import escape
 from typing import Any
 
 from ..report import Report, many
-from .cards import text
-from .digest import Explained, explained, flat, heading
+from .cards import options, text
+from .digest import Explained, explained, heading
 
 SHOWN = 4  # explanations, and members of a class
 
@@ -18,11 +17,13 @@ def cause_card(report: Report, key: str) -> Iterator[str]:
     told = explained(report.cause)
     yield f'<section class=cause aria-labelledby="{key}-cause">'
     yield f'<h3 id="{key}-cause">{text(told.title)}</h3>'
+    if not told.names:
+        yield f"<p class=fault>{text(report.cause.branch.why)}</p>"
     yield from _named(told)
-    yield from _evidence(report.cause)
+    yield from _evidence(report.cause, why=bool(told.names))
     if report.cause.reproduce:
         yield "<p class=label>See it again</p>"
-        yield f"<pre class=copy>{_options(report.cause.reproduce)}</pre>"
+        yield f"<pre class=copy>{options(report.cause.reproduce)}</pre>"
     yield "</section>"
 
 
@@ -52,9 +53,11 @@ def _named(told: Explained) -> Iterator[str]:
         yield f"<p>{text(told.said)}</p>"
 
 
-def _evidence(cause: Any) -> Iterator[str]:
+def _evidence(cause: Any, *, why: bool) -> Iterator[str]:
     """Which part, on which layers alone, what each wrong tensor is made of, the smallest layer."""
-    facts = [("Wrong part", f"<b>{text(cause.branch.part)}</b>: {text(cause.branch.why)}")]
+    facts = [
+        ("Wrong part", f"<b>{text(cause.branch.part)}</b>" + (f": {text(cause.branch.why)}" if why else ""))
+    ]
     facts += [("Only with", text(cause.only))] if cause.only else []
     facts += [
         (heading(finding.tensor), f"{text(finding.words)} <span>z = {text(finding.far)}</span>")
@@ -62,9 +65,3 @@ def _evidence(cause: Any) -> Iterator[str]:
     ]
     facts += [("Smallest layer", f"<code>{text(cause.case)}</code>")] if cause.case else []
     yield "<dl class=evidence>" + "".join(f"<div><dt>{name}<dd>{said}</div>" for name, said in facts) + "</dl>"
-
-
-def _options(command: str) -> str:
-    """A command, its options kept together where lines end."""
-    words = escape(flat(command)).split(" --")
-    return " ".join([words[0], *(f"<span>--{word}</span>" for word in words[1:])])
