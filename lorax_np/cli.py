@@ -24,6 +24,7 @@ EXTRAS = {  # module: (extra, what it adds)
     "ml_dtypes": ("bf16", "bfloat16 as a storage dtype"),
     "torch": ("peft", "with peft, PEFT's layers as a subject"),
     "peft": ("peft", "with torch, PEFT's layers as a subject"),
+    "jax": ("jax", "JAX functions as subjects"),
     "hypothesis": ("test", "the property tests"),
 }
 

@@ -155,8 +155,15 @@ class Report:
     def __str__(self) -> str:
         """The table, failures, what was not judged, the diagnosis, the verdict last; in 80 columns."""
         parts = (self._head(), self._table(), self._lists(), self._failures(), self._unjudged())
-        lines = [line for part in (*parts, self._diagnosed(), ["", self._verdict()]) for line in part]
-        return "\n".join(part for line in lines for part in fold(line))
+        lines = [line for part in parts for line in part]
+        above = [part for line in lines for part in fold(line)]
+        return "\n".join([*above, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The table's last lines: the diagnosis, its cause first, how to see it again, and the verdict."""
+        said = self._diagnosed()
+        lines = [*said, "", self._verdict()] if said else [self._verdict()]
+        return [part for line in lines for part in fold(line)]
 
     def _head(self) -> list[str]:
         info = backend_info()
@@ -228,7 +235,7 @@ class Report:
             from .pages.digest import command
 
             said += continued(f"reproduce: {command(self, bad)}")
-        return ["", *said] if said else []
+        return said
 
     def _verdict(self) -> str:
         """One line: what did not occur is left out, and the name is cut where there is no room for it."""
@@ -266,10 +273,10 @@ def continued(line: str) -> list[str]:
     for word in words:
         inside = False
         while word:
-            fits = (n for n in range(len(word), 0, -1) if len(shlex.quote(word[:n])) <= WIDTH - 4)
-            part, word = shlex.quote(word[: (n := next(fits))]), word[n:]
-            if not inside and len(here) + len(part) + 3 <= WIDTH:
-                here = f"{here} {part}".lstrip()
+            n = next(n for n in range(len(word), 0, -1) if len(shlex.quote(word[:n])) <= WIDTH - 4)
+            part, word = shlex.quote(word[:n]), word[n:]
+            if not inside and part != "--case" and len(here) + len(part) + 3 <= WIDTH:
+                here = f"{here} {part}" if here else part
             else:
                 lines.append(here + ("\\" if inside else " \\"))
                 here = part if inside else f"  {part}"

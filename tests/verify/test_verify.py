@@ -142,7 +142,9 @@ def test_a_broken_subject_fails_in_the_tensors_that_are_wrong_and_in_no_other(ki
     said = re.findall(r"^diagnosis: (.*(?:\n  \S.*)*)$", text, re.M)
     assert [line.replace("\n ", "") for line in said] == report.diagnosis
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert re.search(rf"^FAIL  {kind.__name__}  {profile}  \d+ checks: \d+ pass, [1-9]\d* fail\b", text, re.M)
+    assert re.search(
+        rf"^FAIL  {kind.__name__}  {profile}  (\d+ checks: )?\d+ pass, [1-9]\d* fail\b", text, re.M
+    )
     table = rows(text)
     for battery in set(table) & set(TRUTHS):
         own, *below = table[battery].values()
@@ -613,7 +615,7 @@ def test_gradients_under_other_names_are_no_pass():
     """A gradient called gA is not a missing A: nothing would be judged, and all would pass."""
     report = quick(Garbage(run=GARBAGE["a name of its own"][0]))
     assert report.exit_code == 3
-    assert "backward: expected names among x, W, A, B, m, b, bB, got 'gx'" in str(report)
+    assert "backward: expected names among x, W, A, B, m, b, bB, got 'gx'" in str(report).replace("\n  ", " ")
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
