@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,13 +27,15 @@ def assert_conforms(
     *,
     seed: int = 0,
     case: str = "",
+    isolation: Literal["process", "none"] = "process",
 ) -> Report:
     """Judge a subject as verify does, and raise AssertionError with the report where it did not pass.
 
-    Nothing judged is no pass: a subject that covers no case is refused too. Returns the report otherwise.
+    The arguments are verify's own, with its defaults. Nothing judged is no pass: a subject that covers no case
+    is refused too. Returns the report otherwise; raises what verify raises.
     """
     __tracebackhide__ = True
-    report = verify(subject, profile, level, conventions, weights, seed=seed, case=case)
+    report = verify(subject, profile, level, conventions, weights, seed=seed, case=case, isolation=isolation)
     if not report.passed:
         raise AssertionError(f"the subject does not conform\n{report}")
     return report
