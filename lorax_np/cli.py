@@ -24,6 +24,7 @@ EXTRAS = {  # module: (extra, what it adds)
     "ml_dtypes": ("bf16", "bfloat16 as a storage dtype"),
     "torch": ("peft", "with peft, PEFT's layers as a subject"),
     "peft": ("peft", "with torch, PEFT's layers as a subject"),
+    "jax": ("jax", "JAX functions as subjects"),
     "hypothesis": ("test", "the property tests"),
 }
 
@@ -204,7 +205,8 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
             reports.append(report)
             if arguments.json != "-":
                 text = str(report)
-                print(text.rpartition("\n")[2] if arguments.quiet else text + "\n" * (profile != profiles[-1]))
+                gap = "\n" * (profile != profiles[-1])
+                print(text.rpartition("\n\n")[2] if arguments.quiet else text + gap)
     return reports
 
 

@@ -1,7 +1,7 @@
 """Conformance as an assertion: one line in anybody's test suite."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from .batteries.tensors import GRADIENTS, by_name, judge, with_truth
 from .bounds.worst import bounds
 from .cases import UNIT, Case
 from .conventions import Spec
-from .report import Check, Report
+from .report import Check, Report, describe
 from .truths import exact, truth
 from .verdict import verify
 
@@ -25,13 +25,15 @@ def assert_conforms(
     *,
     seed: int = 0,
     case: str = "",
+    isolation: Literal["process", "none"] = "process",
 ) -> Report:
     """Judge a subject as verify does, and raise AssertionError with the report where it did not pass.
 
-    Nothing judged is no pass: a subject that covers no case is refused too. Returns the report otherwise.
+    The arguments are verify's own, with its defaults. Nothing judged is no pass: a subject that covers no case
+    is refused too. Returns the report otherwise; raises what verify raises.
     """
     __tracebackhide__ = True
-    report = verify(subject, profile, level, conventions, weights, seed=seed, case=case)
+    report = verify(subject, profile, level, conventions, weights, seed=seed, case=case, isolation=isolation)
     if not report.passed:
         raise AssertionError(f"the subject does not conform\n{report}")
     return report
@@ -64,13 +66,3 @@ def assert_case(case: Case, y: Any, gradients: dict[str, Any]) -> list[Check]:
     if wrong:
         raise AssertionError("\n".join(f"FAIL  {describe(check)}" for check in wrong))
     return checks
-
-
-def describe(check: Check) -> str:
-    """One check in one line: its id, where it is worst, what came there, what was wanted."""
-    at = f" at {list(check.at)}" if check.at is not None else ""
-    values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"
-    times = "" if check.ratio is None else f", {check.ratio:.2g} × the bound"
-    note = f"  {check.note}" if check.note else ""
-    law = f"  {check.tensor}" if " " in check.tensor else ""
-    return f"{check.id}{law}{at}{values}{times}{note}"

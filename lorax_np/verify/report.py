@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ TRUTHS = (
     "merge",
     "weights",
 )  # which hold a tensor against what it is
+RIGHT = "CORRECT"  # among the ids of an explanation: the right layer itself
 WIDTH = 80
 SHOWN = 8  # failing checks printed one by one; all are in the JSON
 
@@ -119,6 +121,7 @@ class Report:
             "passed": self.passed,
             "exit_code": self.exit_code,
             "counts": {verdict: self.count(verdict) for verdict in verdicts},  # type: ignore[arg-type]
+            "never_judged": self.unjudged,
             "diagnosis": self.diagnosis,
             "cause": None if self.cause is None else self.cause.to_dict(),
             "notes": self.notes,
@@ -158,8 +161,17 @@ class Report:
         return to_badge(self)
 
     def __str__(self) -> str:
-        """The table, then the failures one by one, then the verdict."""
-        return "\n".join([*self._head(), *self._table(), *self._lists(), *self._failures(), self._verdict()])
+        """The table, failures, what was not judged, the diagnosis, the verdict last; in 80 columns."""
+        parts = (self._head(), self._table(), self._lists(), self._failures(), self._unjudged())
+        lines = [line for part in parts for line in part]
+        above = [part for line in lines for part in fold(line)]
+        return "\n".join([*above, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        """The table's last lines: the diagnosis, its cause first, how to see it again, and the verdict."""
+        said = self._diagnosed()
+        lines = [*said, "", self._verdict()] if said else [self._verdict()]
+        return [part for line in lines for part in fold(line)]
 
     def _head(self) -> list[str]:
         info = backend_info()
@@ -183,7 +195,7 @@ class Report:
             of_it = [check for check in mine if check.battery == battery]
             cases = len({check.id.rpartition("/")[0] for check in of_it})
             lines.append(_row(f"{battery}, {cases} layers", of_it, columns, wide))
-            if battery == "weights" or any(check.verdict in ("fail", "crash") for check in of_it):
+            if battery == "weights" or _mixed(of_it):
                 for kind in dict.fromkeys(check.kind for check in of_it):
                     label = kind if len(kind) < wide - 2 else f"…{kind[4 - wide :]}"
                     lines.append(_row(f"  {label}", [c for c in of_it if c.kind == kind], columns, wide))
@@ -196,49 +208,121 @@ class Report:
         for battery in dict.fromkeys(check.battery for check in rest):
             mine = [check for check in rest if check.battery == battery]
             laws = dict.fromkeys(check.tensor for check in mine)
-            lines.append(f"{f'{battery}, {len(mine)} checks of {len(laws)} laws':<{WIDTH - 8}}{_cell(mine):>8}")
-            for law in laws:
+            label = f"{battery}, {many(len(mine), 'check')} of {many(len(laws), 'law')}"
+            lines.append(f"{label:<{WIDTH - 8}}{_cell(mine):>8}")
+            for law in laws if {check.verdict for check in mine} != {"crash"} else ():
                 of_it = [check for check in mine if check.tensor == law]
                 if any(check.verdict != "pass" for check in of_it):
                     lines.append(f"  {law:<{WIDTH - 10}}{_cell(of_it):>8}")
-        return (["", *lines] if lines else []) + (["", *self.notes] if self.notes else [])
+        notes = [line for note in self.notes for line in note.splitlines()]
+        return (["", *lines] if lines else []) + (["", *notes] if notes else [])
 
     def _failures(self) -> list[str]:
+        """One check of each tensor of a battery that was refused; of exceptions, one of each."""
         bad = [check for check in self.checks if check.verdict in ("fail", "crash")]
-        lines = ["", f"never judged: {', '.join(map(_name, self.unjudged))}"] if self.unjudged else []
-        lines += [""] if bad else []
-        for check in bad[:SHOWN]:
-            at = f" at {list(check.at)}" if check.at is not None else ""
-            values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"
-            times = "" if check.ratio is None else f", {check.ratio:.2g} × the bound"
-            lines.append(
-                f"{check.verdict.upper()}  {check.id}{at}{values}{times}{check.note and '  ' + check.note}"
-            )
-        if len(bad) > SHOWN:
-            lines.append(f"... and {len(bad) - SHOWN} more")
-        lines += [f"diagnosis: {line}" for line in self.diagnosis]
-        lines += [] if self.cause is None else ["", *self.cause.lines()]
+        unlike: dict[tuple[str, ...], Check] = {}
+        for check in bad:
+            key = (check.note,) if check.verdict == "crash" else (check.battery, check.tensor)
+            unlike.setdefault(key, check)
+        shown = list(unlike.values())[:SHOWN]
+        lines = [""] if bad else []
+        lines += [f"{check.verdict.upper()}  {describe(check)}" for check in shown]
+        return [*lines, f"... and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else lines
+
+    def _unjudged(self) -> list[str]:
         reasons = dict.fromkeys(c.note for c in self.checks if c.verdict in ("not run", "vacuous"))
-        for reason in reasons:
-            lines += ["", *textwrap.wrap(f"not judged: {reason}", WIDTH, subsequent_indent="  ")]
-        if bad and (self.cause is None or not self.cause.reproduce):
+        lines = [line for reason in reasons for line in ("", f"not judged: {reason}")]
+        return lines + (["", f"never judged: {', '.join(map(_name, self.unjudged))}"] if self.unjudged else [])
+
+    def _diagnosed(self) -> list[str]:
+        """The cause first, then the tensors, and the line to see it again last."""
+        said = [f"diagnosis: {line}" for line in self.diagnosis]
+        if self.cause is not None:
+            said = [*self.cause.said(), *said, *self.cause.again()]
+        bad = next((check for check in self.checks if check.verdict in ("fail", "crash")), None)
+        if bad is not None and (self.cause is None or not self.cause.reproduce):
             from .pages.digest import command
 
-            lines.append(f"reproduce: {command(self, bad[0])}")
-        return lines
+            said += continued(f"reproduce: {command(self, bad)}")
+        return said
 
     def _verdict(self) -> str:
+        """One line: what did not occur is left out, and the name is cut where there is no room for it."""
         word = {0: "PASS", 1: "FAIL", 2: "NOTHING JUDGED", 3: "CRASHED"}[self.exit_code]
-        counts = f"{self.count('pass')} pass, {self.count('fail')} fail, {self.count('vacuous')} vacuous"
-        counts += f", {self.count('not run')} not run" + (
-            f", {self.count('crash')} crashed" * (self.exit_code == 3)
-        )
-        title = f"{word}  {self.subject}  {self.profile}"
-        return f"\n{title}  {len(self.checks)} checks: {counts}  {self.seconds:.1f} s"
+        said: tuple[tuple[Verdict, str], ...] = (("pass", "pass"), ("fail", "fail"), ("vacuous", "vacuous"))
+        said += (("not run", "not run"), ("crash", "crashed"))
+        always = ("pass", "fail") if self.exit_code != 2 else ()
+        counts = [f"{n} {name}" for verdict, name in said if (n := self.count(verdict)) or verdict in always]
+        head, tail = f"  {self.profile}  ", f"{', '.join(counts) or 'none'}  {self.seconds:.1f} s"
+        total = f"{len(self.checks)} checks: "
+        if len(word + self.subject + head + total + tail) + 2 > WIDTH:
+            total = ""
+        rest = head + total + tail
+        return f"{word}  {middle(self.subject, max(WIDTH - len(word) - 2 - len(rest), 8))}{rest}"
+
+
+def fold(line: str) -> list[str]:
+    """A line that is too wide as several, those after the first indented; letters without a shape as signs."""
+    from .pages.digest import flat
+
+    line = flat(line)
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else [line]
+
+
+def continued(line: str) -> list[str]:
+    """A command as lines of at most 80 columns, still to be copied: a word goes on at the next line's start."""
+    lines = line.replace(" --case ", " \\\n  --case ").splitlines() if len(line) > WIDTH else [line]
+    if max(map(len, lines)) <= WIDTH:
+        return lines
+    try:
+        words = shlex.split(line)
+    except ValueError:  # no command that a shell would take
+        return fold(line)
+    lines, here = [], ""
+    for word in words:
+        inside = False
+        while word:
+            n = next(n for n in range(len(word), 0, -1) if len(shlex.quote(word[:n])) <= WIDTH - 4)
+            part, word = shlex.quote(word[:n]), word[n:]
+            if not inside and part != "--case" and len(here) + len(part) + 3 <= WIDTH:
+                here = f"{here} {part}" if here else part
+            else:
+                lines.append(here + ("\\" if inside else " \\"))
+                here = part if inside else f"  {part}"
+            inside = True
+    return [*lines, here]
+
+
+def middle(text: str, width: int) -> str:
+    """A text cut in its middle to a width."""
+    return text if len(text) <= width else f"{text[: (width - 1) // 2]}…{text[len(text) - width // 2 :]}"
+
+
+def many(n: int, thing: str = "check") -> str:
+    """A number of things: 1 check, 2 checks."""
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
+def describe(check: Check) -> str:
+    """One check in one line: its id, where it is worst, what came there, what was wanted."""
+    at = f" at {list(check.at)}" if check.at is not None else ""
+    values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"
+    times = (
+        "" if check.ratio is None else f", {check.ratio:.2g} × the bound".replace("e+0", "e").replace("e+", "e")
+    )
+    note = f"  {check.note}" if check.note else ""
+    law = f"  {check.tensor}" if " " in check.tensor else ""
+    return f"{check.id}{law}{at}{values}{times}{note}"
 
 
 def _name(tensor: str) -> str:
     return tensor if tensor == "y" else f"g{tensor}"
+
+
+def _mixed(checks: list[Check]) -> bool:
+    """Whether some kinds of layer tell more than all: something was refused, and not everything crashed."""
+    verdicts = {check.verdict for check in checks}
+    return bool(verdicts & {"fail", "crash"}) and verdicts != {"crash"}
 
 
 def _row(label: str, checks: list[Check], columns: list[str], wide: int) -> str:

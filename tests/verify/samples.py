@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass, fields
 from functools import cache
+from math import inf, nan
 from types import SimpleNamespace
 
 import numpy as np
 
 import lorax_np as lx
 from lorax_np.verify import Check, Report
+from lorax_np.verify.diagnosis.diagnose import Diagnosis, Name
+from lorax_np.verify.diagnosis.regression import Factor, Finding
+from lorax_np.verify.diagnosis.tree import Branch
+from lorax_np.verify.mutants import CATALOGUE
 from lorax_np.verify.pages import heat
 
 HOSTILE = (
@@ -48,8 +53,10 @@ class Crashing:
 def judged(name):
     """Reports that come from judging something, by what came out."""
     subjects = {"pass": "reference", "fail": Wrong(), "crash": Crashing()}
+    subject = CATALOGUE[name].subject() if name in CATALOGUE else subjects[name]
     profiles = ("fp64", "fp32") if name == "pass" else ("fp32",)
-    reports = [lx.verify.verify(subjects[name], profile, "quick") for profile in profiles]
+    title = "my_kernel" if name in CATALOGUE else ""
+    reports = [lx.verify.verify(subject, profile, "quick", title=title) for profile in profiles]
     if name == "fail":
         rng = np.random.default_rng(0)
         for report in reports:
@@ -63,19 +70,37 @@ def judged(name):
     return tuple(reports)
 
 
+def caused(text, **more):
+    """A diagnosis in which everything that can be said is the text."""
+    names = (
+        Name((text, "S4", text, text, text), (text,) * 5, 1.5, text, text),
+        Name(("S5",), (text,), inf, "", ""),
+    )
+    factor = Factor(text, nan, 1.0, (text, text))
+    return Diagnosis(
+        **{
+            **{"subject": text, "profile": "fp32", "branch": Branch("backward", text), "only": text},
+            **{"names": names, "nearest": (text, 0.5), "case": text, "reproduce": text, "asked": 3},
+            "findings": (Finding("A", inf, (factor,), ""), Finding("x", 13.0, (), text)),
+            **more,
+        }
+    )
+
+
 def hostile(text=HOSTILE):
     """A report in which everything that a subject can say is the text."""
     report = Report(text, "fp32", 3, text, notes=[text], seconds=1.0)
     for i, verdict in enumerate(("pass", "fail", "vacuous", "not run", "crash")):
         report.checks += [
             Check(f"weights/{text}/{i}/A", "weights", text, "A", verdict, 0.5, (0, 1), 1.0, float("nan"), text),
-            Check(f"protocol/lora/{i}", "protocol", "lora", text, verdict, note=text),
+            Check(f"conduct/lora/{i}", "conduct", "lora", text, verdict, note=text),
         ]
+    report.cause = caused(text)
     report.checks.append(Check("exact/lora/0/y", "exact", "lora", "y", "fail", float("inf"), (), 1.0, 2.0))
     return report
 
 
-CHECKS = ("exact", "complex", "merge", "protocol", "start", "weights", "lattice", "secant", "mask")
+CHECKS = ("exact", "complex", "merge", "conduct", "start", "weights", "lattice", "secant", "mask")
 
 
 def matrix(rows=120):
@@ -92,5 +117,5 @@ def matrix(rows=120):
     return SimpleNamespace(faults=faults, checks=CHECKS, cell=cell, naive=("differences",))
 
 
-ALL = [*judged("pass"), *judged("fail"), *judged("crash"), hostile()]
-NAMES = ["pass-fp64", "pass-fp32", "fail", "crash", "hostile"]
+ALL = [*judged("pass"), *judged("fail"), *judged("crash"), *judged("D5"), *judged("R13"), hostile()]
+NAMES = ["pass-fp64", "pass-fp32", "fail", "crash", "D5", "R13", "hostile"]

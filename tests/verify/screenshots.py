@@ -22,6 +22,7 @@ FLAGS = (
     *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
 SETTINGS = {  # width, height, colours, medium
+    "narrow": (360, 740, "light", "screen"),
     "phone-light": (390, 844, "light", "screen"),
     "phone-dark": (390, 844, "dark", "screen"),
     "desktop-light": (1280, 800, "light", "screen"),

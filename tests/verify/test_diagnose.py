@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
+from lorax_np.verify.batteries.conduct import laws_of
 from lorax_np.verify.batteries.tensors import answer
+from lorax_np.verify.cases import draw
 from lorax_np.verify.diagnosis.diagnose import diagnose, source
 from lorax_np.verify.diagnosis.dictionary import LIMIT, Comparison, faults
 from lorax_np.verify.diagnosis.probe_layers import KINDS, LAYERS, constants, observe, probe
 from lorax_np.verify.diagnosis.regression import terms
-from lorax_np.verify.diagnosis.tree import branch
+from lorax_np.verify.diagnosis.tree import LAWS, branch
 from lorax_np.verify.diagnosis.trials import Stored, same
 from lorax_np.verify.layers.plain import Plain, run
 from lorax_np.verify.layers.replaying import STEPS
@@ -282,10 +284,13 @@ def _check(battery, kind, tensor, verdict, id="x/y"):
         ("forward", [("lattice", "lora", "y", "fail"), ("exact", "lora", "y", "fail")]),
         ("merge", [("merge", "lora", "W", "fail"), ("exact", "lora", "y", "pass")]),
         ("start", [("start", "lora", "B = 0", "fail"), ("exact", "lora", "y", "pass")]),
-        ("empty", [("protocol", "lora", "zero tokens give empty y and gx, and gradients of 0", "fail")]),
-        ("layout", [("protocol", "lora", "strided and read-only arrays give the same", "fail")]),
-        ("writes", [("protocol", "lora", "no argument is written to", "fail")]),
-        ("state", [("protocol", "lora", "asked twice, the answer is the same", "fail")]),
+        ("empty", [("conduct", "lora", "zero tokens in any shape", "fail")]),
+        ("layout", [("conduct", "lora", "strided, transposed, offset and repeated arrays", "fail")]),
+        ("writes", [("conduct", "lora", "nothing that is given is written to", "fail")]),
+        ("lead", [("conduct", "lora", "leading axes only stack tokens", "fail")]),
+        ("state", [("sequence", "lora", "the same bits again", "fail")]),
+        ("dropout", [("sequence", "lora", "evaluation drops nothing", "fail")]),
+        ("state", [("training", "lora", "ten steps of descent", "fail")]),
         (
             "state",
             [("conduct", "lora", "three runs give the same bits", "fail"), ("exact", "lora", "A", "fail")],
@@ -310,6 +315,20 @@ def _check(battery, kind, tensor, verdict, id="x/y"):
 )
 def test_the_tree_reads_the_part_off_the_verdicts(part, checks):
     assert branch([_check(*check) for check in checks]).part == part
+
+
+def test_the_tree_knows_every_law_of_conduct_and_no_other():
+    """A law without words of its own would end in "other"; words without a law would be dead."""
+    case = draw("", "dora", (5, 7, 3, (2, 2)), "float32", (1,))
+    laws = {
+        *laws_of(Plain(), case, 2.0**-24),
+        *("after an update, the new parameters count", "evaluation drops nothing", "the same bits again"),
+        *("gradients of two calls add up", "ten steps of descent"),
+    }
+    for law in laws:
+        assert branch([_check("conduct", "lora", law, "fail")]).part != "other", law
+    for words, *_ in LAWS:
+        assert all(any(word in law for law in laws) for word in words), words
 
 
 def test_layers_whose_constants_could_be_mistaken_are_refused():

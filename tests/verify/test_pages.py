@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import ALL, Mapped, hostile, judged, matrix
+from samples import ALL, Mapped, caused, hostile, judged, matrix
 from screenshots import SETTINGS, Browser, chromium, colours
 
 import lorax_np as lx
 from lorax_np.verify import Report
+from lorax_np.verify.diagnosis.diagnose import Name
 from lorax_np.verify.pages import heat
 from lorax_np.verify.pages.html import html
 
@@ -72,6 +74,40 @@ def test_html_says_what_a_reader_needs():
     worst = max(mine, key=lambda c: c.ratio)
     assert f"{worst.got:.9g}" in words
     assert f"{worst.want:.9g}" in words
+
+
+def test_html_names_the_cause_first_and_what_to_compare_and_to_run():
+    report = judged("D5")[0]
+    (name,) = report.cause.names
+    page = html(report)
+    words = re.sub(r"\s+", " ", Outline(page).words)
+    order = (
+        "1 failed" if report.count("fail") == 1 else f"{report.count('fail')} failed",
+        f"D5 {name.titles[0]}",
+        f"Compare equation ({name.line}) in {name.file}; its replay is {name.z:.1f}σ away",
+        report.cause.branch.why,
+        f"Only with{report.cause.only}",
+        report.cause.findings[0].words,
+        report.cause.case,
+        report.cause.reproduce,
+        report.diagnosis[0],
+        "Error ÷ bound, the largest of each kind of layer",
+        "Refused",
+    )
+    at = [words.index(said, words.index("judged by") + 1 if i else 0) for i, said in enumerate(order)]
+    assert at == sorted(at)
+    found = Outline(page).elements
+    assert ("pre", {"class": "copy"}) in found
+    assert "cause" not in html(judged("pass")).partition("</style>")[2]
+
+
+def test_a_class_of_causes_is_printed_as_one():
+    one, other = (Name((f"{a}1", f"{a}2"), ("first", "second"), 1.0, "lora.8", "f.py:1") for a in "XY")
+    page = html(replace(judged("D5")[0], cause=caused("t", names=(one, other))))
+    words = Outline(page).words
+    assert words.count("One of these; their answers are the same.") == 2
+    assert words.index("X1 first") < words.index("X2 second") < words.index("Y1 first")
+    assert "<ol class=names>" in page
 
 
 def test_html_has_a_name_for_every_picture_table_and_link():
@@ -238,12 +274,13 @@ def pages():
         "pass": html(judged("pass")),
         "fail": html(judged("fail")),
         "crash": html(judged("crash")),
+        "named": html(judged("D5")),
         "hostile": html(hostile()),
         "matrix": html(judged("pass"), matrix()),
     }
 
 
-@pytest.mark.parametrize("name", ["pass", "fail", "crash", "hostile", "matrix"])
+@pytest.mark.parametrize("name", ["pass", "fail", "crash", "named", "hostile", "matrix"])
 def test_pages_in_a_browser(name, browser, tmp_path):
     """In each setting: no overflow, enough contrast, a picture that is not blank, light or dark as asked."""
     path = tmp_path / f"{name}.html"

@@ -18,7 +18,10 @@ SUBJECTS = """
 import numpy as np
 from lorax_np.verify.layers.plain import Plain
 
+from lorax_np.verify.mutants import CATALOGUE
+
 right = Plain()
+D5 = CATALOGUE["D5"].subject()
 wrong = Plain({"gA": lambda t: 0 * (t.gz.T @ t.xd)})
 class Nothing:
     def forward(self, case):
@@ -45,10 +48,14 @@ def project(tmp_path):
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     (folder / "kernels.py").write_text(SUBJECTS)
 
-    def run(*arguments, files=None):
+    def run(*arguments, files=None, editable="checkout"):
+        root = ROOT
+        if editable == "link":
+            root = tmp_path / "link"
+            root.symlink_to(ROOT, target_is_directory=True)
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
-        path = os.pathsep.join(map(str, (ROOT, tmp_path / "site")))
+        path = os.pathsep.join(map(str, (root, tmp_path / "site")))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
@@ -87,6 +94,51 @@ def test_what_is_right_passes_and_can_be_chosen(project):
     found = outcomes(text)
     assert set(found.values()) == {"PASSED"}
     assert all(id.startswith("exact/lora/1") for id in found)
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "linked"),
+    [
+        ("lorax_np.verify", (), True),
+        ("lorax_np.verify", ("--rootdir=/",), False),
+        ("lorax_np.verify.conformance", (), False),
+        ("lorax_np.verify.conformance", ("-n", "2"), True),
+        ("lorax_np.verify.conformance", ("-k", "lora/1"), False),
+    ],
+)
+def test_an_editable_install_is_judged_from_any_folder(project, target, more, linked):
+    """The package lies outside of pytest's root, as a checkout does: what that makes of ids is no matter."""
+    if more[:1] == ("-n",) and not importlib.util.find_spec("xdist"):
+        pytest.skip("pytest-xdist is not installed")
+    arguments = ["--pyargs", target, *JUDGE[2:], "--lorax-np-subject", "kernels:right", *more]
+    code, text = project(*arguments, editable="link" if linked else "checkout")
+    assert code == 0, text
+    assert "nothing was judged" not in text
+    assert re.search(r"(?m)^=+ \d+ passed", text), text
+    assert re.search(r"(?m)^PASS  kernels:right  fp32  \d+ checks: ", text)
+
+
+def test_one_check_can_be_asked_for_by_its_id(project):
+    subject = "--lorax-np-subject", "kernels:right", "--lorax-np-level", "quick"
+    code, text = project(*subject, "--pyargs", "lorax_np.verify.conformance::lattice/lora/3/A")
+    assert code == 0, text
+    assert re.search(r"(?m)^=+ 1 passed", text), text
+    assert "nothing was judged" not in text
+
+
+def test_the_terminal_names_the_cause(project):
+    code, text = project("--pyargs", "lorax_np.verify", *JUDGE[2:4], "--lorax-np-subject", "kernels:D5")
+    assert code == 1
+    part = text[text.index("= lorax-np =") :]
+    order = (
+        "cause: D5",
+        "compare: ",
+        "diagnosis: gx",
+        "reproduce: lorax-np verify kernels:D5",
+        "FAIL  kernels:D5",
+    )
+    at = [re.search(rf"(?m)^{said}", part).start() for said in order]
+    assert at == sorted(at)
 
 
 def test_known_failures_are_expected_and_strictly_so(project):

@@ -10,10 +10,12 @@ from xml.etree import ElementTree as xml
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import ALL, NAMES, hostile, judged
+from samples import ALL, NAMES, caused, hostile, judged
 
 from lorax_np.cli import main
 from lorax_np.verify import Check, Report
+from lorax_np.verify.diagnosis.diagnose import Name
+from lorax_np.verify.diagnosis.tree import Branch
 from lorax_np.verify.pages import digest
 from lorax_np.verify.pages.html import html, to_html
 from lorax_np.verify.pages.junit import junit, to_junit
@@ -107,6 +109,19 @@ def test_every_field_that_is_written_is_described(report):
     assert set(data) <= set(SCHEMA["$defs"]["report"]["properties"])
     for check in data["checks"]:
         assert set(check) <= set(SCHEMA["$defs"]["check"]["properties"])
+    assert list(undescribed(data["cause"] or {}, SCHEMA["$defs"]["cause"])) == []
+
+
+def undescribed(value, schema, at="cause"):
+    """The fields of a diagnosis, at any depth, that the schema does not know."""
+    for one in [schema, *schema.get("anyOf", [])]:
+        for name, item in value.items() if isinstance(value, dict) and "properties" in one else ():
+            if name not in one["properties"]:
+                yield f"{at}.{name}"
+            else:
+                yield from undescribed(item, one["properties"][name], f"{at}.{name}")
+        for item in value if isinstance(value, list) else ():
+            yield from undescribed(item, one.get("items", {}), f"{at}[]")
 
 
 def test_what_the_command_line_writes_fits_the_schema(tmp_path, capsys):
@@ -134,9 +149,13 @@ def test_what_the_command_line_writes_fits_the_schema(tmp_path, capsys):
         (lambda d: d["checks"][0].update(at=[0.5]), "$.checks[0].at[0]"),
         (lambda d: d["checks"][0].update(ratio="0.1"), "$.checks[0].ratio"),
         (lambda d: d["checks"][0].update(map=[[0.1] * 65]), "65 items"),
+        (lambda d: d["cause"].pop("lines"), "$.cause: no lines"),
+        (lambda d: d["cause"].update(part=""), "$.cause.part: empty"),
+        (lambda d: d["cause"]["findings"][0].pop("tensor"), "$.cause.findings[0]: no tensor"),
     ],
 )
 def test_a_spoiled_report_does_not_fit(spoil, says):
+    assert "cause" in plain(judged("D5")[0])
     data = plain(replace(judged("fail")[0], checks=judged("fail")[0].checks[:9]))
     assert list(faults(data, SCHEMA)) == []
     spoil(data)
@@ -188,6 +207,17 @@ def test_junit_of_two_profiles_has_no_two_cases_of_one_name():
     assert {suite.get("name") for suite in root} >= {"fp64.lattice", "fp32.lattice"}
 
 
+def test_junit_says_the_cause_where_something_was_refused():
+    for name in ("D5", "fail"):
+        report = judged(name)[0]
+        root = xml.fromstring(junit(report).encode())
+        said = {s.get("name"): [p.get("value") for p in s[0] if p.get("name") == "cause"] for s in root}
+        refused = {check.battery for check in report.checks if check.verdict in ("fail", "crash")}
+        assert {battery for battery, values in said.items() if values} == refused
+        assert all(values[0].splitlines() == report.cause.lines() for values in said.values() if values)
+    assert "cause" not in junit(judged("pass"))
+
+
 # ---- Markdown ----------------------------------------------------------------------------------------------
 
 
@@ -229,6 +259,57 @@ def test_markdown_shows_the_reproduce_command_and_folds_details():
     assert re.search(r"```sh\nlorax-np verify Wrong --profile fp32 --case lattice/\S+\n```", text)
     assert re.search(r"^\| `lattice` \|.*\*\*FAIL\*\* \d+/\d+", text, re.MULTILINE)
     assert text.index("### Refused") < text.index("<details>")
+
+
+def test_markdown_names_the_cause_before_any_table():
+    report = judged("D5")[0]
+    text = to_markdown(report)
+    (name,) = report.cause.names
+    at = [
+        text.index(said)
+        for said in (
+            "**FAIL** `my_kernel`",
+            "**Cause**",
+            f"`D5: {name.titles[0]}`, compare `({name.line})` in `{name.file}`",
+            f"`dropout: {report.cause.branch.why}`",
+            f"`{report.cause.findings[0]}`",
+            f"smallest layer: `{report.cause.case}`",
+            "```sh\nlorax-np verify my_kernel --profile fp32 --case lattice/",
+            f"- `{report.diagnosis[0]}`",
+            "|  |",
+        )
+    ]
+    assert at == sorted(at)
+    assert "**None of the known faults**" in to_markdown(judged("fail")[0])
+    assert "**It raised an exception**" in to_markdown(judged("crash")[0])
+    assert "Cause" not in to_markdown(judged("pass"))
+
+
+@pytest.mark.parametrize(
+    ("more", "title", "said"),
+    [
+        ({}, "Causes that explain it, the nearest first", ""),
+        ({"names": ()}, "None of the known faults", "Nearest is t, which explains 50% of the wrong entries."),
+        ({"names": (), "nearest": None}, "None of the known faults", ""),
+        (
+            {"names": (Name(("CORRECT", "N4"), ("a", "b"), 0.1, "", ""),)},
+            "Not seen in single calls",
+            "3 single layers came out right in fp32; roundings hide N4.",
+        ),
+        (
+            {"names": (Name(("CORRECT",), ("a",), 0.1, "", ""),)},
+            "Not seen in single calls",
+            "3 single layers came out right in fp32.",
+        ),
+        ({"names": (), "nearest": None, "branch": Branch("crash", "t")}, "It raised an exception", ""),
+    ],
+)
+def test_what_is_said_of_a_cause(more, title, said):
+    told = digest.explained(caused("t", **more))
+    assert (told.title, told.said) == (title, said)
+    report = replace(judged("fail")[0], cause=caused("t", **more))
+    assert f"**{title}**" in to_markdown(report)
+    assert title in html(report)
 
 
 def test_markdown_of_very_many_failures_fits_a_comment():
@@ -289,8 +370,8 @@ def test_a_command_can_be_pasted_into_a_shell():
         *("lorax-np", "verify", report.subject, "--profile", "fp32"),
         *("--seed", "7", "--case", "exact/lora/0"),
     ]
-    law = Check("protocol/lora/0", "protocol", "lora", "a law", "fail")
-    assert digest.command(report, law).endswith("--case protocol/lora/0")
+    law = Check("conduct/lora/0", "conduct", "lora", "a law", "fail")
+    assert digest.command(report, law).endswith("--case conduct/lora/0")
     real = Check("weights/a.weight/lora/A", "weights", "a 3×4", "A", "fail")
     assert digest.command(report, real).endswith("--weights FILE --case weights/a.weight/lora")
 

@@ -101,9 +101,30 @@ GRADIENT_FAULTS = {
 @pytest.mark.parametrize("name", GRADIENT_FAULTS)
 def test_wrong_gradients_are_refused_in_their_tensor(name):
     changed, tensors = GRADIENT_FAULTS[name]
-    found = {check.tensor for check in wrong(run(plain.Plain(changed)))}
-    # what is compensated by gm is off where gm is
-    assert tensors <= found <= tensors | ({"A", "B", "W"} if "m" in tensors else set())
+    assert {check.tensor for check in wrong(run(plain.Plain(changed)))} == tensors
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wrong_gm_is_no_fault_of_what_goes_through_the_norm(seed):
+    """gA, gB and gW through the norm have a rate along m besides: the forward's own, not gm's."""
+    wrong_gm = plain.Plain({"gm": lambda t: t.gk * t.n})
+    found = run(wrong_gm, seed=seed, only="secant/dora-full-norm/5")
+    assert {check.tensor: check.verdict for check in found if check.tensor in "mABW"} == {
+        "m": "fail",
+        **dict.fromkeys("ABW", "pass"),
+    }
+
+
+def test_gradients_through_the_norm_are_judged_without_any_gm():
+    class WithoutGm(plain.Plain):
+        def run(self, case, gy):
+            y, g = super().run(case, gy)
+            return y, {name: value for name, value in g.items() if name != "m"}
+
+    found = {check.tensor: check.verdict for check in run(WithoutGm(), only="secant/dora-full-norm/5")}
+    assert found == {"x": "pass", "m": "not run", **dict.fromkeys("ABW", "pass")}
+    assert norm_of(WithoutGm(), asked=True) == "full"
+    assert norm_of(WithoutGm()) == "detached"
 
 
 def test_the_norm_taken_the_other_way_is_refused():

@@ -1,5 +1,6 @@
 """Layers drawn by Hypothesis: generic, of every kind, small once they fail; answers judged one at a time."""
 
+import inspect
 import subprocess
 import sys
 from itertools import product
@@ -166,6 +167,13 @@ class Nothing:
         raise NotImplementedError("not yet")
 
     backward = forward
+
+
+def test_assert_conforms_takes_what_verify_takes():
+    """All but what only a program that prints needs."""
+    mine, its = (inspect.signature(f).parameters for f in (lx.verify.assert_conforms, lx.verify.verify))
+    assert set(its) - set(mine) == {"title", "progress"}
+    assert all(mine[name] == its[name] for name in mine)
 
 
 def test_assert_conforms():

@@ -14,7 +14,7 @@ from lorax_np.verify.cases import MIDDLE, PROFILES, SMALL, UNIT, grid
 from lorax_np.verify.conventions import Spec
 from lorax_np.verify.truths import truth
 
-needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs jax")
+needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the jax extra is not installed")
 LORA = ("y", "x", "A", "B")
 
 
@@ -238,5 +238,7 @@ def test_what_is_asked_of_a_function():
 
 def test_without_jax_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
-    with pytest.raises(LookupError, match=r"^jax_fn: expected jax, got: .*; pip install jax$"):
+    with pytest.raises(
+        LookupError, match=r"^jax_fn: expected the jax extra, got: .*; pip install 'lorax-np\[jax\]'$"
+    ):
         subjects.jax_fn(lambda *arguments: None, ("x", "A", "B"))

@@ -6,14 +6,14 @@ from typing import Any
 from ..report import Check
 from . import (
     calls,
+    conduct,
     edges,
     files,
+    forms,
     generic,
     lattice,
-    laws,
     packed,
     probes,
-    protocol,
     schedule,
     secant,
     several,
@@ -34,8 +34,8 @@ BATTERIES: dict[str, Battery] = {
     "edges": edges.battery_edges,
     "widened": edges.battery_widened,
     # of its conduct
-    "protocol": laws.battery_protocol,
-    "conduct": protocol.battery_conduct,
+    "conduct": conduct.battery_conduct,
+    "views": forms.battery_views,
     "sequence": calls.battery_sequence,
     "training": calls.battery_training,
     # of what only some subjects offer: merge, unmerge
@@ -44,7 +44,7 @@ BATTERIES: dict[str, Battery] = {
     "unmerge": edges.battery_unmerge,
     "round trip": edges.battery_round_trip,
     # init
-    "start": laws.battery_start,
+    "start": starts.battery_start,
     "moments": starts.battery_moments,
     "distribution": starts.battery_distribution,
     "orthogonal": starts.battery_orthogonal,

@@ -2,8 +2,8 @@
 
 y is affine in x, A, B, bB, b, W and m, one at a time, so that a step of any length has no truncation error.
 DoRA's A, B and W enter through a norm besides: there m is moved along, m·n(θ±)/n(θ), which holds k still and
-makes y affine again. The difference is then the gradient with the norm held constant, and the gradient through
-the norm exceeds it by a term of gm alone: so the two are told apart from outside.
+makes y affine again. The difference is then the gradient with the norm held constant; what a gradient through
+the norm has beyond it is a rate along m, where y is affine too: so it takes a second long step, and no gm.
 Derivation: specs/lattice.md.
 """
 
@@ -187,13 +187,10 @@ def secants(
         for end, y in zip(ends, ys, strict=True):  # (lattice.7)
             error += total(np.abs(G) * (bounds(end, u)["y"] + 4 * UNIT["float64"] * np.abs(y)))
             error += _still(case, end, u) if case.m is not None and name in THROUGH_NORM else 0.0
-        through, through_error = 0.0, 0.0
-        if case.m is not None and name in THROUGH_NORM and _is_like(got.get("m"), case.m):
-            rate = _rate(case, name, delta)
-            through = total(got["m"].astype(np.float64) * rate)
-            through_error = total(np.abs(rate) * at["m"])
-            through_error += 64 * UNIT["float64"] * total(np.abs(got["m"] * rate))
-        yield Secant(rise, slope, through, error, through_error)
+        beyond = (0.0, 0.0)
+        if case.m is not None and name in THROUGH_NORM:
+            beyond = _through_norm(subject, case, _rate(case, name, delta), u)
+        yield Secant(rise, slope, beyond[0], error, beyond[1])
 
 
 def _is_like(value: HostArray | None, other: HostArray | None) -> bool:
@@ -231,9 +228,27 @@ def _still(case: Case, end: Case, u: float) -> float:
     """How far the rounding of the moved m takes ⟨gy, y⟩: k is still only to within one roundoff."""
     k = np.asarray(case.m, dtype=np.float64) / norms(case)[1]
     off = np.abs(np.asarray(end.m, dtype=np.float64) / norms(end)[1] - k) + 64 * UNIT["float64"] * np.abs(k)
-    wide = cast(end, "float64")
-    reach = np.abs(wide.gy.reshape(-1, len(k)) * whole(wide)).sum(axis=0)
-    return float(off @ reach)
+    return float(off @ _reach(end))
+
+
+def _reach(case: Case) -> HostArray:
+    """How far ⟨gy, y⟩ goes with each row's k, at most."""
+    wide = cast(case, "float64")
+    return np.asarray(np.abs(wide.gy.reshape(-1, len(wide.W)) * whole(wide)).sum(axis=0))
+
+
+def _through_norm(subject: Any, case: Case, rate: HostArray, u: float) -> tuple[float, float]:
+    """⟨gm, rate⟩ as the subject's own forward has it, and the error of that: y is affine in m."""
+    m = np.asarray(case.m, dtype=np.float64)
+    ends = [replace(case, m=(m + sign * rate / 2).astype(case.x.dtype)) for sign in (1, -1)]
+    G, ys = case.gy.astype(np.float64), [_forward(subject, end).astype(np.float64) for end in ends]
+    n = norms(case)[1]
+    step = np.asarray(ends[0].m, dtype=np.float64) - np.asarray(ends[1].m, dtype=np.float64)
+    off = np.abs(step - rate) + 64 * UNIT["float64"] * np.abs(rate)  # both ends are stored numbers
+    error = float(off / n @ _reach(case))
+    for end, y in zip(ends, ys, strict=True):
+        error += total(np.abs(G) * (bounds(end, u)["y"] + 4 * UNIT["float64"] * np.abs(y)))
+    return total(G * ys[0]) - total(G * ys[1]), error  # (lattice.16)
 
 
 def _rate(case: Case, name: str, delta: HostArray) -> HostArray:

@@ -1,7 +1,9 @@
-"""Checks of starts: moments and distribution of A, what PiSSA takes, the layer before its first step."""
+"""Checks of starts: A's distribution, identity, what PiSSA takes of W, the layer before its first step."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import erf, log, sqrt
 from typing import Any
 
@@ -11,9 +13,100 @@ from ... import LoraConfig
 from ..bounds.worst import bounds
 from ..cases import PROFILES, UNIT, HostArray, draw, under
 from ..conventions import spec_of
+from ..report import Check
 from .edges import Checks, law, off
-from .laws import CHANCE, STARTS, start_of
-from .tensors import answer, chosen
+from .laws import Law, lawful
+from .tensors import Crash, answer, ask, by_name, chosen
+
+STARTS: tuple[bool | str, ...] = (True, "gaussian", "pissa", "pissa_niter_4", False)
+CHANCE = 1e-9  # with which a sound start fails the test of its distribution
+
+
+def battery_start(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
+    """The laws of every start: distribution, identity, and what PiSSA takes out of W."""
+    if not hasattr(subject, "init"):
+        return
+    dtype = PROFILES[profile]
+    rng = np.random.default_rng((seed, 4))
+    for d_out, d_in in ((24, 40), (40, 24)):
+        W = rng.standard_normal((d_out, d_in)).astype(dtype)
+        for i, (start, dora) in enumerate(product(STARTS, (False, True))):
+            config = LoraConfig(r=8, lora_alpha=11, init_lora_weights=start, use_dora=dora)
+            laws = _start_laws(subject, W, config, seed + i)
+            for j, (words, run) in enumerate(laws.items()):
+                id = f"start/{start}{'-dora' * dora}-{d_out}x{d_in}/{j}"
+                if chosen(id, only):
+                    yield [lawful(id, "start", "dora" if dora else "lora", f"{start!s:<14}{words}", run)]
+
+
+def start_of(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, HostArray]:
+    """What a subject's init makes at W, in float64; W itself where it returns no other base."""
+    got = by_name("init", ask(subject, "init", W.copy(), config, seed), ("W", "A", "B", "m", "bB"))
+    got.setdefault("W", W)
+    shapes = {"A": (config.r, W.shape[1]), "B": (W.shape[0], config.r), "W": W.shape}
+    for name, shape in (shapes | {"m": W.shape[:1]} if config.use_dora else shapes).items():
+        if name not in got or got[name].shape != shape or got[name].dtype.kind != "f":
+            came = f"{got[name].dtype} {got[name].shape}" if name in got else "none"
+            raise Crash(f"init: expected {name} as floating {shape}, got {came}")
+    return {name: value.astype(np.float64) for name, value in got.items()}
+
+
+def _start_laws(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, Law]:
+    """The laws that one start keeps, as functions that look at a fresh draw of it."""
+    start, s, r = config.init_lora_weights, config.scaling, config.r
+    d_in = W.shape[1]
+    u = UNIT[W.dtype.name]
+
+    drawn = partial(start_of, subject, W, config, seed)
+
+    def same_map() -> str | None:
+        got = drawn()
+        A, B = got["A"], got["B"]
+        error = np.abs(got["W"] + s * B @ A - W)
+        bound = 4 * u * (np.abs(W) + s * np.abs(B) @ np.abs(A))
+        return None if (error <= bound).all() else f"W + s·BA is off by {error.max():.2g}"
+
+    def magnitude() -> str | None:
+        got = drawn()
+        V = got["W"] + s * got["B"] @ got["A"]
+        off = np.abs(got["m"] / np.linalg.norm(V, axis=1) - 1).max()
+        return None if off <= (d_in + r + 12) * u else f"m/n is off 1 by {off:.2g}"
+
+    def distribution() -> str | None:
+        values = np.sort(drawn()["A"].ravel() * (r if start == "gaussian" else sqrt(d_in)))
+        if start == "gaussian":
+            chance = [0.5 * (1 + erf(value / sqrt(2))) for value in values.tolist()]
+        else:
+            chance = [min(max((value + 1) / 2, 0.0), 1.0) for value in values.tolist()]
+        away = float(np.abs(np.arange(1, values.size + 1) / values.size - chance).max())
+        limit = sqrt(log(2 / CHANCE) / (2 * values.size)) + 1 / values.size  # Dvoretzky, Kiefer, Wolfowitz
+        return None if away <= limit else f"A is {away:.2f} away from its distribution"
+
+    def nothing() -> str | None:
+        return "B is not 0" if np.any(drawn()["B"]) else None
+
+    def principal() -> str | None:
+        S, residual = np.linalg.svd(W.astype(np.float64), compute_uv=False), drawn()["W"]
+        if not np.isfinite(residual).all():
+            return "the residual is not finite"
+        rest = float(np.linalg.norm(residual, 2))
+        slack = 200 * u * S[0]
+        if S[r] - slack <= rest <= S[r] + slack:
+            return None
+        return f"the residual's largest singular value is {rest:.6g}, singular value r + 1 of W is {S[r]:.6g}"
+
+    laws: dict[str, Law] = {}
+    if start is True or start == "gaussian":
+        laws["B = 0, and A is of its distribution"] = lambda: nothing() or distribution()
+    if start is False:
+        laws["A is of its distribution"] = distribution
+    else:
+        laws["base and update give W back"] = same_map
+    if str(start).startswith("pissa"):
+        laws["the residual's norm is singular value r + 1 of W"] = principal
+    if config.use_dora:
+        laws["m/n is 1"] = magnitude
+    return laws
 
 
 def battery_moments(subject: Any, profile: str, seed: int, level: str, only: str) -> Checks:
@@ -116,9 +209,9 @@ def _orthogonal(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> st
     limit = (
         2 * sum(W.shape) * UNIT[W.dtype.name] * top * sqrt(top)
     )  # the backward error of an SVD, and roundings
-    for name, product in (("residual·Aᵀ", got["W"] @ got["A"].T), ("Bᵀ·residual", got["B"].T @ got["W"])):
-        if not np.abs(product).max() <= limit:
-            return f"{name} reaches {np.abs(product).max():.2g}, expected {limit:.2g} at most"
+    for name, left in (("residual·Aᵀ", got["W"] @ got["A"].T), ("Bᵀ·residual", got["B"].T @ got["W"])):
+        if not np.abs(left).max() <= limit:
+            return f"{name} reaches {np.abs(left).max():.2g}, expected {limit:.2g} at most"
     return None
 
 

@@ -15,7 +15,7 @@ from ..conventions import spec_of
 from ..report import Check, Report
 from ..subjects.engine import Reference
 from ..truths import truth
-from .laws import start_of
+from .starts import start_of
 from .tensors import Absent, Crash, answer, chosen, judge, judge_case
 
 KINDS = ("lora, dropout", "dora, dropout", "dora full norm, dropout")
@@ -181,7 +181,7 @@ def _spectrum(subject: Any, W: HostArray, seed: int) -> list[str]:
         f"singular values, {S[0]:.4g} down to {S[-1]:.3g} (height: logarithm over four decades)",
         "  " + "".join(BARS[round(h * (len(BARS) - 1))] for h in height),
         f"  1{' ' * (len(columns) - 1 - len(str(S.size)))}{S.size}",
-        f"largest singular value left in the residual: {np.linalg.norm(got['W'], 2):.6g}, "
-        f"singular value {config.r + 1} of W: {S[config.r] if config.r < S.size else 0:.6g}",
+        f"largest singular value left in the residual: {np.linalg.norm(got['W'], 2):.4g}, "
+        f"singular value {config.r + 1} of W: {S[config.r] if config.r < S.size else 0:.4g}",
         f"residual + s·BA − W: at most {off:.2g}, {off / float(ulp):.2f} ulp of W's largest entry",
     ]

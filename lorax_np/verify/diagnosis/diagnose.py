@@ -8,6 +8,7 @@ Derivation: specs/diagnosis.md.
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,9 +19,10 @@ import numpy as np
 
 from ..batteries.tensors import answer
 from ..conventions import DORA, spec_of, spelled
+from ..pages.digest import again, flat
 from ..precision import PRECISIONS
-from ..report import TENSORS, Check
-from .dictionary import LIMIT, RIGHT, Comparison, Match, faults
+from ..report import RIGHT, Check, continued
+from .dictionary import LIMIT, Comparison, Match, faults
 from .pairs import pairs
 from .probe_layers import KINDS, Ask, observe
 from .regression import Finding, explain
@@ -85,22 +87,27 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """At most 12 lines of at most 80 columns."""
-        out = [*self._elsewhere(), f"wrong part: {self.branch.part}: {self.branch.why}"]
-        if self.only:
-            out.append(f"wrong only with {self.only}")
-        out += self._named()
-        again = f"reproduce: {self.reproduce}" if self.reproduce else ""
-        if len(again) > WIDE:  # still to be copied
-            again = again.replace(" --case", " \\\n  --case")
-        out = out[: LINES - bool(self.case) - len(again.splitlines())]
-        room = LINES - len(out) - bool(self.case) - len(again.splitlines())
-        found = [f"  {finding}" for finding in self.findings] if room else []
+        return self.said() + self.again()
+
+    def again(self) -> list[str]:
+        """The smallest layer that is still wrong, and the command that shows a failure again."""
+        lines = [_fit(f"smallest: {self.case}")] if self.case else []
+        return lines + (continued(f"reproduce: {self.reproduce}") if self.reproduce else [])
+
+    def said(self) -> list[str]:
+        """The cause where there is one, the part, and what each wrong tensor is made of."""
+        part = [f"wrong part: {self.branch.part}: {self.branch.why}"]
+        part += [f"wrong only with {self.only}"] if self.only else []
+        out = [*self._named(), *part] if self.known else [*part, *self._named()]
+        out = [*self._elsewhere(), *out]
+        room = max(LINES - len(self.again()), 1)
+        out, room = out[:room], room - len(out[:room])
+        found = [line for finding in self.findings for line in _wrapped(str(finding))]
+        if len(found) > room:
+            found = [f"  {finding}" for finding in self.findings] if room else []
         if len(found) > room:
             found = [*found[: room - 1], f"  and {len(found) - room + 1} more tensors"]
-        out += found
-        out += [f"smallest: {self.case}"] if self.case else []
-        out += again.splitlines()
-        return [_fit(line) for line in out]
+        return [_fit(flat(line)) for line in out + found]
 
     def _elsewhere(self) -> list[str]:
         """What a subject that is right by another convention is told."""
@@ -128,7 +135,7 @@ class Diagnosis:
                 out.append(f"compare: ({name.line}) in {name.file}; its replay is {name.z:.1f}σ away")
         if len(self.names) > 2:
             out.append(f"  and {len(self.names) - 2} more explanations")
-        if not self.names and self.asked:
+        if not self.names and self.asked and self.branch.part != "crash":
             near = (
                 f"; nearest is {self.nearest[0]}, {self.nearest[1]:.0%} of the entries" if self.nearest else ""
             )
@@ -199,10 +206,11 @@ def diagnose(
         norms = spec_of(subject).norm_gradient
         kinds = tuple(kind for kind in KINDS if kind == "lora" or ("full" in kind) in norms)
         compared = Comparison(*observe(subject, profile, kinds, ask), without)
-        names = _names(compared)
+        silent = where.part == "crash"  # an exception is no answer to explain
+        names = [] if silent else _names(compared)
         right = compared.is_right
-        near = None if names or right else compared.nearest()
-        findings = [] if right else explain(compared)
+        near = None if names or right or silent else compared.nearest()
+        findings = [] if right or silent else explain(compared)
         case = "" if right else _smallest(subject, compared, profile)
     return Diagnosis(
         subject=name,
@@ -306,8 +314,11 @@ def _reproduce(name: str, checks: Sequence[Check], profile: str, seed: int) -> s
     bad = next((check for check in checks if check.verdict in ("fail", "crash")), None)
     if bad is None:
         return ""
-    case = bad.id.rpartition("/")[0] if bad.tensor in TENSORS else bad.id
-    return f"lorax-np verify {name} --profile {profile}{f' --seed {seed}' if seed else ''} --case {case}"
+    return again(name, profile, seed, bad)
+
+
+def _wrapped(finding: str) -> list[str]:
+    return textwrap.wrap(finding, WIDE, initial_indent="  ", subsequent_indent="    ")
 
 
 def _fit(line: str) -> str:

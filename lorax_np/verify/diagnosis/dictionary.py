@@ -14,11 +14,11 @@ import numpy as np
 
 from ..cases import HostArray
 from ..layers.plain import Step
+from ..report import RIGHT
 from .probe_layers import Key, Probe, Seen, probe, seen
 
 LIMIT = 12.0
 """Deviations between a replay and an answer: 8 for the answer, and half as much for a fault's own roundings."""
-RIGHT = "CORRECT"
 LAYER_KINDS = ("forward", "gradient", "dora", "dropout", "precision", "shape")
 REFUSALS = (ValueError, TypeError, ArithmeticError, IndexError)  # what arrays that do not fit raise
 

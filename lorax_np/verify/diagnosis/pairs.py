@@ -4,7 +4,8 @@ from itertools import combinations
 
 import numpy as np
 
-from .dictionary import LIMIT, RIGHT, Comparison, Match, distances, faults, replay
+from ..report import RIGHT
+from .dictionary import LIMIT, Comparison, Match, distances, faults, replay
 from .probe_layers import Seen
 
 CLEAR = 2 * LIMIT  # an effect this far from the truth is seen through the roundings of an answer

@@ -39,13 +39,19 @@ class Finding(NamedTuple):
     factors: tuple[Factor, ...]
     place: str
 
+    @property
+    def words(self) -> str:
+        """What the tensor is made of, or where it is wrong."""
+        return ", ".join(_said(factor) for factor in self.factors) if self.factors else self.place
+
+    @property
+    def far(self) -> str:
+        """How many deviations it is off, in a few letters."""
+        return short(self.z)
+
     def __str__(self) -> str:
         """The finding in a line."""
-        name = "y" if self.tensor == "y" else f"g{self.tensor}"
-        if not self.factors:
-            return f"{name}: {self.place}, z = {short(self.z)}"
-        said = ", ".join(_said(factor) for factor in self.factors)
-        return f"{name}: {said}, z = {short(self.z)}"
+        return f"{'y' if self.tensor == 'y' else f'g{self.tensor}'}: {self.words}, z = {self.far}"
 
 
 def _said(factor: Factor) -> str:

@@ -20,7 +20,8 @@ from ..layers.plain import Step
 from ..layers.replaying import STEPS
 from ..layers.rounding import to_bits
 from ..precision import PRECISIONS
-from .dictionary import RIGHT, Comparison, Match, faults, replay
+from ..report import RIGHT
+from .dictionary import Comparison, Match, faults, replay
 from .pairs import pairs
 from .probe_layers import KINDS, LAYERS, observe, probe
 

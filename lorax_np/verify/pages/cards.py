@@ -5,7 +5,7 @@ from html import escape
 
 from ..report import Check, Report
 from . import heat
-from .digest import CUT, by_size, command, grouped, heading, number, refused, share, short
+from .digest import CUT, by_size, command, flat, grouped, heading, number, refused, share, short
 
 ROWS = 60  # rows of a folded table
 
@@ -47,7 +47,7 @@ def _group(report: Report, kinds: list[tuple[str, str, str]], checks: list[Check
         f'<article id={key}><h4><span class="word bad">{first.verdict.upper()}</span> {title} '
         f"<span class=of>{len(checks)} of {of} checks</span></h4>",
         f"<div class=case><div><p><code>{text(first.id)}</code></p>{_facts(first)}",
-        f"<pre class=wrap>{_command(report, first)}</pre></div>{_picture(first)}</div>",
+        f"<pre class=copy>{options(command(report, first))}</pre></div>{_picture(first)}</div>",
     ]
     if len(checks) > 1:
         lines.append(
@@ -56,9 +56,9 @@ def _group(report: Report, kinds: list[tuple[str, str, str]], checks: list[Check
     return "\n".join([*lines, "</article>"])
 
 
-def _command(report: Report, check: Check) -> str:
-    """The command to judge a check again, its options kept together where lines end."""
-    words = escape(command(report, check)).split(" --")
+def options(said: str) -> str:
+    """A command, its options kept together where lines end."""
+    words = escape(flat(said)).split(" --")
     return " ".join([words[0], *(f"<span>--{word}</span>" for word in words[1:])])
 
 

@@ -10,7 +10,7 @@ from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report import TENSORS, Check, Report, Verdict
+from ..report import RIGHT, TENSORS, Check, Report, Verdict, many
 
 Reports = Report | Sequence[Report]
 WORDS = {0: "PASS", 1: "FAIL", 2: "NOTHING JUDGED", 3: "CRASHED"}  # by exit code
@@ -40,6 +40,14 @@ class Table(NamedTuple):
     layers: int
     tensors: list[str]
     rows: list[tuple[str, list[Cell | None]]]
+
+
+class Explained(NamedTuple):
+    """A title for the cause, the explanations accepted, and what is said where there are none."""
+
+    title: str
+    names: tuple[Any, ...]
+    said: str
 
 
 def listed(reports: Reports) -> list[Report]:
@@ -137,20 +145,37 @@ def counts(report: Report) -> str:
     return f"{many(len(report.checks))}: {', '.join(parts)}" if parts else "no checks"
 
 
-def many(n: int, thing: str = "check") -> str:
-    """A number of things: 1 check, 2 checks."""
-    return f"{n} {thing}{'s' * (n != 1)}"
-
-
 def command(report: Report, check: Check) -> str:
     """The command that judges one check's layer again."""
-    words = ["lorax-np", "verify", report.subject, "--profile", report.profile]
-    if report.seed:
-        words += ["--seed", str(report.seed)]
+    return again(report.subject, report.profile, report.seed, check)
+
+
+def again(subject: str, profile: str, seed: int, check: Check) -> str:
+    """The command that judges a check's layer again, to be pasted into a shell."""
+    words = ["lorax-np", "verify", subject, "--profile", profile]
+    if seed:
+        words += ["--seed", str(seed)]
     if check.battery == "weights":
         words += ["--weights", "FILE"]
     case = check.id.rpartition("/")[0] if check.tensor in TENSORS else check.id
-    return " ".join(shlex.quote(visible(word)) for word in [*words, "--case", case])
+    return " ".join(shlex.quote(flat(word)) for word in [*words, "--case", case])
+
+
+def explained(cause: Any) -> Explained:
+    """What a diagnosis accepts as the cause, told apart from what it cannot name."""
+    names = tuple(name for name in cause.names if RIGHT not in name.ids)
+    if names:
+        return Explained("Cause" if len(names) == 1 else "Causes that explain it, the nearest first", names, "")
+    if cause.names:
+        hidden = ", ".join(id for name in cause.names for id in name.ids if id != RIGHT)
+        said = f"{many(cause.asked, 'single layer')} came out right in {cause.profile}"
+        said += f"; roundings hide {hidden}." if hidden else "."
+        return Explained("Not seen in single calls", (), said)
+    if cause.branch.part == "crash":
+        return Explained("It raised an exception", (), "")
+    near = cause.nearest
+    said = f"Nearest is {near[0]}, which explains {near[1]:.0%} of the wrong entries." if near else ""
+    return Explained("None of the known faults", (), said)
 
 
 def environment(report: Report) -> dict[str, str]:
@@ -170,6 +195,11 @@ def visible(text: str) -> str:
         return chr(0x2400 + code) if code < 32 else f"\\u{code:04x}"
 
     return _UNSEEN.sub(sign, text)
+
+
+def flat(text: str) -> str:
+    """The visible text on one line."""
+    return visible(text).replace("\n", "␊").replace("\t", "␉")
 
 
 def short(text: str, limit: int = CUT) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..report import TENSORS, Report
+from ..report import TENSORS, Report, many
 from .cards import ROWS, check_list, colours, groups_of, text, told
+from .cause import cause_card
 from .digest import (
     WORDS,
+    WORST_FIRST,
     Cell,
     Reports,
     Table,
@@ -68,7 +70,7 @@ def _head(found: list[Report], *, several: bool) -> str:
         for i, report in enumerate(found):
             name = f'<a href="#r{i}"><code>{text(report.profile)}</code></a>'
             lines.append(f"<p class=verdict>{_pill(report)} {name} <span>{text(counts(report))}</span></p>")
-    return "\n".join([*lines, "</header>", "<main>"])
+    return "\n".join([*lines, "</header>", "<main>" if several else "<main class=one>"])
 
 
 def _pill(report: Report) -> str:
@@ -97,6 +99,7 @@ def _about(found: list[Report]) -> str:
 def _section(report: Report, key: str, budget: int) -> Iterator[str]:
     title = f"{_pill(report)} <code>{text(report.profile)}</code> <span>{text(counts(report))}</span>"
     yield f"<section aria-labelledby={key}><h2 id={key}>{title}</h2>"
+    yield from cause_card(report, key)
     if report.diagnosis:
         yield "<ul class=diagnosis>" + "".join(f"<li>{text(line)}" for line in report.diagnosis) + "</ul>"
     groups = groups_of(report)
@@ -117,7 +120,9 @@ def _section(report: Report, key: str, budget: int) -> Iterator[str]:
         yield "<h3>Refused</h3>"
         if any(getattr(check, "map", None) for checks in groups for check in checks):
             yield colours()
+        yield "<div class=refused>"
         yield from cards
+        yield "</div>"
         if len(cards) < len(groups):
             yield f"<p>… and {len(groups) - len(cards)} more kinds of check, all in the JSON.</p>"
     yield from _laws(report, links)
@@ -174,20 +179,30 @@ def _cell(cell: Cell | None, link: str | None) -> str:
 
 
 def _laws(report: Report, links: dict[tuple[str, str, str], str]) -> Iterator[str]:
-    """What is no single tensor's: a table of laws."""
-    found = laws(report)
+    """What is no single tensor's: a line for each battery, its laws folded where all are kept."""
+    found: dict[str, list[tuple[str, Cell]]] = {}
+    for battery, law, cell in laws(report):
+        found.setdefault(battery, []).append((law, cell))
     if not found:
         return
-    yield "<h3>Laws</h3>\n<div class=scroll role=region tabindex=0 aria-label=Laws><table class=laws>"
-    yield "<thead><tr><th scope=col>law<th scope=col>checks<th scope=col>outcome"
-    last = ""
-    for battery, law, cell in found:
-        if battery != last:
-            yield f"<tbody><tr><th scope=rowgroup colspan=3 class=group>{text(battery)}"
-            last = battery
-        link = next((to for group, to in links.items() if (group[0], group[2]) == (battery, law)), None)
-        yield f"<tr><th scope=row>{text(law)}<td>{cell.total}{_cell(cell, link)}"
-    yield "</table></div>"
+    yield "<h3>Laws</h3>\n<div class=laws-list>"
+    for battery, mine in found.items():
+        worst = max((cell for _, cell in mine), key=lambda cell: -WORST_FIRST.index(cell.verdict))
+        said = f"{many(sum(cell.total for _, cell in mine))} of {many(len(mine), 'law')}"
+        word = f"<span class='out{' bad' * bool(worst.wrong)}'>{_word(worst)}</span>"
+        open_if = " open" * (worst.verdict != "pass")
+        yield f"<details{open_if}><summary><b>{text(battery)}</b> <i>{said}</i> {word}</summary>"
+        yield f'<div class=scroll role=region tabindex=0 aria-label="Laws: {text(battery)}"><table class=laws>'
+        yield "<thead><tr><th scope=col>law<th scope=col>checks<th scope=col>outcome<tbody>"
+        for law, cell in mine:
+            link = next((to for group, to in links.items() if (group[0], group[2]) == (battery, law)), None)
+            yield f"<tr><th scope=row>{text(law)}<td>{cell.total}{_cell(cell, link)}"
+        yield "</table></div></details>"
+    yield "</div>"
+
+
+def _word(cell: Cell) -> str:
+    return {"pass": "ok", "fail": "FAIL", "crash": "CRASH"}.get(cell.verdict, cell.verdict)
 
 
 # ---- what is folded away -----------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ def _suite(report: Report, battery: str, *, alone: bool) -> xml.Element:
     said = {"subject": report.subject, "profile": report.profile, "seed": str(report.seed)}
     for name, value in {**said, "conventions": report.conventions, **environment(report)}.items():
         xml.SubElement(properties, "property", name=visible(name), value=short(value, LONGEST))
+    if report.cause is not None and any(check.verdict in ("fail", "crash") for check in mine):
+        lines = "\n".join(short(line, LONGEST) for line in report.cause.lines())
+        xml.SubElement(properties, "property", name="cause", value=lines)
     for check in mine:
         classname = short(f"lorax_np.{profile}{battery}.{check.kind}", LONGEST)
         case = xml.SubElement(suite, "testcase", classname=classname, name=short(check.id, LONGEST))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..report import Check, Report
+from ..report import Check, Report, many
 from .digest import (
     WORDS,
     Cell,
@@ -14,11 +14,12 @@ from .digest import (
     command,
     counts,
     environment,
+    explained,
+    flat,
     grouped,
     heading,
     laws,
     listed,
-    many,
     not_judged,
     number,
     refused,
@@ -27,6 +28,7 @@ from .digest import (
     tables,
 )
 
+NAMED = 4  # explanations, and members of a class
 SHOWN = 6  # groups of failing checks told in full, for each report
 ROWS = 40  # rows of a folded table
 LONGEST = 55_000  # letters; GitHub takes 65,536 as a comment
@@ -36,7 +38,7 @@ COLOURS = {0: "brightgreen", 1: "red", 2: "lightgrey", 3: "critical"}  # by exit
 def to_markdown(reports: Reports) -> str:
     """One report, or several, as GitHub's Markdown: the verdict first, then tables, failures and details."""
     found = listed(reports)
-    blocks = [block for report in found for block in (_verdict(report), *_diagnosis(report))]
+    blocks = [block for report in found for block in (_verdict(report), *_cause(report), *_diagnosis(report))]
     for report in found:
         title = f" in {code(report.profile)}" if len(found) > 1 else ""
         blocks += _tables(report, title)
@@ -86,6 +88,28 @@ def _verdict(report: Report) -> str:
     """**FAIL** `subject` in `fp32`: 404 checks: 144 failed, 260 passed."""
     word = WORDS[report.exit_code]
     return f"**{word}** {code(report.subject)} in {code(report.profile)}, {counts(report)}"
+
+
+def _cause(report: Report) -> Iterator[str]:
+    """The cause, the equation to compare, the evidence, and the command in a block of code."""
+    if report.cause is None:
+        return
+    cause, told = report.cause, explained(report.cause)
+    yield f"**{told.title}**" + (f": {code(told.said)}" if told.said else "")
+    rank = "1." if len(told.names) > 1 else "-"
+    for name in told.names[:NAMED]:
+        members = [code(f"{id}: {title}") for id, title in zip(name.ids, name.titles, strict=True)]
+        rest = f" or {len(members) - NAMED} more" if len(members) > NAMED else ""
+        alike = "one of these, whose answers are the same: " if len(members) > 1 else ""
+        compare = f", compare {code(f'({name.line})')} in {code(name.file)}" if name.line else ""
+        yield f"{rank} {alike}{' or '.join(members[:NAMED])}{rest}{compare}"
+    lines = [f"wrong part: {code(f'{cause.branch.part}: {cause.branch.why}')}"]
+    lines += [f"only with {code(cause.only)}"] if cause.only else []
+    lines += [code(str(finding)) for finding in cause.findings]
+    lines += [f"smallest layer: {code(cause.case)}"] if cause.case else []
+    yield "\n".join(f"- {line}" for line in lines)
+    if cause.reproduce:
+        yield fence(flat(cause.reproduce), "sh")
 
 
 def _diagnosis(report: Report) -> Iterator[str]:

@@ -19,9 +19,8 @@ import pytest
 
 from ... import ConfigError, FormatError
 from ..cases import PROFILES, SMALL, Case, grid
-from ..conformance import describe
 from ..conventions import Spec
-from ..report import Check, Report
+from ..report import Check, Report, describe
 from ..verdict import LEVELS, verify
 
 HOME = Path(__file__).parents[1] / "conformance.py"  # the file under which the items are collected
@@ -71,10 +70,10 @@ class Conformance:
         return f"lorax-np: {self.subject} in {self.profile}, {self.level}"
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> "CheckFile | None":
-        """One file of the harness stands for all checks."""
-        if file_path != HOME:
+        """One file of the harness stands for all checks, under one name wherever it is installed."""
+        if file_path.name != HOME.name or not file_path.samefile(HOME):
             return None
-        found: CheckFile = CheckFile.from_parent(parent, path=file_path)
+        found: CheckFile = CheckFile.from_parent(parent, path=file_path, nodeid=HOME.name)
         found.conformance = self
         return found
 
@@ -88,7 +87,8 @@ class Conformance:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Fail a run that judged nothing."""
         name = f"{HOME.name}::"
-        if self.is_worker or session.config.option.collectonly or any(name in nodeid for nodeid in self.judged):
+        judged = any(nodeid.startswith(name) for nodeid in self.judged)
+        if self.is_worker or session.config.option.collectonly or judged:
             return
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return
@@ -102,9 +102,7 @@ class Conformance:
         """The harness's own verdict, below pytest's."""
         if self.report is not None:
             terminalreporter.section("lorax-np")
-            lines = str(self.report).splitlines()
-            wanted = ("diagnosis:", "reproduce:", "PASS", "FAIL  " + self.report.subject, "NOTHING", "CRASHED")
-            for line in (line for line in lines if line.startswith(wanted)):
+            for line in self.report.summary():
                 terminalreporter.write_line(line)
         if self.nothing:
             terminalreporter.write_line(self.nothing, red=True)

@@ -23,7 +23,8 @@ class JaxFunction:
         try:
             self._jax: Any = importlib.import_module("jax")
         except ImportError as error:
-            raise NoSubject(f"jax_fn: expected jax, got: {error}; pip install jax") from None
+            said = f"jax_fn: expected the jax extra, got: {error}; pip install 'lorax-np[jax]'"
+            raise NoSubject(said) from None
         names = tuple(argnames)
         known = {*ARRAYS, *SCALARS}
         if (

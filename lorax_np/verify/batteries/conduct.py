@@ -1,4 +1,4 @@
-"""How a layer must behave over several calls, layouts and updates, and what merging must keep.
+"""How a layer must behave over several calls and updates, in other forms, and what its tensors must keep.
 
 Each law says in a line what is wrong, or nothing. What must be equal for any order of evaluation is compared
 within twice the bounds of specs/verify.md; what must be the same bits, bit for bit.
@@ -7,7 +7,6 @@ within twice the bounds of specs/verify.md; what must be the same bits, bit for 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from ..conventions import spec_of
 from ..layers import plain
 from ..precision import PRECISIONS
 from ..report import Check
-from . import invariants
+from . import forms, invariants
+from .forms import same
 from .lattice import cast
-from .laws import OF_TOKENS, AsGiven, Law, differs, hashes, lawful, resized
+from .laws import Law, differs, hashes, lawful
 from .probes import draws
 from .secant import unit
-from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line
+from .tensors import Crash, answer, ask, by_name, chosen, in_one_line
 
 EPS = UNIT["float64"]
 ALL = ("x", "W", "A", "B", "m", "b", "bB")
@@ -61,15 +61,16 @@ def laws_of(subject: Any, case: Case, u: float) -> dict[str, Law | None]:
         "two forwards before a backward": (several, partial(_forward_twice, subject, case, u)),
         "a second backward gives the same": (two, partial(_backward_twice, subject, case)),
         "two cases interleaved": (several, partial(_interleaved, subject, case, u)),
-        "three runs give the same bits": (True, partial(_bits, subject, case)),
+        "three runs give the same bits": (True, partial(_bits, subject, case, u)),
         "what was returned stays as it was": (True, partial(_kept, subject, case)),
-        "backward writes to nothing, gy included": (True, partial(_gy_untouched, subject, case)),
+        "nothing that is given is written to": (True, partial(_untouched, subject, case)),
         "without a mask nothing is dropped, whatever p is": (given, partial(_eval, subject, case, u)),
-        "zero tokens in any shape": (True, partial(_empty, subject, case)),
-        "one token, as a row and without axis": (True, partial(_one_token, subject, case, u)),
-        "tokens in another order": (True, partial(_permuted, subject, case, u)),
-        "rank past both sides": (True, partial(_padded, subject, case, u)),
-        "transposed, offset and repeated arrays": (strided, partial(_layouts, subject, case, u)),
+        "zero tokens in any shape": (True, partial(forms.empty, subject, case)),
+        "one token, as a row and without axis": (True, partial(forms.one_token, subject, case, u)),
+        "leading axes only stack tokens": (True, partial(forms.stacked, subject, case, u)),
+        "tokens in another order": (True, partial(forms.permuted, subject, case, u)),
+        "rank past both sides": (True, partial(forms.padded, subject, case, u)),
+        "strided, transposed, offset and repeated arrays": (strided, partial(forms.layouts, subject, case, u)),
         "updates of the parameters are seen": (True, partial(_updated, subject, case, u)),
         "merged weights compute the same": (merges, partial(invariants.merged, subject, biased, u)),
         "unmerging gives W and b back": (unmerges, partial(invariants.unmerged, subject, biased, u)),
@@ -98,10 +99,6 @@ def _fitting(law: Law) -> str | None:
 # ---- conduct -------------------------------------------------------------------------------------------------
 
 
-def _same(case: Case, got: dict[str, HostArray], want: dict[str, HostArray], u: float) -> str | None:
-    return differs(got, want, bounds(case, u))
-
-
 def _gradients(subject: Any, case: Case, gy: HostArray) -> dict[str, HostArray]:
     return by_name("backward", ask(subject, "backward", case, gy), ALL)
 
@@ -110,7 +107,7 @@ def _forward_twice(subject: Any, case: Case, u: float) -> str | None:
     want, mine = answer(subject, case), case.copy()
     ask(subject, "forward", mine)
     y = by_name("forward", {"y": ask(subject, "forward", mine)}, ("y",))
-    return _same(case, y | _gradients(subject, mine, mine.gy), want, u)
+    return same(case, y | _gradients(subject, mine, mine.gy), want, u)
 
 
 def _backward_twice(subject: Any, case: Case) -> str | None:
@@ -143,15 +140,20 @@ def _interleaved(subject: Any, case: Case, u: float) -> str | None:
     want, mine = [answer(subject, one) for one in cases], [one.copy() for one in cases]
     ys = [by_name("forward", {"y": ask(subject, "forward", one)}, ("y",)) for one in mine]
     for one, y, wanted in zip(mine, ys, want, strict=True):
-        wrong = _same(one, y | _gradients(subject, one, one.gy), wanted, u)
+        wrong = same(one, y | _gradients(subject, one, one.gy), wanted, u)
         if wrong:
             return f"{wrong}: backward has taken the activations of another forward"
     return None
 
 
-def _bits(subject: Any, case: Case) -> str | None:
+def _bits(subject: Any, case: Case, u: float) -> str | None:
     first = answer(subject, case)
-    return _bitwise(first, answer(subject, case)) or _bitwise(first, answer(subject, case))
+    for _ in range(2):
+        again = answer(subject, case)
+        wrong = _bitwise(first, again)
+        if wrong:
+            return wrong if same(case, again, first, u) else f"{wrong}, by no more than roundings"
+    return None
 
 
 def _raw(subject: Any, case: Case) -> dict[str, Any]:
@@ -174,113 +176,23 @@ def _kept(subject: Any, case: Case) -> str | None:
     return _bitwise(before, by_name("backward", held, names))
 
 
-def _gy_untouched(subject: Any, case: Case) -> str | None:
+def _untouched(subject: Any, case: Case) -> str | None:
+    """Neither the case nor gy, after each call: what a second one undoes was written all the same."""
     mine, gy = case.copy(), case.gy.copy()
-    if hasattr(subject, "run"):
-        ask(subject, "run", mine, gy)
-    else:
-        ask(subject, "forward", mine)
-        ask(subject, "backward", mine, gy)
-        ask(subject, "backward", mine, gy)
-    before, after = hashes(case), hashes(replace(mine, gy=gy))
-    changed = [name for name in before if before[name] != after[name]]
-    return f"written to: {', '.join(changed)}" if changed else None
+    twice: tuple[tuple[Any, ...], ...] = (("forward", mine), ("backward", mine, gy), ("backward", mine, gy))
+    for method, *given in (("run", mine, gy),) if hasattr(subject, "run") else twice:
+        ask(subject, method, *given)
+        before = hashes(case)
+        after, beside = hashes(mine), hashes(replace(mine, gy=gy))
+        changed = [name for name in before if not before[name] == after[name] == beside[name]]
+        if changed:
+            return f"written to: {', '.join(changed)}"
+    return None
 
 
 def _eval(subject: Any, case: Case, u: float) -> str | None:
     wet, dry = case.undropped(0.45), case.undropped()
-    return _same(dry, answer(subject, wet), answer(subject, dry), u)
-
-
-def _empty(subject: Any, case: Case) -> str | None:
-    for lead in ((0,), (0, 3)):
-        none = resized(case, lead)
-        got = answer(subject, none)
-        for name in ("y", *case.wanted):
-            shape = none.gy.shape if name == "y" else getattr(none, name).shape
-            if name in got and got[name].shape != shape:
-                return f"{name}: expected shape {shape}, got {got[name].shape}"
-            if name in got and not (got[name] == 0).all():
-                return f"{name}: expected 0 for x of shape {none.x.shape}, got {got[name].flat[0]}"
-    return None
-
-
-def _one_token(subject: Any, case: Case, u: float) -> str | None:
-    """The first of several tokens gives the y and gx that it gives alone; in one shape as in another."""
-    full = answer(subject, case)
-    alone = resized(case, (1,))
-    both = [name for name in ("y", "x") if name in full]
-    want: dict[str, HostArray] = {name: full[name].reshape(-1, full[name].shape[-1])[:1] for name in both}
-    got = answer(subject, alone)
-    wrong = _same(alone, got, want, u)
-    if wrong:
-        return f"{wrong} for x of shape {alone.x.shape}"
-    flat = resized(case, ())
-    try:
-        without = answer(subject, flat)
-    except Absent:
-        return None
-    limit = bounds(flat, u)
-    wanted = {name: value.reshape(limit[name].shape) for name, value in got.items() if name in limit}
-    wrong = _same(flat, without, wanted, u)
-    return f"{wrong} for x of shape {flat.x.shape}" if wrong else None
-
-
-def _permuted(subject: Any, case: Case, u: float) -> str | None:
-    """Permuting tokens permutes y and gx, and leaves the other gradients."""
-    N = prod(case.x.shape[:-1])
-    order = np.random.default_rng(2).permutation(N)
-
-    def turn(value: HostArray) -> HostArray:
-        return value.reshape(N, -1)[order].reshape(value.shape)
-
-    tokens: Any = {name: turn(value) for name, value in case.arrays().items() if name in OF_TOKENS}
-    turned = replace(case, **tokens)
-    want = answer(subject, case)
-    return _same(turned, answer(subject, turned), want | {k: turn(want[k]) for k in ("y", "x") if k in want}, u)
-
-
-def _padded(subject: Any, case: Case, u: float) -> str | None:
-    """Rows of zeros in A, columns of zeros in B, past both sides, with the same s: nothing else moves."""
-    r, more = case.config.r, 1 + max(case.W.shape)
-    alpha = case.config.lora_alpha * (more / r) ** (0.5 if case.config.use_rslora else 1.0)
-    A, B = np.zeros((more, case.A.shape[1]), case.A.dtype), np.zeros((case.B.shape[0], more), case.B.dtype)
-    A[-r:], B[:, -r:] = case.A, case.B  # at the end, where a rank that was cut off would be missed
-    wide = replace(case, A=A, B=B, config=replace(case.config, r=more, lora_alpha=alpha))
-    want, got = answer(subject, case), answer(subject, wide)
-    bound = bounds(replace(wide, A=A, B=B), u)
-    for name, part in (("A", np.s_[-r:]), ("B", np.s_[:, -r:])):
-        for one in (got, bound):
-            if name in one and one[name].ndim == 2 and one[name].shape == getattr(wide, name).shape:
-                one[name] = one[name][part]
-    return differs(got, want, bound)
-
-
-def _layouts(subject: Any, case: Case, u: float) -> str | None:
-    def offset(value: HostArray) -> HostArray:
-        room = np.full(value.size + 3, np.nan, value.dtype)
-        room[3:] = value.reshape(-1)
-        return room[3:].reshape(value.shape)
-
-    def transposed(value: HostArray) -> HostArray:
-        return np.asfortranarray(value)
-
-    def repeated(value: HostArray) -> HostArray:
-        return np.broadcast_to(value[:1], value.shape) if value.ndim > 1 else value
-
-    flat = resized(case, (prod(case.x.shape[:-1]),))
-    for words, layout, names in (
-        ("offset", offset, set(case.arrays())),
-        ("transposed", transposed, set(case.arrays())),
-        ("one row repeated by a stride of 0", repeated, {"gy", "x"}),
-    ):
-        viewed = {name: layout(value) if name in names else value for name, value in flat.arrays().items()}
-        plainly = replace(flat, **{name: np.array(value) for name, value in viewed.items()})  # type: ignore[arg-type]
-        fields = {name: getattr(flat, name) for name in flat.__dataclass_fields__}
-        wrong = _same(plainly, answer(subject, AsGiven(**(fields | viewed))), answer(subject, plainly), u)
-        if wrong:
-            return f"{wrong} where arrays are {words}"
-    return None
+    return same(dry, answer(subject, wet), answer(subject, dry), u)
 
 
 def _updated(subject: Any, case: Case, u: float) -> str | None:

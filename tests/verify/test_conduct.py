@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.batteries.protocol import battery_conduct, laws_of
+from lorax_np.verify.batteries.conduct import battery_conduct, laws_of
+from lorax_np.verify.batteries.forms import VIEWS, battery_views
 from lorax_np.verify.layers import plain
 from lorax_np.verify.layers.plain import BACKWARD, FORWARD
 
@@ -152,6 +153,17 @@ class Race(plain.Plain):
         return y, g | {"A": np.nextafter(g["A"], self.calls % 3 * np.inf if self.calls % 3 else g["A"])}
 
 
+class Reorders(plain.Plain):
+    """A sum in an order that changes from run to run: its roundings do, and no more."""
+
+    calls = 0
+
+    def run(self, case, gy):
+        self.calls += 1
+        y, g = super().run(case, gy)
+        return y, g | {"A": g["A"] * g["A"].dtype.type(1 + self.calls % 3 * np.finfo(g["A"].dtype).eps)}
+
+
 class OneBuffer(plain.Plain):
     """Every call returns the same buffer of gA."""
 
@@ -170,6 +182,65 @@ class WritesGy(Two):
         found = super().backward(case, gy)
         gy *= case.scaling
         return found
+
+
+class TurnsGy(Two):
+    """Turns the sign of gy in place: a second backward turns it back."""
+
+    def backward(self, case, gy):
+        found = super().backward(case, gy.copy())
+        gy *= -1
+        return found
+
+
+class WritesItsOwnGy(Two):
+    """Leaves the argument gy alone, and scales the gy that the case holds."""
+
+    def backward(self, case, gy):
+        found = super().backward(case, gy.copy())
+        case.gy *= 2
+        return found
+
+
+class Wobbles(plain.Plain):
+    """The second call gives another gA altogether."""
+
+    calls = 0
+
+    def run(self, case, gy):
+        self.calls += 1
+        y, g = super().run(case, gy)
+        return y, g | {"A": g["A"] * (1 + self.calls % 2)}
+
+
+class EverySecond(plain.Plain):
+    """Takes an array's memory for whole: of a view it reads the start of what is viewed."""
+
+    def run(self, case, gy):
+        def whole(value):
+            whole = value.ndim and value.strides[-1] == 2 * value.itemsize
+            return np.resize(value.base.reshape(-1), value.shape) if whole else value
+
+        return super().run(replace(case, **{name: whole(value) for name, value in case.arrays().items()}), gy)
+
+
+class LastAxisOnly(plain.Plain):
+    """Sees the tokens of the first leading index alone."""
+
+    def run(self, case, gy):
+        y, g = super().run(case, gy)
+        if case.x.ndim == 3 and len(case.x):
+            first = replace(case, x=case.x[0], mask=None if case.mask is None else case.mask[0])
+            g |= {"B": super().run(first, gy[0])[1]["B"]}
+        return y, g
+
+
+class EmptyIsOne(plain.Plain):
+    """No token under a leading axis of 2 gives a gB of 1."""
+
+    def run(self, case, gy):
+        y, g = super().run(case, gy)
+        return y, g | ({"B": g["B"] + 1} if case.x.shape[:-1] == (2, 0) else {})
 
 
 class DropsInEval(plain.Plain):
@@ -288,12 +359,18 @@ CONDUCT = {
     "forwards are counted": (Stacked(), {"two forwards before a backward", "two cases interleaved"}),
     "race": (Race(), {"three runs give the same bits"}),
     "G6 one buffer": (OneBuffer(), {"what was returned stays as it was"}),
-    "G7 gy written": (WritesGy(), {"backward writes to nothing, gy included"}),
+    "G7 gy written": (WritesGy(), {"nothing that is given is written to"}),
+    "gy turned and turned back": (TurnsGy(), {"nothing that is given is written to"}),
+    "the case's gy written": (WritesItsOwnGy(), {"nothing that is given is written to"}),
+    "another answer each time": (Wobbles(), {"three runs give the same bits"}),
+    "memory of every second": (EverySecond(), {"strided, transposed, offset and repeated arrays"}),
+    "first leading index alone": (LastAxisOnly(), {"leading axes only stack tokens"}),
+    "no token under an axis": (EmptyIsOne(), {"zero tokens in any shape"}),
     "D9 dropout in eval": (DropsInEval(), {"without a mask nothing is dropped, whatever p is"}),
     "R11 norm kept": (NormKept(), {"updates of the parameters are seen"}),
     "R11 norm kept by object": (NormKeptById(), {"updates of the parameters are seen"}),
-    "Z2 memory from its start": (Flat(), {"transposed, offset and repeated arrays"}),
-    "Z2 transposed memory": (IgnoresOrder(), {"transposed, offset and repeated arrays"}),
+    "Z2 memory from its start": (Flat(), {"strided, transposed, offset and repeated arrays"}),
+    "Z2 transposed memory": (IgnoresOrder(), {"strided, transposed, offset and repeated arrays"}),
     "odd token lost": (Tiles(), {"one token, as a row and without axis"}),
     "last token twice": (Recent(), {"tokens in another order"}),
     "Z3 rank clipped": (plain.Plain({"z": clipped}), {"rank past both sides"}),
@@ -344,6 +421,57 @@ def test_each_fault_breaks_its_law(name):
     found = {check.tensor: check for check in wrong(run(subject))}
     assert laws <= set(found), sorted(found)
     assert all(check.note for check in found.values())
+
+
+def viewed(subject, profile="fp32", seed=0):
+    return [check for checks in battery_views(subject, profile, seed, "full", "") for check in checks]
+
+
+@pytest.mark.parametrize("profile", ["fp32", "fp64"])
+def test_views_of_each_array_are_read_right_by_right_layers(profile):
+    for subject in (REFERENCE, plain.Plain(), Two()):
+        for seed in range(5):
+            checks = viewed(subject, profile, seed)
+            assert {check.verdict for check in checks} == {"pass"}, wrong(checks)
+            names = {check.id.rpartition("/")[2] for check in checks}
+            assert names == {"x", "W", "b", "A", "B", "m", "gy"}
+
+
+@pytest.mark.parametrize("name", ["x", "W", "A", "B", "m", "gy"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_array_whose_layout_is_misread_is_named(name, view):
+    """One array is taken for memory in rows, whatever its strides say."""
+
+    class Misreads(plain.Plain):
+        def run(self, case, gy):
+            value = getattr(case, name)
+            if value is None or (value.flags.c_contiguous and value.base is None):
+                return super().run(case, gy)
+            base = value if value.base is None else value.base
+            memory = base.reshape(-1, order="A").copy()[: value.size]
+            spoiled = replace(case, **{name: memory.reshape(value.shape)})
+            return super().run(spoiled, spoiled.gy)
+
+    bad = wrong(viewed(Misreads()))
+    assert {check.id.rpartition("/")[2] for check in bad} == {name}
+    assert {check.kind for check in bad} == ({"dora"} if name == "m" else {"lora", "dora"})
+
+
+def test_views_are_not_asked_of_who_takes_none():
+    class Whole(Two):
+        spec = lx.verify.Spec(strided=False)
+
+    assert viewed(Whole()) == []
+
+
+def test_another_order_of_sums_is_told_from_another_answer():
+    law = "three runs give the same bits"
+    found = {
+        name: [c.note for c in wrong(run(s)) if c.tensor == law]
+        for name, s in (("reorders", Reorders()), ("wobbles", Wobbles()))
+    }
+    assert set(found["reorders"]) == {"A differs, by no more than roundings"}
+    assert set(found["wobbles"]) == {"A differs"}
 
 
 def test_the_norm_taken_the_other_way_breaks_a_law():
