@@ -38,6 +38,9 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
     M, GB = Gk.T @ xd + least, Gk @ B + least
     P, Q, bB = xd @ W.T, s * xA @ B.T + least * (1 + xd.sum(axis=1)[:, None]), s * v.get("bB", np.zeros(d_out))
     far = k + 1 if case.m is not None else 0 * k  # of the terms (k − 1)∘P
+    sums = G
+    if case.m is not None and "mask" not in v and "b" in v:  # (bounds.48), where P is the base's output less b
+        P, sums = P + v["b"], G * (1 + 2 * far)
     Gc, shared = G * far, rho[:, None] * M
     with np.errstate(invalid="ignore", over="ignore"):
         y = gamma(d_in + r) * (x @ W.T + v.get("b", 0.0) + far * P + k * Q + bB) + rho * k * (P + Q)
@@ -53,8 +56,8 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
             c = gk * v["m"] / n**3 + least * (1 + 1 / n) ** 2
             gV = ((gamma(N + d_in + d_out + 2 * r, 3 * FEW, 4) + 4 * rho) * c)[:, None] * V
             gA, gB, gW = gA + s * B.T @ gV, gB + s * gV @ A.T, gW + gV
-    total = gamma(N, FEW, 0) * G.sum(axis=0)
-    found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm, "b": total, "bB": s * total}
+    gb, gbB = gamma(N, FEW, 0) * sums.sum(axis=0), s * gamma(N, FEW, 0) * G.sum(axis=0)
+    found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm, "b": gb, "bB": gbB}
     shapes = {name: value.shape for name, value in case.arrays().items()} | {"y": case.gy.shape}
     found = {name: value + precision.store * least * (1 + s) for name, value in found.items()}
     found = {name: np.nan_to_num(value, nan=np.inf, posinf=np.inf) for name, value in found.items()}

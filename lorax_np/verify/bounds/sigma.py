@@ -79,6 +79,7 @@ def _prepare(case: Case, precision: Precision) -> Any:
     t.xd = t.x if t.mask is None else t.x * t.mask
     t.full, t.N, (t.d_out, t.d_in), t.r = t.dora and case.norm_gradient, len(t.x), t.W.shape, len(t.A)
     t.W2, t.A2, t.B2, t.G2, t.x2, t.xd2 = (a * a for a in (t.W, t.A, t.B, t.G, t.x, t.xd))
+    t.reused = t.dora and t.mask is None and t.b is not None  # P may be the base's output, less b again
     t.masked = 0.0 if t.mask is None else t.u.store  # variance of a relative error in x∘mask
     t.often = 2 * (t.u.store + t.u.sum)  # of a result and of s times it, and of two constants
     t.floor = t.u.least * (1 + t.s2)  # of a small result, and of s times it
@@ -124,12 +125,18 @@ def _forward(t: Any) -> HostArray:
     if t.dora:
         c, k2, W2 = t.k - 1, t.k * t.k, t.W2.T
         t.P, t.P_var = y0, y0_var
+        reread: Any = 0.0
+        if t.reused:
+            reread = u.stored(y0)
+            t.P_var = y0_var + u.stored(y0 + t.b) + reread  # (bounds.46)
         if t.mask is not None:
             t.P, squares = t.xd @ t.W.T, t.xd2 @ W2
             t.P_var = u.summed(squares, t.P, t.d_in) + u.store * squares + u.stored(t.P)
         whole = t.P + L
         terms = [y0, c * t.P, t.k * L]
-        once = c * c * t.P_var if t.mask is not None else np.maximum(c * c, k2 - 1) * y0_var
+        once = c * c * t.P_var
+        if t.mask is None:
+            once = np.maximum(c * c, k2 - 1) * (t.P_var - reread) + c * c * reread
         extra = once + k2 * (t.L_var + u.stored(whole) + t.rho * whole * whole)  # (bounds.17)
         extra = extra + 2 * u.stored(terms[1]) + u.stored(terms[2])  # (bounds.18)
     if t.bB is not None:
@@ -265,6 +272,13 @@ def _biases(t: Any) -> dict[str, HostArray]:
     u, total, squares = t.u, t.G.sum(axis=0), t.G2.sum(axis=0)
     once = u.summed(squares, total, t.N) - 2 * u.operand * squares
     b = once + u.stored(total)  # (bounds.33)
+    if t.reused:  # b's share of the base's output, less what DoRA takes off
+        near = t.G * (t.k - 1)
+        b = u.stored(total) + (u.stored(t.Gk)).sum(axis=0)  # (bounds.47)
+        for part in (t.Gk, near):
+            own, parts = part.sum(axis=0), (part * part).sum(axis=0)
+            b = b + u.summed(parts, own, t.N) - 2 * u.operand * parts + u.stored(own)
+        b = np.maximum(b, once + u.stored(total))
     bB = t.s2 * (once + u.store * squares) + t.often * t.s2 * total * total + t.floor  # (bounds.34)
     return {"b": b, "bB": bB}
 
@@ -296,6 +310,9 @@ def _leanings(t: Any, half: float) -> dict[str, HostArray]:
             size[name] = size[name] + half * longest * np.abs(term)
     size["b"] = half * (t.N + 1) * np.abs(t.G.sum(axis=0))
     size["bB"] = abs(t.s) * size["b"]
+    if t.reused:
+        both = np.abs(t.Gk.sum(axis=0)) + np.abs((t.G * (t.k - 1)).sum(axis=0))
+        size["b"] = np.maximum(size["b"], half * (t.N + 1) * both)
     if t.dora:
         size["m"] = (half * (t.N + t.d_in + t.r + 2) + kappa) * np.abs(t.gm)
     return size
