@@ -1,5 +1,6 @@
 """verify: a subject, a profile, and the report on it."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .. import ConfigError
 from .batteries import suited
+from .batteries.grades import graded
 from .batteries.tensors import chosen, spec_of
 from .cases import PROFILES
 from .report import Report
@@ -48,7 +51,8 @@ def verify(
     A tensor passes where its error is within the bound that its own roundings explain, entry by entry
     (specs/verify.md); nothing is tuned. What a subject lacks is reported as not run, never as passed.
     Raises ValueError for an unknown profile or level, LookupError for an unknown subject, FormatError for a
-    file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec.
+    file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec, or for a
+    profile of bfloat16 without ml_dtypes.
     """
     choices = (
         ("profile", profile, tuple(PROFILES)),
@@ -58,6 +62,7 @@ def verify(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    _know(profile)
     start = time.perf_counter()
     title = title or (subject if isinstance(subject, str) else type(subject).__name__)
     with opened(subject, isolation) as found:
@@ -71,6 +76,16 @@ def verify(
             report.cause = diagnose(found, report.checks, profile, name=title, seed=seed)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _know(profile: str) -> None:
+    """Let NumPy know bfloat16 by its name, where the profile's arrays are of it."""
+    if PROFILES[profile] == "bfloat16":
+        try:
+            importlib.import_module("ml_dtypes")
+        except ImportError:
+            wanted = f"the package ml_dtypes for {profile}"
+            raise ConfigError(f"profile: expected {wanted}, got none; pip install 'lorax-np[bf16]'") from None
 
 
 @contextmanager
@@ -106,6 +121,7 @@ def _judge(
                 report.checks.extend(check for check in checks if chosen(check.id, case))
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
+    report.notes += graded(report.checks, profile)
 
 
 class _Declared:

@@ -9,6 +9,7 @@ from . import (
     edges,
     files,
     generic,
+    grades,
     lattice,
     laws,
     packed,
@@ -63,6 +64,7 @@ BATTERIES: dict[str, Battery] = {
     "together": several.battery_together,
     "apart": several.battery_apart,
 }
+HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
 ANY_WIDTH = ("lattice", "generic", "probes")  # the bounds of the others know one unit roundoff
@@ -74,6 +76,6 @@ def suited(profile: str, asked: str = "") -> dict[str, Battery]:
     Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
     """
     if profile not in UNIT_PROFILES:
-        return {name: BATTERIES[name] for name in ANY_WIDTH}
+        return {name: BATTERIES[name] for name in ANY_WIDTH} | HALVES
     left_out = () if profile == "fp64" else PROOF
     return {name: battery for name, battery in BATTERIES.items() if name not in left_out or name == asked}

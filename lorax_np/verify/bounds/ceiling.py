@@ -64,6 +64,20 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
     return {name: value.reshape(shapes[name]) for name, value in found.items() if name in shapes}
 
 
+def merged_ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
+    """The most that a profile's roundings explain of a merged weight and bias, by entry.  (merge.12)"""
+    v = {name: np.abs(value).astype(np.float64) for name, value in case.arrays().items()}
+    total = len(case.A) * precision.accumulate + FEW * precision.store
+    count = total / (1 - total) if total < 1 else np.inf
+    k, rho = np.ones(len(case.W)), np.zeros(len(case.W))
+    if case.m is not None:
+        k, rho, _ = _magnitude(case, v, precision, precision.accumulate)
+    s, nothing = abs(case.scaling), np.zeros(len(k))
+    size, least = v["W"] + s * v["B"] @ v["A"], _NORMAL[precision.dtype] * precision.store
+    bias = v.get("b", nothing) + s * v.get("bB", nothing)
+    return {"W": (count + rho[:, None]) * k[:, None] * size + least, "b": count * bias + least}
+
+
 def _magnitude(
     case: Case, v: dict[str, HostArray], p: Precision, each: float
 ) -> tuple[HostArray, HostArray, HostArray]:

@@ -1,6 +1,7 @@
 """PEFT's real layers as a subject: what torch's autograd makes of them, with the case's own dropout mask."""
 
 import warnings
+from itertools import product
 from typing import Any
 
 import peft as library
@@ -85,8 +86,19 @@ class Peft:
             p.pop("b", None)
         return to_array(y), {name: to_array(value.grad, case.x.dtype) for name, value in {"x": x, **p}.items()}
 
+    @property
+    def merges(self) -> dict[str, Any]:
+        """PEFT's ways to merge, by the settings that decide how often a 16-bit weight is rounded."""
+        found = {}
+        for autocast, safe in product((True, False), (False, True)):
+            other = type(self)(self.config, autocast_adapter_dtype=autocast, safe_merge=safe)
+            found[f"safe_merge={safe}" + ", autocast_adapter_dtype=False" * (not autocast)] = other.merge
+        return found
+
     def merge(self, case: Case) -> dict[str, HostArray]:
         """The merged weight and bias."""
+        if not self.autocast_adapter_dtype and case.A.dtype != case.W.dtype:
+            raise NotImplementedError("autocast_adapter_dtype=False has adapters of the base's dtype")
         if case.bB is not None and case.b is None:
             raise NotImplementedError("PEFT does not merge a bias of B into a layer without bias")
         layer, _ = self.layer(case)
