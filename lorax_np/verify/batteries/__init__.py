@@ -7,6 +7,7 @@ from ..report import Check
 from . import (
     calls,
     edges,
+    embedding,
     files,
     generic,
     grades,
@@ -58,6 +59,8 @@ BATTERIES: dict[str, Battery] = {
     "foreign": files.battery_foreign,
     "rebuilt": files.battery_rebuilt,
     "resumed": files.battery_resumed,
+    # embedding_forward, embedding_backward
+    "embedding": embedding.battery_embedding,
     # packed_forward, packed_backward, together
     "packed": packed.battery_packed,
     "unpacked": several.battery_unpacked,
@@ -67,7 +70,7 @@ BATTERIES: dict[str, Battery] = {
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ANY_WIDTH = ("lattice", "generic", "probes")  # the bounds of the others know one unit roundoff
+ANY_WIDTH = ("lattice", "generic", "probes", "embedding")  # the bounds of the others know one unit roundoff
 
 
 def suited(profile: str, asked: str = "") -> dict[str, Battery]:

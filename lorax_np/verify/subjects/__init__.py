@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..cases import Case
 
@@ -21,6 +21,7 @@ class Spec:
     draws_mask : whether it drops by itself, at case.config.lora_dropout, where case.mask is None
     approximate_root : whether its roots and quotients may be off by roundings even where they are exact
     interleaves : whether forwards of several layers may come before their backwards
+    embedding : the factor of an embedding's adapter that is 0 at the start; the other is drawn
     """
 
     norm_gradient: tuple[bool, ...] = (False,)
@@ -28,6 +29,7 @@ class Spec:
     draws_mask: bool = False
     approximate_root: bool = False
     interleaves: bool = False
+    embedding: Literal["A", "B"] = "A"
 
 
 class NoSubject(LookupError):

@@ -8,6 +8,7 @@ import peft as library
 import torch
 
 from ... import LoraConfig
+from ..batteries.embedding import EmbeddingCase
 from ..cases import Case, HostArray
 from . import Spec
 from .torch_arrays import to_array, to_tensor
@@ -22,6 +23,20 @@ class _Mask(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         return x * self.mask.to(x.dtype)
+
+
+class _Scaled(torch.nn.Embedding):  # type: ignore[misc]
+    """An embedding that multiplies what it looks up, as Gemma's does."""
+
+    def __init__(self, case: EmbeddingCase) -> None:
+        super().__init__(*case.W.shape, padding_idx=case.padding, scale_grad_by_freq=case.by_frequency)
+        if case.embed_scale != 1.0:
+            scale = torch.tensor(case.embed_scale, dtype=torch.float64)
+            self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, ids: Any) -> Any:
+        y = super().forward(ids)
+        return y * self.embed_scale.to(y.dtype) if hasattr(self, "embed_scale") else y
 
 
 class Peft:
@@ -105,3 +120,42 @@ class Peft:
         layer.eval().merge(safe_merge=self.safe_merge)
         bias = layer.base_layer.bias
         return {"W": to_array(layer.base_layer.weight)} | ({} if bias is None else {"b": to_array(bias)})
+
+    # ---- embeddings ------------------------------------------------------------------------------------------
+
+    def embedding(self, case: EmbeddingCase) -> tuple[Any, dict[str, Any]]:
+        """An embedding with the case's numbers in it, and its parameters by our names."""
+        layer = self._embedded(_Scaled(case).to(to_tensor(torch, case.W).dtype), case.config)
+        p = {"A": layer.lora_embedding_A["default"], "B": layer.lora_embedding_B["default"]}
+        p["W"] = layer.base_layer.weight.requires_grad_(True)
+        for name, value in p.items():
+            value.data = to_tensor(torch, getattr(case, name)).to(value.dtype)
+        return layer, p
+
+    def _embedded(self, base: Any, c: LoraConfig) -> Any:
+        holder = torch.nn.Module()
+        holder.emb = base
+        settings = {name: getattr(c, name) for name in ("r", "lora_alpha", "use_rslora")}
+        model = library.LoraModel(holder, library.LoraConfig(target_modules=["emb"], **settings), "default")
+        model._cast_adapter_dtype("default", self.autocast_adapter_dtype)
+        return model.model.emb
+
+    def embedding_forward(self, case: EmbeddingCase) -> HostArray:
+        """y of the ids."""
+        layer, _ = self.embedding(case)
+        return to_array(layer(torch.tensor(case.ids)))
+
+    def embedding_backward(self, case: EmbeddingCase, gy: HostArray) -> dict[str, HostArray]:
+        """The gradients by A, B and W, by autograd."""
+        layer, p = self.embedding(case)
+        layer(torch.tensor(case.ids)).backward(to_tensor(torch, gy))
+        return {name: to_array(value.grad, case.W.dtype) for name, value in p.items()}
+
+    def embedding_init(self, W: HostArray, config: LoraConfig, seed: int) -> dict[str, HostArray]:
+        """A and B as PEFT draws them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            base = torch.nn.Embedding(*W.shape, dtype=to_tensor(torch, W).dtype)
+            layer = self._embedded(base, config)
+        both = {"A": layer.lora_embedding_A["default"], "B": layer.lora_embedding_B["default"]}
+        return {name: to_array(value, W.dtype) for name, value in both.items()}

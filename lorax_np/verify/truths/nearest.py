@@ -26,7 +26,7 @@ def _nearest(value: int, dtype: str) -> float:
 
 
 def nearest(values: Any, dtype: str) -> HostArray:
-    """Fixed-point numbers, each rounded once to the nearest of a dtype, (merge.9); in float64, which holds them.
+    """Fixed-point numbers, each rounded once to the nearest of a dtype, in float64 that holds them.  (merge.9)
 
     >>> from lorax_np.verify.truths.exact import fixed
     >>> tie = fixed(np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-40, 5 * 2.0**-134]))
