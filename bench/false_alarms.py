@@ -3,10 +3,10 @@
     python bench/false_alarms.py [--cases 100000] [--profile all] [--seed 0] [--json FILE] [--workers 2]
 
 Each case draws sizes, rank, leading axes, scales of 10^±3, dropout, biases, rank stabilisation and DoRA, with
-weights that nearly cancel too, and one order of evaluation; it is computed in the profile's arithmetic,
-emulated, and compared with a truth in wider arithmetic (fp64: long doubles, where the host has them). z is the
-error in deviations: a tensor with z > 8 is a false alarm, or one over the hard ceiling (*over*). Interrupted,
-it prints what it has. A case is reproduced by `--only PROFILE:NUMBER`.
+weights that nearly cancel too, conventions, and one order of evaluation; it is computed in the profile's
+arithmetic, emulated, and compared with a truth in wider arithmetic (fp64: long doubles, where there are any).
+z is the error in deviations: a tensor with z > 8 is a false alarm, or one over the hard ceiling (*over*).
+Interrupted, it prints what it has. A case is reproduced by `--only PROFILE:NUMBER`.
 """
 
 import argparse
@@ -24,13 +24,15 @@ import numpy as np
 from lorax_np import LoraConfig
 from lorax_np.verify.bounds.sigma import THRESHOLD, ceiling, deviations, tolerance
 from lorax_np.verify.bounds.slope import slopes
-from lorax_np.verify.cases import Case
+from lorax_np.verify.cases import Case, under
+from lorax_np.verify.conventions import DORA, DROPOUT, Spec
 from lorax_np.verify.layers import plain
 from lorax_np.verify.layers.rounding import ORDERS, layer, to_bits
 from lorax_np.verify.precision import PRECISIONS
 
 TENSORS = ("y", "x", "W", "A", "B", "m", "b", "bB")
 NAMES = tuple(ORDERS)
+FORMS, PLACES = ("peft", "peft", *DORA), ("pre", "pre", *DROPOUT)  # half of the layers under our conventions
 CHUNK = 50
 LONGEST = {"bf16-pure": 100}  # a sum of 1/u terms in accumulators of unit roundoff u means nothing
 
@@ -109,6 +111,8 @@ def draw(profile: str, seed: int, number: int, largest: int = 48) -> tuple[Case,
         train_b=bool(bias == 2),
         norm_gradient=bool(dora and rng.integers(2)),
     )
+    form, place = FORMS[int(rng.integers(len(FORMS)))], PLACES[int(rng.integers(len(PLACES)))]
+    case = under(case, Spec(dora=form, dropout=place))
     return case, NAMES[int(rng.integers(len(NAMES)))]
 
 
@@ -165,7 +169,8 @@ def chunk(job: tuple[str, int, int, int]) -> tuple[str, list]:
         warnings.simplefilter("ignore")
         for number in range(start, stop):
             case, order = draw(profile, seed, number)
-            out.append((number, order, case.kind, case.norm_gradient, judge(case, order, profile)))
+            kind = f"{case.kind}, {case.dora}, {case.dropout}"
+            out.append((number, order, kind, case.norm_gradient, judge(case, order, profile)))
     return profile, out
 
 

@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--case", metavar="ID", default="", help="only the checks on this path, as a report prints it"
     )
+    verify.add_argument(
+        "--convention",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="judge under another convention: dora, dropout, norm_gradient, schedule, or the layout of W, A, B",
+    )
     verify.add_argument("--seed", type=_seed, default=0, help="of every draw (default: 0)")
     verify.add_argument(
         "--json", metavar="FILE", help="write the report as JSON; - for standard output, without a table"
@@ -161,8 +168,10 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
     from . import verify as harness
     from .backend import namespace
     from .verify.batteries.tensors import in_one_line
+    from .verify.conventions import Spec, changed, spec_of
     from .verify.verdict import opened
 
+    changed(arguments.convention, Spec())  # refused before anything is loaded
     try:
         xp = namespace(arguments.backend) if arguments.subject == "reference" else None
     except BackendError as error:
@@ -176,6 +185,7 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
         except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
             print(f"lorax-np: {arguments.subject} crashed on import: {in_one_line(error)}", file=sys.stderr)
             return []
+        spec = changed(arguments.convention, spec_of(subject)) if arguments.convention else None
         profiles = [arguments.profile] if arguments.profile else ["fp64", "fp32"]
         for profile in profiles:
             progress = _Progress(profile, quiet=arguments.quiet)
@@ -183,6 +193,7 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
                 subject,
                 profile,
                 arguments.level,
+                conventions=spec,
                 weights=arguments.weights,
                 seed=arguments.seed,
                 case=arguments.case,

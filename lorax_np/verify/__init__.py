@@ -11,11 +11,12 @@ from .batteries.probes import infer_precision
 from .batteries.secant import norm_of
 from .cases import Case
 from .conformance import assert_case, assert_conforms
+from .conventions import Spec
 from .diagnosis.smallest import smallest
 from .gradcheck import GradcheckError, GradcheckResult, gradcheck
 from .precision import Precision
 from .report import Check, Report
-from .subjects import Spec, Subject
+from .subjects import Subject
 from .verdict import verify
 
 __all__ = [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import LoraConfig
+from .conventions import Spec
 from .precision import PRECISIONS
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
@@ -38,6 +39,8 @@ class Case:
     gy : (*lead, d_out), the gradient by y.  All NumPy arrays in the profile's dtype.
     config : LoraConfig, whose scaling is s;  train_b : whether the base bias is trained
     norm_gradient : under DoRA, whether the gradient runs through the norm
+    dora, dropout : the conventions, as a Spec names them. Where dropout is post, mask is as y
+    base_mask : a second mask as x, for the base product under k, where the form has one of its own
     """
 
     id: str
@@ -54,6 +57,29 @@ class Case:
     mask: HostArray | None = None
     train_b: bool = False
     norm_gradient: bool = False
+    dora: str = "peft"
+    dropout: str = "pre"
+    base_mask: HostArray | None = None
+
+    @property
+    def input_mask(self) -> HostArray | None:
+        """The mask on the input of A, as x."""
+        return self.mask if self.dropout == "pre" else None
+
+    @property
+    def output_mask(self) -> HostArray | None:
+        """The mask on the update, as y."""
+        return self.mask if self.dropout == "post" else None
+
+    @property
+    def product_mask(self) -> HostArray | None:
+        """The mask on the input of DoRA's base product P, as x."""
+        return {"peft": self.input_mask, "two_masks": self.base_mask}.get(self.dora)
+
+    @property
+    def scales_bias(self) -> bool:
+        """Whether k multiplies b too."""
+        return self.m is not None and self.dora == "scaled_bias"
 
     @property
     def scaling(self) -> float:
@@ -69,8 +95,12 @@ class Case:
 
     def arrays(self) -> dict[str, HostArray]:
         """Every array that is there, by name."""
-        names = ("x", "W", "b", "A", "B", "m", "bB", "mask", "gy")
+        names = ("x", "W", "b", "A", "B", "m", "bB", "mask", "base_mask", "gy")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def undropped(self, p: float = 0.0) -> "Case":
+        """The same layer with no mask; p : the rate that its configuration goes on naming."""
+        return replace(self, mask=None, base_mask=None, config=replace(self.config, lora_dropout=p))
 
     def copy(self) -> "Case":
         """The same case in arrays of its own, so that a subject that writes into them harms only itself."""
@@ -143,6 +173,21 @@ def draw(
     )
 
 
+def under(case: Case, spec: Spec) -> Case:
+    """The same layer under a subject's conventions, with masks of the shapes and on the places that they want.
+
+    Those are made of the one that is there: columns of it for a mask as y, its entries moved on for a second.
+    """
+    case = replace(case, dora=spec.dora if case.m is not None else "peft", dropout=spec.dropout)
+    mask = case.mask
+    if mask is None:
+        return case
+    if case.dropout == "post":
+        return replace(case, mask=mask[..., np.arange(case.W.shape[0]) % mask.shape[-1]])
+    moved = np.roll(mask.reshape(-1), 1).reshape(mask.shape) if case.dora == "two_masks" else None
+    return replace(case, base_mask=moved)
+
+
 def _assert_distinct(config: LoraConfig, p: float, lead: tuple[int, ...]) -> None:
     """Two equal constants would let one error pass for another: refuse such a layer."""
     s, r, alpha, N = config.scaling, config.r, config.lora_alpha, int(np.prod(lead))
@@ -158,14 +203,14 @@ def grid(
     battery: str,
     shapes: tuple[tuple[int, int, int, tuple[int, ...]], ...],
     profile: str,
-    norms: tuple[bool, ...],
+    spec: Spec,
     seed: int,
     level: str,
 ) -> Iterator[Case]:
     """Every kind with every way to treat biases and scale, over the shapes in turn; when quick, a third."""
     i = 0
     for kind in KINDS:
-        if kind.startswith("dora") and ("full" in kind) not in norms:
+        if kind.startswith("dora") and ("full" in kind) not in spec.norm_gradient:
             continue
         choices = product(("absent", "frozen", "trained"), (False, True), (False, True))
         if kind.startswith("dora"):
@@ -174,7 +219,7 @@ def grid(
             i += 1
             if level == "quick" and j % 3 != len(kind) % 3:
                 continue
-            yield draw(
+            case = draw(
                 f"{battery}/{kind.replace(', ', '-').replace(' ', '-')}/{j}",
                 kind,
                 shapes[i % len(shapes)],
@@ -186,3 +231,4 @@ def grid(
                 rslora=rslora,
                 lora_bias=lora_bias,
             )
+            yield under(case, spec)

@@ -1,6 +1,5 @@
 """Conformance as an assertion: one line in anybody's test suite."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import numpy as np
 from .batteries.tensors import GRADIENTS, by_name, judge, with_truth
 from .bounds.worst import bounds
 from .cases import UNIT, Case
+from .conventions import Spec
 from .report import Check, Report
-from .subjects import Spec
-from .subjects.engine import Reference
 from .truths import exact, truth
 from .verdict import verify
 
@@ -46,8 +44,8 @@ def assert_case(case: Case, y: Any, gradients: dict[str, Any]) -> list[Check]:
     y, gradients : as a subject gives them, in any library's arrays; gradients by name, as case.wanted has them
 
     A gradient that case.wanted names and gradients lacks is wrong here. Layers of a few dozen numbers are held
-    against 640-bit arithmetic, larger ones against the definition and the engine in float64. Returns the checks
-    otherwise, the vacuous ones among them.
+    against 640-bit arithmetic, larger ones against the definition and the equations in float64. Returns the
+    checks otherwise, the vacuous ones among them.
     """
     __tracebackhide__ = True
     got = by_name("y", {"y": y}, ("y",)) | by_name("gradients", gradients, GRADIENTS)
@@ -56,9 +54,7 @@ def assert_case(case: Case, y: Any, gradients: dict[str, Any]) -> list[Check]:
     if sum(value.size for value in case.arrays().values()) <= SMALL:
         want, bound = exact.truth(case), bounds(case, u)
     else:
-        wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
-        _, engine = Reference().run(replace(case, **wide), wide["gy"])
-        want, bound = engine | {"y": truth.dense(case)}, with_truth(case, u)
+        want, bound = truth.derived(case), with_truth(case, u)
     checks = [
         judge(case.id, "case", case.kind, name, got.get(name), np.asarray(want[name]), bound[name], dtype)
         for name in want

@@ -70,6 +70,13 @@ class Report:
         return sum(check.verdict == verdict for check in self.checks)
 
     @property
+    def unjudged(self) -> list[str]:
+        """The tensors that checks asked for and none judged: whatever the verdict is, it is not on these."""
+        judged = {check.tensor for check in self.checks if check.verdict in ("pass", "fail", "crash")}
+        asked = {check.tensor for check in self.checks if check.verdict in ("not run", "vacuous")}
+        return [tensor for tensor in TENSORS if tensor in asked - judged]
+
+    @property
     def passed(self) -> bool:
         """Whether something was judged and nothing judged failed."""
         return self.exit_code == 0
@@ -201,7 +208,8 @@ class Report:
 
     def _failures(self) -> list[str]:
         bad = [check for check in self.checks if check.verdict in ("fail", "crash")]
-        lines = [""] if bad else []
+        lines = ["", f"never judged: {', '.join(map(_name, self.unjudged))}"] if self.unjudged else []
+        lines += [""] if bad else []
         for check in bad[:SHOWN]:
             at = f" at {list(check.at)}" if check.at is not None else ""
             values = "" if check.got is None else f": got {check.got:.9g}, want {check.want:.9g}"

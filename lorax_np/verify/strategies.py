@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import LoraConfig
 from .cases import ALPHAS, DROPS, UNIT, Case, draw
-from .subjects import Spec
+from .conventions import Spec
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

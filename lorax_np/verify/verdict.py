@@ -3,7 +3,8 @@
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,13 @@ import numpy as np
 from .. import ConfigError
 from .batteries import suited
 from .batteries.grades import graded
-from .batteries.tensors import chosen, spec_of
+from .batteries.schedule import infer_schedule
+from .batteries.tensors import Absent, Crash, chosen
 from .cases import PROFILES
+from .conventions import Spec, spec_of, stated
 from .report import Report
-from .subjects import Spec, load
+from .subjects import load
+from .subjects.declared import declared
 
 LEVELS = ("quick", "full")
 ISOLATION = ("process", "none")
@@ -66,14 +70,19 @@ def verify(
     start = time.perf_counter()
     title = title or (subject if isinstance(subject, str) else type(subject).__name__)
     with opened(subject, isolation) as found:
-        if conventions is not None:
-            found = _Declared(found, conventions)
-        report = Report(title, profile, seed, _conventions(spec_of(found)))
-        _judge(found, report, level, weights, case, progress)
+        judged = declared(found, conventions)
+        spec = spec_of(judged)
+        report = Report(title, profile, seed, stated(spec))
+        _judge(judged, report, level, weights, case, progress)
         if weights is None and report.count("fail") + report.count("crash"):
             from .diagnosis.diagnose import diagnose
+            from .diagnosis.recognise import recognise
 
-            report.cause = diagnose(found, report.checks, profile, name=title, seed=seed)
+            report.cause = diagnose(judged, report.checks, profile, name=title, seed=seed)
+            with np.errstate(all="ignore"):
+                other = recognise(found, profile, spec)
+            if other is not None and other != spec:
+                report.cause = replace(report.cause, other=other.differences(spec))
     report.seconds = time.perf_counter() - start
     return report
 
@@ -121,23 +130,7 @@ def _judge(
                 report.checks.extend(check for check in checks if chosen(check.id, case))
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
-    report.notes += graded(report.checks, profile)
-
-
-class _Declared:
-    """A subject whose conventions are declared by whoever judges it."""
-
-    def __init__(self, subject: Any, spec: Spec) -> None:
-        self._subject, self.spec = subject, spec
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._subject, name)
-
-
-def _conventions(spec: Spec) -> str:
-    norms = {(False,): "constant", (True,): "differentiated", (False, True): "constant, and differentiated"}
-    return (
-        "y = xWᵀ + b + s(xd AᵀBᵀ + bB), s = α/r or α/√r, xd = x∘mask of 0 and 1/(1 − p)\n"
-        "DoRA: y = xWᵀ + b + (k − 1)∘(xd Wᵀ) + k∘(s·xd AᵀBᵀ), k = m/‖W + sBA‖ by rows,\n"
-        f"its norm {norms.get(tuple(sorted(spec.norm_gradient)), 'not judged')} in backward"
-    )
+        report.notes += graded(report.checks, profile)
+        if weights is None and not case and PROFILES[profile] in ("float16", "bfloat16"):
+            with suppress(Absent, Crash):  # which the batteries have said
+                report.notes.append(f"y in 16 bits, by its bits: {infer_schedule(subject, profile, seed)}")

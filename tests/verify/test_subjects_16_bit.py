@@ -171,7 +171,7 @@ def test_arrays_cross_bit_by_bit():
 @pytest.mark.parametrize("profile", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["dora", "dora full norm"])
 def test_b_may_be_added_first_and_taken_off(kind, profile):
-    """(bounds.46) to (bounds.49), with a b of the layer's size and far above it."""
+    """(bounds.51) to (bounds.54), with a b of the layer's size and far above it."""
     precision, bits = PRECISIONS[profile], 8 if profile == "bf16" else 24
     for seed, size in enumerate((0.1, 1, 1, 10, 100, 1e4, 1e6)):
         case = draw("", kind, (90, 7, 3, (9,) if seed % 2 else (1,)), "float64", (seed,), bias="trained")

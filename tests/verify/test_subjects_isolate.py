@@ -15,8 +15,9 @@ import pytest
 
 import lorax_np as lx
 from lorax_np.verify import isolate
-from lorax_np.verify.batteries.tensors import answer, spec_of
+from lorax_np.verify.batteries.tensors import answer
 from lorax_np.verify.cases import MIDDLE, SMALL, Case, grid
+from lorax_np.verify.conventions import spec_of
 from lorax_np.verify.isolate import Died, GaveUp, Hung, frames, isolated
 
 HERE = Path(__file__).parent / "subjects"

@@ -16,6 +16,7 @@ from . import (
     packed,
     probes,
     protocol,
+    schedule,
     secant,
     several,
     starts,
@@ -31,6 +32,7 @@ BATTERIES: dict[str, Battery] = {
     "complex": tensors.battery_complex,
     "secant": secant.battery_secant,
     "probes": probes.battery_probes,
+    "schedule": schedule.battery_schedule,
     "edges": edges.battery_edges,
     "widened": edges.battery_widened,
     # of its conduct
@@ -70,7 +72,13 @@ BATTERIES: dict[str, Battery] = {
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ANY_WIDTH = ("lattice", "generic", "probes", "embedding")  # the bounds of the others know one unit roundoff
+ANY_WIDTH = (
+    "lattice",
+    "generic",
+    "probes",
+    "schedule",
+    "embedding",
+)  # the others' bounds know one unit roundoff
 
 
 def suited(profile: str, asked: str = "") -> dict[str, Battery]:

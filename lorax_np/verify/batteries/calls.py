@@ -8,10 +8,12 @@ import numpy as np
 
 from ... import LoraConfig
 from ..bounds.worst import bounds
-from ..cases import PROFILES, UNIT, Case, HostArray, draw
+from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
+from ..conventions import spec_of
 from ..truths import truth
 from .edges import Checks, law, off
-from .tensors import GRADIENTS, Crash, answer, ask, by_name, chosen, spec_of, with_truth
+from .laws import OF_TOKENS
+from .tensors import GRADIENTS, NOT_OFFERED, Absent, Crash, answer, ask, by_name, chosen, offers, with_truth
 
 WIDE = np.float64
 
@@ -37,8 +39,9 @@ def battery_sequence(subject: Any, profile: str, seed: int, level: str, only: st
         case = draw(
             "", f"{kind}, dropout", (6, 8, 3, (5,)), PROFILES[profile], (seed, 41), p=0.4, bias="trained"
         )
+        case = under(case, spec_of(subject))
         u = UNIT[case.x.dtype.name]
-        quiet = replace(case, mask=None, config=replace(case.config, lora_dropout=0.4))
+        quiet = case.undropped(0.4)
         later = replace(
             case, A=case.A[::-1].copy(), B=-case.B, x=case.x[::-1].copy(), config=_other(case.config)
         )
@@ -65,7 +68,7 @@ def battery_sequence(subject: Any, profile: str, seed: int, level: str, only: st
             into: dict[str, HostArray] = {}
             for one in pair:
                 into = ask(subject, "accumulate", one.copy(), one.gy.copy(), into)
-            want = truth.gradients(replace(case, gy=pair[0].gy.astype(WIDE) + pair[1].gy))
+            want = truth.of(replace(truth.widened(case), gy=pair[0].gy.astype(WIDE) + pair[1].gy))
             limits = [with_truth(one, u) for one in pair]
             for name in ("A", "B"):  # each gradient's bound, and the rounding of their sum, which is less
                 wrong = off(name, into.get(name, 0), want[name], 2 * (limits[0][name] + limits[1][name]))
@@ -74,7 +77,7 @@ def battery_sequence(subject: Any, profile: str, seed: int, level: str, only: st
             return None
 
         def complete(case: Case = case) -> str | None:
-            missing = [name for name in case.wanted if name not in answer(subject, case)]
+            missing = [n for n in case.wanted if offers(subject, n) and n not in answer(subject, case)]
             return f"no gradient by {', '.join(missing)}" if missing else None
 
         runs = {
@@ -97,7 +100,7 @@ def _other(config: LoraConfig) -> LoraConfig:
 
 
 def _against(case: Case, got: dict[str, HostArray], u: float) -> str | None:
-    want = {"y": truth.dense(case), **truth.gradients(case)}
+    want = truth.of(case)
     limit = with_truth(case, u)
     wrong = (off(name, got[name], want[name], 2 * limit[name]) for name in want if name in got)
     return next((line for line in wrong if line), None)
@@ -112,6 +115,7 @@ def battery_training(subject: Any, profile: str, seed: int, level: str, only: st
         id = f"training/{kind.replace(', ', '-').replace(' ', '-')}/0"
         if chosen(id, only):
             case = draw(id, kind, (4, 5, 2, (6,)), PROFILES[profile], (seed, 42), p=0.4)
+            case = under(case, spec_of(subject))
             yield law(id, "training", kind, "ten steps of descent", partial(_walked, subject, case))
 
 
@@ -133,11 +137,14 @@ def _walked(subject: Any, case: Case) -> str | None:
         for name in trained:
             getattr(given, name)[...] = mine[name]
         if i % 3 == 2 and case.mask is not None:  # an evaluation comes in between
-            _of(subject, replace(given, mask=None))
+            _of(subject, given.undropped())
         g = _of(subject, given)
         at = replace(case, **{name: value.astype(WIDE) for name, value in right.items()})
-        want, allowed = truth.gradients(at), bounds(at, u)
+        want = truth.gradients(at) if case.x.dtype == WIDE else truth.derived(at)
+        allowed = bounds(at, u)
         for name in trained:
+            if not offers(subject, name):
+                raise Absent(NOT_OFFERED)
             if name not in g or g[name].dtype.kind != "f":
                 return f"no gradient by {name}" if name not in g else f"{name}: got {g[name].dtype}"
             mine[name] = mine[name] - RATE * g[name].astype(WIDE)
@@ -151,8 +158,8 @@ def _of(subject: Any, case: Case) -> dict[str, HostArray]:
     if hasattr(subject, "accumulate"):
         into: dict[str, Any] = {}
         for part in (slice(0, 3), slice(3, None)):
-            mask = None if case.mask is None else case.mask[part]
-            half = replace(case, x=case.x[part], gy=case.gy[part], mask=mask)
+            tokens: Any = {name: value[part] for name, value in case.arrays().items() if name in OF_TOKENS}
+            half = replace(case, **tokens)
             into = ask(subject, "accumulate", half, half.gy, into)
         found: Any = {name: value for name, value in into.items() if name != "x"}
     elif hasattr(subject, "run"):

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..bounds.worst import bounds, merged_bounds
-from ..cases import PROFILES, UNIT, Case, HostArray, draw
+from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
+from ..conventions import Spec, spec_of
 from ..report import Check
 from ..truths import exact, truth
-from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line, judge_case, spec_of, with_truth
+from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line, judge_case, with_truth
 
 Checks = Iterator[list[Check]]
 #        d_out d_in r  lead: square where a transpose hides, in one, two or three of the sides
@@ -57,9 +58,10 @@ def battery_edges(subject: Any, profile: str, seed: int, level: str, only: str) 
             if not chosen(id, only) or (level == "quick" and (i + j) % 2 and i):
                 continue
             case = draw(id, kind, shape, dtype, (seed, i, j, 31), alpha=5.3, p=0.45, bias="trained")
+            case = under(case, spec_of(subject))
             if case.m is not None and i == 0:
                 case = replace(case, m=case.m * (np.arange(case.m.size) != 1).astype(dtype))
-            want = {"y": truth.dense(case), **truth.gradients(case)}
+            want = truth.of(case)
             if case.m is not None:
                 want["B"] = np.where(case.m[:, None] == 0, 0.0, want["B"])  # exactly, where the bound is 0 too
             yield judge_case(subject, "edges", case, want, with_truth(case, UNIT[dtype]))
@@ -77,6 +79,7 @@ def battery_widened(subject: Any, profile: str, seed: int, level: str, only: str
             id = f"widened/{kind.replace(', ', '-').replace(' ', '-')}/{i}"
             if chosen(id, only):
                 case = draw(id, kind, shape, dtype, (seed, i, 35), alpha=5.3, p=0.45, bias="trained")
+                case = under(case, spec_of(subject))
                 if case.m is not None and i == 0:
                     case = replace(case, m=case.m * (np.arange(case.m.size) != 1).astype(dtype))
                 yield law(
@@ -88,7 +91,8 @@ def _widened(subject: Any, case: Case) -> str | None:
     def wide(value: HostArray | None) -> HostArray | None:
         return None if value is None else np.concatenate([value, 0 * value[..., :1]], axis=-1)
 
-    wider: Any = {name: wide(getattr(case, name)) for name in ("x", "W", "A", "mask")}
+    names = ("x", "W", "A", "base_mask", *(["mask"] if case.output_mask is None else []))
+    wider: Any = {name: wide(getattr(case, name)) for name in names}
     got, want = answer(subject, replace(case, **wider)), answer(subject, case)
     limit = bounds(replace(case, **wider), UNIT[case.x.dtype.name])
     for name in ("y", *case.wanted):
@@ -103,22 +107,21 @@ def _widened(subject: Any, case: Case) -> str | None:
 # ---- merging ---------------------------------------------------------------------------------------------
 
 
-def _merge_cases(battery: str, profile: str, seed: int, only: str) -> Iterator[Case]:
+def _merge_cases(battery: str, profile: str, seed: int, only: str, spec: Spec) -> Iterator[Case]:
     shapes = ((5, 7, 3, (2, 2)), (4, 3, 6, (3,)), (7, 9, 2, (4,)))
     for i, (shape, kind) in enumerate((shape, kind) for shape in shapes for kind in ("lora", "dora")):
         id = f"{battery}/{kind}/{i}"
         if chosen(id, only):
             bias = ("absent", "frozen")[i // 2 % 2]
-            yield draw(
-                id, kind, shape, PROFILES[profile], (seed, i, 32), bias=bias, lora_bias=True, rslora=i > 3
-            )
+            how: Any = {"bias": bias, "lora_bias": True, "rslora": i > 3}
+            yield under(draw(id, kind, shape, PROFILES[profile], (seed, i, 32), **how), spec)
 
 
 def battery_served(subject: Any, profile: str, seed: int, level: str, only: str) -> Checks:
     """What a merged layer computes is what the layer computes: y of x by W' and b'."""
     if not hasattr(subject, "merge"):
         return
-    for case in _merge_cases("served", profile, seed, only):
+    for case in _merge_cases("served", profile, seed, only, spec_of(subject)):
 
         def run(case: Case = case) -> str | None:
             got = by_name("merge", ask(subject, "merge", case.copy()), ("W", "b"))
@@ -136,7 +139,7 @@ def battery_unmerge(subject: Any, profile: str, seed: int, level: str, only: str
     """Of an exactly merged weight, the base comes back within the roundings of both."""
     if not hasattr(subject, "unmerge"):
         return
-    for case in _merge_cases("unmerge", profile, seed, only):
+    for case in _merge_cases("unmerge", profile, seed, only, spec_of(subject)):
 
         def run(case: Case = case) -> str | None:
             merged = {
@@ -151,7 +154,7 @@ def battery_round_trip(subject: Any, profile: str, seed: int, level: str, only: 
     """A layer merged, then unmerged by the subject itself, computes what its base did."""
     if not (hasattr(subject, "unmerge") and hasattr(subject, "merge")):
         return
-    for case in _merge_cases("round-trip", profile, seed, only):
+    for case in _merge_cases("round-trip", profile, seed, only, spec_of(subject)):
 
         def run(case: Case = case) -> str | None:
             return _returns(subject, case, by_name("merge", ask(subject, "merge", case.copy()), ("W", "b")))

@@ -22,10 +22,11 @@ from ... import (
 )
 from ..bounds.worst import FEW
 from ..cases import PROFILES, HostArray
+from ..conventions import spec_of
 from ..precision import PRECISIONS, Precision
 from ..report import Check
 from .laws import CHANCE, lawful
-from .tensors import Absent, Crash, ask, by_name, chosen, judge, refusal, spec_of
+from .tensors import Absent, Crash, ask, by_name, chosen, judge, refusal
 
 LEAST = {"float16": 2.0**-14}  # the least normal number, where products come near it
 OTHER = {"A": "B", "B": "A"}

@@ -5,7 +5,6 @@ definition. What an error common to all entries of a tensor amounts to is measur
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,32 +12,23 @@ import numpy as np
 from ..bounds.sigma import THRESHOLD, tolerance
 from ..bounds.slope import slopes
 from ..cases import MIDDLE, Case, HostArray, grid
+from ..conventions import spec_of
 from ..precision import PRECISIONS
 from ..report import Check
-from ..subjects.engine import Reference
 from ..truths import truth
-from .tensors import answer, chosen, judge_answer, spec_of
+from .tensors import chosen, judge_answer
 
 SHAPES = (*MIDDLE, (65, 63, 8, (31,)))  # the last wide enough for a common error of a thousandth in 16 bits
 
 
 def battery_generic(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
     """Layers of every kind: each entry by its own deviation, each tensor by what its entries share."""
-    if profile == "fp64" and isinstance(subject, Reference):
-        return  # the truth itself, which `exact` and `complex` judge
-    engine, precision = Reference(), PRECISIONS[profile]
-    for case in grid("generic", SHAPES, profile, spec_of(subject).norm_gradient, seed + 7, level):
+    precision = PRECISIONS[profile]
+    for case in grid("generic", SHAPES, profile, spec_of(subject), seed + 7, level):
         if chosen(case.id, only):
-            want = wide_truth(engine, case)
+            want = truth.derived(case)
             got, checks = judge_answer(subject, "generic", case, want, tolerance(case, precision))
             yield [*checks, *_shared(case, profile, got, want, checks)]
-
-
-def wide_truth(engine: Any, case: Case) -> dict[str, HostArray]:
-    """y and every gradient of a case in float64."""
-    wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
-    found = answer(engine, replace(case, **wide))
-    return {**found, "y": truth.dense(case)}
 
 
 def _shared(

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..bounds.ceiling import merged_ceiling
 from ..cases import PROFILES, UNIT, Case, HostArray, draw
+from ..conventions import spec_of
 from ..precision import Precision
 from ..report import WIDTH, Check
 from ..truths import exact
@@ -65,7 +66,7 @@ def battery_grades(subject: Any, profile: str, seed: int, level: str, only: str)
 def _ways(subject: Any) -> Mapping[str, Merge]:
     """The subject's merges by the settings that tell them apart; most subjects have one."""
     found: Mapping[str, Merge] | None = getattr(subject, "merges", None)
-    return {"": subject.merge} if found is None else found
+    return {"": subject.merge} if found is None or spec_of(subject).transposed else found
 
 
 def merge_case(id: str, kind: str, dtype: str, adapters: str, seed: tuple[int, ...]) -> Case:

@@ -77,10 +77,10 @@ def scaled(subject: Any, case: Case, u: float) -> str | None:
 
 
 def magnitude(subject: Any, case: Case, u: float) -> str | None:
-    """Without a mask y − b is linear in m, row by row."""
+    """Without a mask y less what stands outside k is linear in m, row by row."""
     y, gm = _wide(subject, case, "y", "m")  # (lattice.14)
     G, bound, m = case.gy.astype(np.float64), bounds(case, u), np.asarray(case.m, dtype=np.float64)
-    b = np.zeros(len(m)) if case.b is None else case.b.astype(np.float64)
+    b = np.zeros(len(m)) if case.b is None or case.scales_bias else case.b.astype(np.float64)
     axes = tuple(range(G.ndim - 1))
     error = np.abs(m) * bound["m"] + (np.abs(G) * (bound["y"] + 64 * EPS * (np.abs(y) + np.abs(b)))).sum(
         axis=axes
@@ -91,6 +91,8 @@ def magnitude(subject: Any, case: Case, u: float) -> str | None:
 def tangent(subject: Any, case: Case, u: float) -> str | None:
     """Where W = 0, V = s·BA is linear in B's rows: a gradient through the norm is at a right angle to them."""
     bare = replace(case, W=np.zeros_like(case.W))
+    if case.scales_bias:  # which B does not reach
+        bare = replace(bare, b=None, train_b=False)
     gB, gm = _wide(subject, bare, "B", "m")  # (lattice.15)
     B, m, bound = case.B.astype(np.float64), np.asarray(case.m, dtype=np.float64), bounds(bare, u)
     error = (np.abs(B) * (bound["B"] + 64 * EPS * np.abs(gB))).sum(axis=1)

@@ -13,11 +13,12 @@ import numpy as np
 
 from ... import LoraConfig
 from ..bounds.worst import bounds
-from ..cases import Case, HostArray
+from ..cases import Case, HostArray, under
+from ..conventions import OURS, Spec, spec_of
 from ..layers.dyadic import solve
 from ..precision import PRECISIONS, Precision
 from ..report import Check
-from .tensors import Absent, Crash, answer, chosen, refusal, spec_of
+from .tensors import NOT_OFFERED, Absent, Crash, answer, chosen, offers, refusal
 
 BITS = {"float64": 24, "float32": 24, "float16": 11, "bfloat16": 8}  # significand asked for; float64 has more
 #         d_out d_in r  lead    rslora   p      r past both sides, r = 1, odd r, d_out = 1, one token, no token
@@ -73,16 +74,16 @@ def lattice_cases(seed: int = 0) -> list[Case]:
 
 
 @lru_cache(maxsize=16)
-def lattice(seed: int = 0, bits: int = 24) -> tuple[Lattice, ...]:
+def lattice(seed: int = 0, bits: int = 24, spec: Spec = OURS) -> tuple[Lattice, ...]:
     """The cases, their answers and their proofs. With fewer bits the numbers are smaller and sparser."""
-    return tuple(filter(None, (_entry(mode, i, seed, bits) for mode in MODES for i in range(N_CASES))))
+    return tuple(filter(None, (_entry(mode, i, seed, bits, spec) for mode in MODES for i in range(N_CASES))))
 
 
 MODES = ("lora", "dora", "dora full norm")
 N_CASES = len(SHAPES) * len(VARIANTS)
 
 
-def _entry(mode: str, i: int, seed: int, bits: int) -> Lattice | None:
+def _entry(mode: str, i: int, seed: int, bits: int, spec: Spec) -> Lattice | None:
     d_out, d_in, r, lead, rslora, p = SHAPES[i % len(SHAPES)]
     bias, lora_bias, dropout = VARIANTS[(i // len(SHAPES) + i) % len(VARIANTS)]
     alpha = 1.5 * r**0.5 if rslora else 1.5 * r
@@ -90,7 +91,7 @@ def _entry(mode: str, i: int, seed: int, bits: int) -> Lattice | None:
     number = f"lattice/{kind.replace(', ', '-').replace(' ', '-')}/{i}"
     how: Any = {"alpha": alpha, "rslora": rslora, "bias": bias, "lora_bias": lora_bias and mode == "lora"}
     shape = (d_out, d_in, r, lead)
-    return draw(number, mode, shape, seed=(seed, i), p=p if dropout else 0.0, bits=bits, **how)
+    return draw(number, mode, shape, seed=(seed, i), p=p if dropout else 0.0, bits=bits, spec=spec, **how)
 
 
 # ---- one case ----------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ def draw(
     lora_bias: bool = False,
     seed: tuple[int, ...] = (0,),
     bits: int = 24,
+    spec: Spec = OURS,
 ) -> Lattice | None:
     """Draw numbers from ever smaller ranges until all intermediates are proven to fit; None where none do."""
     r, mode = shape[2], mode.partition(",")[0]
@@ -116,14 +118,16 @@ def draw(
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=p, bias=trained, **settings)
     for ranges in RANGES:
         found = _numbers(np.random.default_rng(seed), shape, config, bias, ranges)
+        arrays: Any = {key: value.astype(np.float32) for key, value in found.items()}
         case = Case(
             id=name,
             kind=mode + (", dropout" if p else ""),
             config=config,
             train_b=bias == "trained",
             norm_gradient="full" in mode,
-            **{key: value.astype(np.float32) for key, value in found.items()},
+            **arrays,
         )
+        case = under(case, spec)
         want, needed = solve(case)
         if needed <= bits:
             return Lattice(case, want, needed)
@@ -170,10 +174,10 @@ def _numbers(rng: Any, shape: Any, config: LoraConfig, bias: str, ranges: Any) -
 
 def battery_lattice(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
     """Layers of every kind, bit for bit; in a profile of 16 bits, layers that are exact in those too."""
-    dtype, norms = PRECISIONS[profile].dtype, spec_of(subject).norm_gradient
-    for i, item in enumerate(lattice(seed, BITS[dtype])):
+    dtype, spec = PRECISIONS[profile].dtype, spec_of(subject)
+    for i, item in enumerate(lattice(seed, BITS[dtype], Spec(dora=spec.dora, dropout=spec.dropout))):
         case = item.case
-        if case.m is not None and case.norm_gradient not in norms:
+        if case.m is not None and case.norm_gradient not in spec.norm_gradient:
             continue
         asked = case.id in (only, only.rpartition("/")[0])  # by its own name: whatever the level
         if chosen(case.id, only) and (level == "full" or i % 3 == 0 or asked):
@@ -190,7 +194,12 @@ def judge_lattice(subject: Any, item: Lattice, profile: str) -> list[Check]:
         verdict = refusal(error)
         return [Check(f"{case.id}/y", "lattice", case.kind, "y", verdict, note=str(error))]
     names = [name for name in item.want if name in ("y", *case.wanted) or name in got]
-    checks = [_compare(case, name, got.get(name), item.want[name].astype(case.x.dtype)) for name in names]
+    checks = [
+        _compare(case, name, got.get(name), item.want[name].astype(case.x.dtype))
+        if name in got or offers(subject, name)
+        else Check(f"{case.id}/{name}", "lattice", case.kind, name, "not run", note=NOT_OFFERED)
+        for name in names
+    ]
     if case.m is None or all(check.at is None for check in checks):
         return checks
     return [_excused(check, item, got, spec_of(subject), PRECISIONS[profile]) for check in checks]
@@ -225,7 +234,7 @@ def cast(case: Case, dtype: str) -> Case:
 def _compare(case: Case, tensor: str, got: HostArray | None, want: HostArray) -> Check:
     check = partial(Check, f"{case.id}/{tensor}", "lattice", case.kind, tensor)
     if got is None:
-        return check("not run", note="the subject gives no such tensor")
+        return check("fail", note="asked for, and not given")
     for what, came, wanted in (("shape", got.shape, want.shape), ("dtype", got.dtype, want.dtype)):
         if came != wanted:
             return check("fail", note=f"expected {what} {wanted}, got {came}")

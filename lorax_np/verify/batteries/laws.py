@@ -12,12 +12,14 @@ import numpy as np
 
 from ... import LoraConfig
 from ..bounds.worst import bounds
-from ..cases import PROFILES, UNIT, Case, HostArray, draw
+from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
+from ..conventions import spec_of
 from ..report import Check
-from .tensors import Absent, Crash, answer, ask, by_name, chosen, spec_of
+from .tensors import Absent, Crash, answer, ask, by_name, chosen
 
 Law = Callable[[], str | None]
 STARTS: tuple[bool | str, ...] = (True, "gaussian", "pissa", "pissa_niter_4", False)
+OF_TOKENS = ("x", "gy", "mask", "base_mask")  # arrays with a row for each token
 CHANCE = 1e-9  # with which a sound start fails the test of its distribution
 
 
@@ -26,7 +28,7 @@ def battery_protocol(subject: Any, profile: str, seed: int, level: str, only: st
     dtype, spec = PROFILES[profile], spec_of(subject)
     kinds = ("lora, dropout", "dora, dropout") if False in spec.norm_gradient else ("lora, dropout",)
     for kind in kinds:
-        case = draw("", kind, (5, 7, 3, (2, 2)), dtype, (seed, 3), bias="trained")
+        case = under(draw("", kind, (5, 7, 3, (2, 2)), dtype, (seed, 3), bias="trained"), spec)
         bound = bounds(case, UNIT[dtype])
         name = kind.partition(",")[0]
         laws: dict[str, Law] = {
@@ -96,7 +98,8 @@ def resized(case: Case, lead: tuple[int, ...]) -> Case:
     def to(value: HostArray) -> HostArray:
         return np.resize(value, (*lead, value.shape[-1])).astype(value.dtype)
 
-    return replace(case, x=to(case.x), gy=to(case.gy), mask=None if case.mask is None else to(case.mask))
+    tokens: Any = {name: to(value) for name, value in case.arrays().items() if name in OF_TOKENS}
+    return replace(case, **tokens)
 
 
 def _empty(subject: Any, case: Case) -> str | None:

@@ -14,11 +14,12 @@ import numpy as np
 
 from ... import LoraConfig
 from ..cases import Case, HostArray
+from ..conventions import spec_of
 from ..layers.dyadic import solve
 from ..precision import PRECISIONS
 from ..report import Check
 from .lattice import cast
-from .tensors import Absent, Crash, Unlike, answer, chosen, refusal, spec_of
+from .tensors import NOT_OFFERED, Absent, Crash, Unlike, answer, chosen, offers, refusal
 
 WIDEST = {"float64": 53, "float32": 27, "float16": 24, "bfloat16": 27}  # float16 ends at 2^−24
 NAMES = {53: "float64", 24: "float32", 11: "TF32 or float16", 8: "bfloat16", 4: "FP8 E4M3", 3: "FP8 E5M2"}
@@ -91,6 +92,8 @@ def infer_precision(subject: Any, profile: str = "fp32") -> dict[str, Any]:
     dtype = PRECISIONS[profile].dtype
     stages: dict[str, int] = {}
     for stage, tensor, axis, case, want in _stages(dtype):
+        if not offers(subject, tensor):
+            continue
         got, like = answer(subject, case).get(tensor), getattr(case, "gy" if tensor == "y" else tensor)
         if got is None or got.shape != like.shape or got.dtype != like.dtype:
             came = "none" if got is None else f"{got.dtype} {got.shape}"
@@ -103,6 +106,8 @@ def infer_precision(subject: Any, profile: str = "fp32") -> dict[str, Any]:
         same = (found == target).reshape(len(found), -1).all(axis=1)
         width = int(np.argmin(same)) if not same.all() else len(same)
         stages[stage] = min(width, stages.get(stage, width))
+    if not any(stage.startswith(("x", "gy")) for stage in stages):
+        raise Absent(NOT_OFFERED)
     operands = min(bits for stage, bits in stages.items() if stage.startswith(("x", "gy")))
     z = min(bits for stage, bits in stages.items() if stage.startswith("z"))
     measured = {"operands": operands, "sums": stages["sums over d_in"], "z": z}
@@ -243,6 +248,8 @@ def _masks(subject: Any, profile: str, p: float, id: str) -> Iterator[Check]:
     law = "y and gx are those of a dropout mask"
     case = mask_case(profile, p)
     try:
+        if not offers(subject, "x"):
+            raise Absent(NOT_OFFERED)
         got = answer(subject, case)
     except (Absent, Crash) as error:
         verdict = refusal(error)

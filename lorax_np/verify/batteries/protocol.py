@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from ..bounds.worst import bounds
-from ..cases import UNIT, Case, HostArray, draw
+from ..cases import UNIT, Case, HostArray, draw, under
+from ..conventions import spec_of
 from ..layers import plain
 from ..precision import PRECISIONS
 from ..report import Check
 from . import invariants
 from .lattice import cast
-from .laws import AsGiven, Law, differs, hashes, lawful, resized
+from .laws import OF_TOKENS, AsGiven, Law, differs, hashes, lawful, resized
 from .probes import draws
 from .secant import unit
-from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line, spec_of
+from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line
 
 EPS = UNIT["float64"]
 ALL = ("x", "W", "A", "B", "m", "b", "bB")
@@ -34,9 +35,9 @@ def battery_conduct(subject: Any, profile: str, seed: int, level: str, only: str
     kinds = ["lora, dropout"] + [kind for full, kind in _DORA.items() if full in spec.norm_gradient]
     for kind in kinds[: 2 if level == "quick" else 3]:
         drawn = draw("", kind, (5, 7, 3, (2, 2)), "float64", (seed, 9), bias="trained", lora_bias=True)
-        case = cast(drawn, dtype)
+        case = cast(under(drawn, spec), dtype)
         if draws(subject):
-            case = replace(case, mask=None, config=replace(case.config, lora_dropout=0.0))
+            case = case.undropped()
         name = kind.partition(",")[0].replace(" ", "-")
         for i, (law, run) in enumerate(laws_of(subject, case, u).items()):
             id = f"conduct/{name}/{i}"
@@ -49,7 +50,7 @@ _DORA = {False: "dora, dropout", True: "dora full norm, dropout"}
 
 def laws_of(subject: Any, case: Case, u: float) -> dict[str, Law | None]:
     """The laws by name, in the order of their numbers; None where one says nothing of this layer."""
-    dry = replace(case, mask=None, config=replace(case.config, lora_dropout=0.0))
+    dry = case.undropped()
     biased, case = dry, without_bB(case)
     dry = without_bB(dry)
     two = hasattr(subject, "forward") and hasattr(subject, "backward")
@@ -187,8 +188,7 @@ def _gy_untouched(subject: Any, case: Case) -> str | None:
 
 
 def _eval(subject: Any, case: Case, u: float) -> str | None:
-    wet = replace(case, mask=None, config=replace(case.config, lora_dropout=0.45))
-    dry = replace(case, mask=None, config=replace(case.config, lora_dropout=0.0))
+    wet, dry = case.undropped(0.45), case.undropped()
     return _same(dry, answer(subject, wet), answer(subject, dry), u)
 
 
@@ -234,8 +234,8 @@ def _permuted(subject: Any, case: Case, u: float) -> str | None:
     def turn(value: HostArray) -> HostArray:
         return value.reshape(N, -1)[order].reshape(value.shape)
 
-    mask = None if case.mask is None else turn(case.mask)
-    turned = replace(case, x=turn(case.x), gy=turn(case.gy), mask=mask)
+    tokens: Any = {name: turn(value) for name, value in case.arrays().items() if name in OF_TOKENS}
+    turned = replace(case, **tokens)
     want = answer(subject, case)
     return _same(turned, answer(subject, turned), want | {k: turn(want[k]) for k in ("y", "x") if k in want}, u)
 

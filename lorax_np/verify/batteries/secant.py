@@ -16,11 +16,25 @@ from typing import Any, Literal
 import numpy as np
 
 from ..bounds.worst import bounds
-from ..cases import ALPHAS, DROPS, UNIT, Case, HostArray, draw
+from ..cases import ALPHAS, DROPS, UNIT, Case, HostArray, draw, under
+from ..conventions import Spec, spec_of
+from ..layers.plain import whole
 from ..precision import PRECISIONS, Precision
 from ..report import Check
 from .lattice import cast
-from .tensors import GRADIENTS, Absent, Crash, Unlike, answer, ask, by_name, chosen, refusal, spec_of
+from .tensors import (
+    GRADIENTS,
+    NOT_OFFERED,
+    Absent,
+    Crash,
+    Unlike,
+    answer,
+    ask,
+    by_name,
+    chosen,
+    offers,
+    refusal,
+)
 
 DIRECTIONS = 4
 LENGTH = 8  # of a step, in units of the argument: y's own roundings count for less beside a long one
@@ -57,7 +71,7 @@ def unit(precision: Precision) -> float:
     return max(precision.operand, precision.accumulate, precision.store)
 
 
-def points(profile: str, seed: int) -> list[Case]:
+def points(profile: str, seed: int, spec: Spec) -> list[Case]:
     """The layers of the battery, in the profile's dtype."""
     cases = []
     for i, (kind, shape, bias, lora_bias, rslora) in enumerate(POINTS):
@@ -65,14 +79,14 @@ def points(profile: str, seed: int) -> list[Case]:
         how: Any = {"bias": bias, "lora_bias": lora_bias, "rslora": rslora}
         how |= {"alpha": ALPHAS[i % len(ALPHAS)], "p": DROPS[i % len(DROPS)]}
         wide = draw(name, kind, shape, "float64", (seed, i, 5), **how)
-        cases.append(cast(wide, PRECISIONS[profile].dtype))
+        cases.append(cast(under(wide, spec), PRECISIONS[profile].dtype))
     return cases
 
 
 def battery_secant(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
     """Every gradient along random directions, against the subject's own forward at both ends of a long step."""
     norms = spec_of(subject).norm_gradient
-    for i, case in enumerate(points(profile, seed)):
+    for i, case in enumerate(points(profile, seed, spec_of(subject))):
         if case.m is not None and case.norm_gradient not in norms:
             continue
         if not chosen(case.id, only) or (level == "quick" and i % 2):
@@ -93,7 +107,9 @@ def judge_secants(
     for name in (*case.wanted, "W"):
         if name not in got:
             if name != "W":
-                checks.append(_check(case, name)("not run", note="the subject gives no such tensor"))
+                given = offers(subject, name)
+                note = "asked for, and not given" if given else NOT_OFFERED
+                checks.append(_check(case, name)("fail" if given else "not run", note=note))
             continue
         wanted = getattr(case, name)
         if got[name].shape != wanted.shape or got[name].dtype != wanted.dtype:
@@ -213,11 +229,10 @@ def norms(case: Case) -> tuple[HostArray, HostArray]:
 
 def _still(case: Case, end: Case, u: float) -> float:
     """How far the rounding of the moved m takes ⟨gy, y⟩: k is still only to within one roundoff."""
-    V, n = norms(end)
     k = np.asarray(case.m, dtype=np.float64) / norms(case)[1]
-    off = np.abs(np.asarray(end.m, dtype=np.float64) / n - k) + 64 * UNIT["float64"] * np.abs(k)
-    x = end.x.astype(np.float64) * (1.0 if end.mask is None else end.mask.astype(np.float64))
-    reach = np.abs(end.gy.astype(np.float64) * (x @ V.T)).reshape(-1, len(n)).sum(axis=0)
+    off = np.abs(np.asarray(end.m, dtype=np.float64) / norms(end)[1] - k) + 64 * UNIT["float64"] * np.abs(k)
+    wide = cast(end, "float64")
+    reach = np.abs(wide.gy.reshape(-1, len(k)) * whole(wide)).sum(axis=0)
     return float(off @ reach)
 
 
@@ -237,7 +252,7 @@ def norm_of(subject: Any, profile: str = "fp32", seed: int = 0, asked: bool = Fa
     Raises Crash where the subject breaks, Absent where it does no DoRA.
     """
     held, through, told = True, True, False
-    for case in points(profile, seed):
+    for case in points(profile, seed, spec_of(subject)):
         if case.m is None or "full" in case.kind:
             continue
         case = replace(case, norm_gradient=asked, kind="dora full norm" if asked else "dora")

@@ -227,10 +227,10 @@ def battery_alone(subject: Any, profile: str, seed: int, level: str, only: str) 
 def _same_layer(subject: Any, cases: list[Case], weights: list[float], want: Case) -> str | None:
     A, B, s = ask(subject, "combine", cases, weights)
     config = LoraConfig(r=A.shape[0], lora_alpha=s * A.shape[0])
-    got = answer(subject, replace(want, mask=None, A=A, B=B, config=config))
+    got = answer(subject, replace(want.undropped(), A=A, B=B, config=config))
     return off(
         "y",
         got["y"],
-        truth.dense(replace(want, mask=None)),
+        truth.dense(want.undropped()),
         400 * UNIT[want.x.dtype.name] * (1 + np.abs(got["y"]).max()),
     )

@@ -9,10 +9,11 @@ import numpy as np
 
 from ... import LoraConfig
 from ..bounds.worst import bounds
-from ..cases import PROFILES, UNIT, HostArray, draw
+from ..cases import PROFILES, UNIT, HostArray, draw, under
+from ..conventions import spec_of
 from .edges import Checks, law, off
 from .laws import CHANCE, STARTS, start_of
-from .tensors import answer, chosen, spec_of
+from .tensors import answer, chosen
 
 
 def battery_moments(subject: Any, profile: str, seed: int, level: str, only: str) -> Checks:
@@ -140,7 +141,9 @@ def battery_first_step(subject: Any, profile: str, seed: int, level: str, only: 
 
 
 def _as_before(subject: Any, config: LoraConfig, dtype: str, seed: tuple[int, ...]) -> str | None:
-    case = draw("", "dora" if config.use_dora else "lora", (16, 24, 5, (6,)), dtype, seed)
+    case = under(
+        draw("", "dora" if config.use_dora else "lora", (16, 24, 5, (6,)), dtype, seed), spec_of(subject)
+    )
     got = {name: value.astype(dtype) for name, value in start_of(subject, case.W, config, 3).items()}
     at = replace(case, config=config, W=got["W"], A=got["A"], B=got["B"], m=got.get("m"))
     y = answer(subject, at)["y"]

@@ -10,12 +10,13 @@ import numpy as np
 
 from ... import FormatError, LoraConfig, SafetensorsFile, open_safetensors
 from ..bounds.worst import bounds
-from ..cases import PROFILES, UNIT, Case, HostArray, draw
+from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
+from ..conventions import spec_of
 from ..report import Check, Report
 from ..subjects.engine import Reference
 from ..truths import truth
 from .laws import start_of
-from .tensors import Absent, Crash, answer, chosen, judge, judge_case, spec_of
+from .tensors import Absent, Crash, answer, chosen, judge, judge_case
 
 KINDS = ("lora, dropout", "dora, dropout", "dora full norm, dropout")
 RANK, ALPHA, DROP, LEAD = 7, 11.9, 0.3, (3,)
@@ -123,15 +124,16 @@ def _judge_weight(
         shape = (*W.shape, RANK, LEAD)
         id = f"weights/{name}/{kind.partition(',')[0].replace(' ', '-')}"
         case = draw(id, kind, shape, dtype, seed, alpha=ALPHA, p=DROP, bias=bias, weight=W, base_bias=b)
-        checks += _judge_real(subject, replace(case, kind=_row(name, W)), profile)
+        case = under(replace(case, kind=_row(name, W)), spec_of(subject))
+        checks += _judge_real(subject, case, profile)
     return checks
 
 
 def _judge_real(subject: Any, case: Case, profile: str) -> list[Check]:
     """y against the dense definition, gradients against the float64 engine, and that against complex steps."""
     u = UNIT[PROFILES[profile]]
-    wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
-    engine = answer(Reference(), replace(case, **wide))
+    ours = (case.dora, case.dropout) == ("peft", "pre")
+    engine = answer(Reference(), truth.widened(case)) if ours else truth.derived(case)
     own, both = bounds(case, u), bounds(case, u)
     for name, value in bounds(replace(case, norm_gradient=case.m is not None), UNIT["float64"]).items():
         both[name] = own[name] + value

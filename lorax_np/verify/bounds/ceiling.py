@@ -7,7 +7,7 @@ import numpy as np
 
 from ..cases import Case, HostArray
 from ..precision import Precision
-from .worst import FEW
+from .worst import FEW, masks
 
 _NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 0.0}
 
@@ -21,8 +21,8 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
     v = {name: np.abs(value).astype(np.float64) for name, value in case.arrays().items()}
     W, A, B, s = v["W"], v["A"], v["B"], abs(case.scaling)
     x, G = (v[name].reshape(-1, v[name].shape[-1]) for name in ("x", "gy"))
-    mask = v["mask"].reshape(x.shape) if "mask" in v else np.ones_like(x)
-    xd, d_out, d_in, r, N = x * mask, *W.shape, A.shape[0], x.shape[0]
+    mask, other, out = masks(case)
+    xd, xp, d_out, d_in, r, N = x * mask, x * other, *W.shape, A.shape[0], x.shape[0]
     each = precision.accumulate * (2 if precision.rounding == "toward zero" else 1)
 
     def gamma(length: int, few: int = FEW + 4, products: int = 2) -> float:  # (bounds.38)
@@ -35,29 +35,37 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
         k, rho, n = _magnitude(case, v, precision, each)
         k = k + least
     Gk, xA = G * k + least * (case.m is not None), xd @ A.T + least
-    M, GB = Gk.T @ xd + least, Gk @ B + least
-    P, Q, bB = xd @ W.T, s * xA @ B.T + least * (1 + xd.sum(axis=1)[:, None]), s * v.get("bB", np.zeros(d_out))
+    Go = Gk * out
+    M, GB = Go.T @ xd + least, Go @ B + least
+    P, Q = xp @ W.T, (s * xA @ B.T + least * (1 + xd.sum(axis=1)[:, None])) * out
+    b, bB = v.get("b", np.zeros(d_out)), s * v.get("bB", np.zeros(d_out)) * out
     far = k + 1 if case.m is not None else 0 * k  # of the terms (k − 1)∘P
     sums = G
-    if case.m is not None and "mask" not in v and "b" in v:  # (bounds.48), where P is the base's output less b
-        P, sums = P + v["b"], G * (1 + 2 * far)
+    if case.m is not None and case.product_mask is None and "b" in v:  # (bounds.53)
+        P, sums = P + b, G * (1 + 2 * far)
     Gc, shared = G * far, rho[:, None] * M
+    inside = P + b if case.scales_bias else P
+    whole = inside + Q  # what k multiplies
     with np.errstate(invalid="ignore", over="ignore"):
-        y = gamma(d_in + r) * (x @ W.T + v.get("b", 0.0) + far * P + k * Q + bB) + rho * k * (P + Q)
-        gB = gamma(N + d_in) * s * (Gk.T @ xA + least * A.sum(axis=1)) + s * shared @ A.T
+        y = gamma(d_in + r) * (x @ W.T + b + far * inside + k * Q + bB) + rho * k * whole
+        gB = gamma(N + d_in) * s * (Go.T @ xA + least * A.sum(axis=1)) + s * shared @ A.T
         gA = gamma(d_out + N) * s * (B.T @ M + least * xd.sum(axis=0)) + s * B.T @ shared
-        gx = gamma(d_out + r) * (G @ W + (Gc @ W + s * GB @ A + least * Gk.sum(axis=1)[:, None]) * mask)
-        gx = gx + ((Gk * rho) @ (W + s * B @ A)) * mask
-        gW = gamma(N) * (G.T @ x + Gc.T @ xd) + shared
-        gk = (G * (P + Q)).sum(axis=0)
+        small = least * Gk.sum(axis=1)[:, None]
+        gx = gamma(d_out + r) * (G @ W + (Gc @ W + small) * other + (s * GB @ A + small) * mask)
+        gx = gx + (Gk * rho) @ W * other + (Go * rho) @ (s * B @ A) * mask
+        gW = gamma(N) * (G.T @ x + Gc.T @ xp) + rho[:, None] * (Gk.T @ xp + least)
+        gk = (G * whole).sum(axis=0)
         gm = (gamma(N + d_in + r) + rho) * gk / n
         if case.norm_gradient and case.m is not None:
             V = W + s * B @ A
             c = gk * v["m"] / n**3 + least * (1 + 1 / n) ** 2
             gV = ((gamma(N + d_in + d_out + 2 * r, 3 * FEW, 4) + 4 * rho) * c)[:, None] * V
             gA, gB, gW = gA + s * B.T @ gV, gB + s * gV @ A.T, gW + gV
-    gb, gbB = gamma(N, FEW, 0) * sums.sum(axis=0), s * gamma(N, FEW, 0) * G.sum(axis=0)
-    found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm, "b": gb, "bB": gbB}
+    total = gamma(N, FEW, 0) * sums.sum(axis=0)
+    if case.scales_bias:
+        total = (gamma(N) + rho) * Gk.sum(axis=0)
+    found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm, "b": total}
+    found["bB"] = gamma(N, FEW, 0) * s * (G * out).sum(axis=0)
     shapes = {name: value.shape for name, value in case.arrays().items()} | {"y": case.gy.shape}
     found = {name: value + precision.store * least * (1 + s) for name, value in found.items()}
     found = {name: np.nan_to_num(value, nan=np.inf, posinf=np.inf) for name, value in found.items()}

@@ -75,11 +75,20 @@ def _prepare(case: Case, precision: Precision) -> Any:
     )
     t.W, t.A, t.B, t.b, t.bB, t.m = (v.get(name) for name in ("W", "A", "B", "b", "bB", "m"))
     t.x, t.G = (v[name].reshape(-1, v[name].shape[-1]) for name in ("x", "gy"))
-    t.mask = v["mask"].reshape(t.x.shape) if "mask" in v else None
+    t.mask, t.other, t.out = (
+        None if mask is None else mask.astype(np.float64).reshape(len(t.x), -1)
+        for mask in (case.input_mask, case.product_mask, case.output_mask)
+    )
     t.xd = t.x if t.mask is None else t.x * t.mask
+    t.xp = t.x if t.other is None else t.x * t.other  # what DoRA's P sees
+    t.alike = t.out is None and (t.mask is None or case.dora == "peft")  # P and Q see one input
+    t.scaled = case.scales_bias and t.b is not None
+    t.alike = t.alike and not t.scaled
     t.full, t.N, (t.d_out, t.d_in), t.r = t.dora and case.norm_gradient, len(t.x), t.W.shape, len(t.A)
-    t.W2, t.A2, t.B2, t.G2, t.x2, t.xd2 = (a * a for a in (t.W, t.A, t.B, t.G, t.x, t.xd))
-    t.reused = t.dora and t.mask is None and t.b is not None  # P may be the base's output, less b again
+    t.W2, t.A2, t.B2, t.G2 = (a * a for a in (t.W, t.A, t.B, t.G))
+    t.x2, t.xd2, t.xp2 = (a * a for a in (t.x, t.xd, t.xp))
+    # whether P may be the base's output, less b again
+    t.reused = t.dora and t.other is None and t.b is not None and not t.scaled
     t.masked = 0.0 if t.mask is None else t.u.store  # variance of a relative error in x∘mask
     t.often = 2 * (t.u.store + t.u.sum)  # of a result and of s times it, and of two constants
     t.floor = t.u.least * (1 + t.s2)  # of a small result, and of s times it
@@ -120,27 +129,36 @@ def _forward(t: Any) -> HostArray:
     low = chain(u, t.xd, t.A.T, t.B.T)
     L = t.L = s * low.value
     t.L_var = t.s2 * (low.variance + t.masked * low.right) + t.often * L * L + t.floor  # (bounds.10)
+    if t.out is not None:
+        L = t.L = L * t.out
+        t.L_var = t.out * t.out * t.L_var + 2 * u.stored(L)  # (bounds.46)
     terms = [y0, L]
     extra = t.L_var
     if t.dora:
         c, k2, W2 = t.k - 1, t.k * t.k, t.W2.T
         t.P, t.P_var = y0, y0_var
-        reread: Any = 0.0
+        read: Any = 0.0
+        again: Any = 0.0
         if t.reused:
-            reread = u.stored(y0)
-            t.P_var = y0_var + u.stored(y0 + t.b) + reread  # (bounds.46)
-        if t.mask is not None:
-            t.P, squares = t.xd @ t.W.T, t.xd2 @ W2
+            read, again = u.stored(y0 + t.b), u.stored(y0)
+            t.P_var = y0_var + read + again  # (bounds.51)
+        if t.other is not None:
+            t.P, squares = t.xp @ t.W.T, t.xp2 @ W2
             t.P_var = u.summed(squares, t.P, t.d_in) + u.store * squares + u.stored(t.P)
+        if t.scaled:
+            t.P = t.P + t.b
+            t.P_var = t.P_var + u.stored(t.P) + u.stored(t.b)  # (bounds.47)
         whole = t.P + L
         terms = [y0, c * t.P, t.k * L]
         once = c * c * t.P_var
-        if t.mask is None:
-            once = np.maximum(c * c, k2 - 1) * (t.P_var - reread) + c * c * reread
+        if t.other is None:
+            once = np.maximum(c * c, k2 - 1) * (y0_var + read) + c * c * again
+        if t.scaled:
+            once = once + k2 * (t.P_var - y0_var if t.other is None else 0)
         extra = once + k2 * (t.L_var + u.stored(whole) + t.rho * whole * whole)  # (bounds.17)
         extra = extra + 2 * u.stored(terms[1]) + u.stored(terms[2])  # (bounds.18)
     if t.bB is not None:
-        terms.append(np.broadcast_to(s * t.bB, y0.shape))
+        terms.append(np.broadcast_to(s * t.bB, y0.shape) * (1.0 if t.out is None else t.out))
         extra = extra + 2 * u.stored(terms[-1])
     if t.b is not None:
         terms.append(np.broadcast_to(t.b, y0.shape))
@@ -150,24 +168,33 @@ def _forward(t: Any) -> HostArray:
 
 def _gx(t: Any) -> HostArray:
     """Variance of the gradient by x; keeps its parts."""
-    u, mask = t.u, 1.0 if t.mask is None else t.mask
+    u, mask, other = t.u, 1.0 if t.mask is None else t.mask, 1.0 if t.other is None else t.other
     t.Gk = t.G * t.k if t.dora else t.G
-    t.Gk2 = t.Gk * t.Gk
+    t.Gk2, t.Go = t.Gk * t.Gk, t.Gk if t.out is None else t.Gk * t.out  # what reaches the update
+    t.often_G = u.store * (t.dora + (t.out is not None))  # variance of a relative error in gy∘k∘mask
     base, squares = t.G @ t.W, t.G2 @ t.W2
-    back = chain(u, t.Gk, t.B, t.A)
+    back = chain(u, t.Go, t.B, t.A)
     lo = t.s * back.value
-    variance = t.s2 * (back.variance + t.dora * u.store * back.right) + t.often * lo * lo + t.floor
+    variance = t.s2 * (back.variance + t.often_G * back.right) + t.often * lo * lo + t.floor
     terms = [base, mask * lo]
+    variance = mask * mask * variance
     if t.dora:
         G1 = t.G * (t.k - 1)
         side, W2 = G1 @ t.W, (G1 * G1) @ t.W2
-        rounded = W2 if t.mask is not None else np.maximum(W2, t.Gk2 @ t.W2)
-        variance += u.summed(W2, side, t.d_out) + 2 * u.store * rounded + u.stored(side)  # (bounds.20)
-        variance += u.least * t.W2.sum(axis=0)
-        variance += (t.Gk2 * t.rho) @ (t.V * t.V) + u.stored(side + lo)  # (bounds.21)
-        terms.append(mask * side)
+        rounded = W2 if t.other is not None else np.maximum(W2, t.Gk2 @ t.W2)
+        product = u.summed(W2, side, t.d_out) + 2 * u.store * rounded + u.stored(side)  # (bounds.20)
+        product += u.least * t.W2.sum(axis=0)
+        variance = variance + other * other * product
+        if t.alike:
+            variance += mask * mask * ((t.Gk2 * t.rho) @ (t.V * t.V))  # (bounds.21)
+        else:  # (bounds.48)
+            U, both = t.V - t.W, t.Gk * t.Go * t.rho
+            variance += other * other * ((t.Gk2 * t.rho) @ t.W2) + 2 * other * mask * (both @ (t.W * U))
+            variance += mask * mask * ((t.Go * t.Go * t.rho) @ (U * U))
+        variance = variance + u.stored(other * side + mask * lo) + mask * other * u.least
+        terms.append(other * side)
     t.gx_terms = terms
-    variance = mask * mask * variance + sum(u.stored(term) for term in terms[1:])
+    variance = variance + sum(u.stored(term) for term in terms[1:])
     variance += u.summed(squares, base, t.d_out) + u.stored(base)
     out: HostArray = variance + u.added(*terms) + t.r * u.sum * base * base  # (bounds.22)
     return out
@@ -176,22 +203,29 @@ def _gx(t: Any) -> HostArray:
 def _norm(t: Any) -> None:
     """The gradient by k, and by V through the norm, with variances; M = Gᵀxd is kept for what follows."""
     u = t.u
-    t.M, t.M2 = t.G.T @ t.xd, t.G2.T @ t.xd2  # M2: of squared products
+    t.M, t.M2 = t.G.T @ t.xp, t.G2.T @ t.xp2  # M2: of squared products
+    t.Mk = t.Go.T @ t.xd  # what reaches the update, k in it
     if not t.dora:
-        t.Mk = t.M
         return
     k = t.k[:, None]
-    t.Mk, MM, V2 = k * t.M, t.M * t.M, t.V * t.V
+    t.Mp = k * t.M  # what reaches W under k
+    MM, V2 = t.M * t.M, t.V * t.V
     whole = t.P + t.L
     q = t.G * whole
     q2, t.gk = (q * q).sum(axis=0), q.sum(axis=0)
     token = (t.G2 * (t.P_var + t.L_var + u.stored(whole))).sum(axis=0) + u.store * q2 + t.N * u.least
     token += u.summed(q2, t.gk, t.N) - 2 * u.operand * q2
-    products = (MM * V2).sum(axis=1)
-    dense = (u.summed(t.M2, t.M, t.N) * V2 + MM * t.V_var + u.least * V2).sum(axis=1) + 2 * u.store * products
-    dense += u.summed(products, t.gk, t.d_in)
-    shared = (MM * (t.s2 * (u.store + u.operand) * t.BA2 + u.operand * t.W2)).sum(axis=1)
-    shared += (u.store + u.operand) * t.s2 * (t.B2 * np.square(t.M @ t.A.T)).sum(axis=1)
+    Mo = t.M if t.alike else (t.G if t.out is None else t.G * t.out).T @ t.xd
+    if t.alike:
+        products = (MM * V2).sum(axis=1)
+        dense = (u.summed(t.M2, t.M, t.N) * V2 + MM * t.V_var + u.least * V2).sum(
+            axis=1
+        ) + 2 * u.store * products
+        dense += u.summed(products, t.gk, t.d_in)
+    else:  # (bounds.49)
+        dense = np.zeros(t.d_out)
+    shared = (Mo * Mo * t.s2 * (u.store + u.operand) * t.BA2 + MM * u.operand * t.W2).sum(axis=1)
+    shared += (u.store + u.operand) * t.s2 * (t.B2 * np.square(Mo @ t.A.T)).sum(axis=1)
     shared += u.operand * q2
     t.gk_var = np.maximum(token, dense) + shared  # (bounds.23)
     t.gm = t.gk / t.n
@@ -206,12 +240,12 @@ def _norm(t: Any) -> None:
 
 def _gA(t: Any) -> HostArray:
     u, B2 = t.u, t.B2.T
-    c = chain(u, t.B.T, t.Gk.T, t.xd)
+    c = chain(u, t.B.T, t.Go.T, t.xd)
     gA = t.s * c.value
-    variance = c.variance + t.masked * c.left
+    variance = c.variance + t.masked * c.left + t.often_G * c.middle
     if t.dora:
         row = np.square(t.Mk + 3 * t.gV)
-        variance = variance + u.store * c.middle + B2 @ (t.rho[:, None] * row)  # (bounds.27)
+        variance = variance + B2 @ (t.rho[:, None] * row)  # (bounds.27)
     variance = t.s2 * variance + t.often * gA * gA + t.floor
     t.gA_terms = [gA]
     if t.full:
@@ -227,9 +261,9 @@ def _gA(t: Any) -> HostArray:
 
 def _gB(t: Any) -> HostArray:
     u, A2 = t.u, t.A2.T
-    c = chain(u, t.Gk.T, t.xd, t.A.T)
+    c = chain(u, t.Go.T, t.xd, t.A.T)
     gB = t.s * c.value
-    variance = t.s2 * (c.variance + t.masked * c.middle + t.dora * u.store * c.right)
+    variance = t.s2 * (c.variance + t.masked * c.middle + t.often_G * c.right)
     variance = variance + t.often * gB * gB + t.floor
     t.gB_terms = [gB]
     if t.full:
@@ -256,12 +290,12 @@ def _gW(t: Any) -> HostArray:
     c = (t.k - 1)[:, None]
     c2, k2 = c * c, np.square(t.k)[:, None]
     terms = [plain, c * t.M] + ([t.gV] if t.full else [])
-    often = (1 + (t.mask is not None)) * u.store
-    if t.mask is None:
+    often = (1 + (t.other is not None)) * u.store
+    if t.other is None:
         c2 = np.maximum(c2, k2)
     own = u.summed(t.M2, t.M, t.N) + often * t.M2 + 2 * u.stored(t.M)
-    variance = plain_var + c2 * own + u.least * t.xd2.sum(axis=0)  # (bounds.31)
-    variance += t.rho[:, None] * np.square(t.Mk + 3 * t.gV) + u.added(*terms)  # (bounds.32)
+    variance = plain_var + c2 * own + u.least * t.xp2.sum(axis=0)  # (bounds.31)
+    variance += t.rho[:, None] * np.square(t.Mp + 3 * t.gV) + u.added(*terms)  # (bounds.32)
     if t.full:
         variance += t.c_var[:, None] * t.V * t.V + t.gV_own
     out = variance
@@ -269,17 +303,23 @@ def _gW(t: Any) -> HostArray:
 
 
 def _biases(t: Any) -> dict[str, HostArray]:
-    u, total, squares = t.u, t.G.sum(axis=0), t.G2.sum(axis=0)
-    once = u.summed(squares, total, t.N) - 2 * u.operand * squares
-    b = once + u.stored(total)  # (bounds.33)
+    u = t.u
+
+    def once(G: HostArray) -> tuple[HostArray, HostArray, HostArray]:
+        total, squares = G.sum(axis=0), (G * G).sum(axis=0)
+        return total, squares, u.summed(squares, total, t.N) - 2 * u.operand * squares
+
+    total, squares, variance = once(t.Gk if t.scaled else t.G)
+    b = variance + u.stored(total)  # (bounds.33)
+    if t.scaled:
+        b = b + u.store * squares + t.rho * total * total  # (bounds.50)
     if t.reused:  # b's share of the base's output, less what DoRA takes off
-        near = t.G * (t.k - 1)
-        b = u.stored(total) + (u.stored(t.Gk)).sum(axis=0)  # (bounds.47)
-        for part in (t.Gk, near):
-            own, parts = part.sum(axis=0), (part * part).sum(axis=0)
-            b = b + u.summed(parts, own, t.N) - 2 * u.operand * parts + u.stored(own)
-        b = np.maximum(b, once + u.stored(total))
-    bB = t.s2 * (once + u.store * squares) + t.often * t.s2 * total * total + t.floor  # (bounds.34)
+        parts = [once(t.Gk), once(t.G * (t.k - 1))]
+        own = sum(variance + u.stored(part) for part, _, variance in parts)
+        b = np.maximum(b, own + u.stored(t.Gk).sum(axis=0) + u.stored(total))  # (bounds.52)
+    total, squares, variance = once(t.Go)
+    variance = variance + (u.store + t.often_G) * squares
+    bB = t.s2 * variance + t.often * t.s2 * total * total + t.floor  # (bounds.34)
     return {"b": b, "bB": bB}
 
 
@@ -298,18 +338,26 @@ def _leanings(t: Any, half: float) -> dict[str, HostArray]:
     size["x"] = size["x"] + half * (t.d_out + t.r + 2) * adapter
     if t.dora:
         size["y"] = size["y"] + half * (t.d_in + 1) * np.abs((t.k - 1) * t.P)
-        size["x"] = size["x"] + (np.abs(t.Gk) * kappa) @ np.abs(t.V) * (1.0 if t.mask is None else t.mask)
+        mask, other = (1.0 if m is None else m for m in (t.mask, t.other))
+        if t.alike:
+            size["x"] = size["x"] + (np.abs(t.Gk) * kappa) @ np.abs(t.V) * mask
+        else:
+            size["x"] = size["x"] + (np.abs(t.Gk) * kappa) @ np.abs(t.W) * other
+            size["x"] = size["x"] + (np.abs(t.Go) * kappa) @ np.abs(t.V - t.W) * mask
     shared = kappa[:, None] * np.abs(t.Mk + 3 * t.gV)
     longest = t.N + t.d_out + 2 * (t.d_in + t.r)
     size["A"] = half * (t.N + t.d_out + 2) * np.abs(t.gA_terms[0]) + abs(t.s) * np.abs(t.B.T) @ shared
     size["B"] = half * (t.N + t.d_in + 2) * np.abs(t.gB_terms[0])
     size["B"] = size["B"] + kappa[:, None] * np.abs(sum(t.gB_terms) + 2 * sum(t.gB_terms[1:]))
-    size["W"] = half * (t.N + 1) * (np.abs(t.G.T @ t.x) + np.abs((t.k - 1)[:, None] * t.M)) + shared
+    size["W"] = half * (t.N + 1) * (np.abs(t.G.T @ t.x) + np.abs((t.k - 1)[:, None] * t.M))
+    size["W"] = size["W"] + kappa[:, None] * np.abs((t.Mp if t.dora else t.M) + 3 * t.gV)
     if t.full:
         for name, term in (("A", t.gA_terms[1]), ("B", t.gB_terms[1]), ("W", t.gV)):
             size[name] = size[name] + half * longest * np.abs(term)
     size["b"] = half * (t.N + 1) * np.abs(t.G.sum(axis=0))
-    size["bB"] = abs(t.s) * size["b"]
+    size["bB"] = abs(t.s) * half * (t.N + 1) * np.abs(t.Go.sum(axis=0))
+    if t.scaled:
+        size["b"] = (half * (t.N + 1) + kappa) * np.abs(t.Gk.sum(axis=0))
     if t.reused:
         both = np.abs(t.Gk.sum(axis=0)) + np.abs((t.G * (t.k - 1)).sum(axis=0))
         size["b"] = np.maximum(size["b"], half * (t.N + 1) * both)

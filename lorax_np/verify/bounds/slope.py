@@ -76,6 +76,7 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
     """Variance of Σ weight∘error by arrays that are rounded once and used for many entries."""
     u, s = t.u, t.s
     both, mask = u.store + u.operand, 1.0 if t.mask is None else t.mask
+    other, out = (1.0 if m is None else m for m in (t.other, t.out))
     c = t.k - 1
 
     def pair(w: HostArray, X: HostArray, Y: HostArray) -> float:  # (bounds.41)
@@ -88,32 +89,41 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
     rows = near = np.zeros(t.d_out)  # what a relative error of each k, or k − 1, does to Σ weight∘value
     row = t.Mk + 3 * t.gV
     variance = 0.0
+    if t.scaled and name == "b":
+        rows = weight * t.Gk.sum(axis=0)
     if name == "y":
-        variance = both * triple(s * weight * t.k, t.xd, t.A.T, t.B.T) + u.operand * pair(weight, t.x, t.W.T)
+        variance = both * triple(s * weight * t.k * out, t.xd, t.A.T, t.B.T)
+        variance += u.operand * pair(weight, t.x, t.W.T)
         variance += _alike(t, weight, u)
         if t.dora:
-            variance += both * pair(weight * c, t.xd, t.W.T)
+            variance += both * pair(weight * c, t.xp, t.W.T)
             rows = (weight * t.k * (t.P + t.L)).sum(axis=0)
             near = (weight * c * t.P).sum(axis=0)
     elif name == "x":
-        variance = both * triple(s * weight * mask, t.Gk, t.B, t.A) + u.operand * pair(weight, t.G, t.W)
+        variance = both * triple(s * weight * mask, t.Go, t.B, t.A) + u.operand * pair(weight, t.G, t.W)
         if t.dora:
-            variance += both * pair(weight * mask, t.G * c, t.W)
-            back = t.G.T @ (weight * mask)
-            rows, near = t.k * (back * t.V).sum(axis=1), c * (back * t.W).sum(axis=1)
+            variance += both * pair(weight * other, t.G * c, t.W)
+            back, update = t.G.T @ (weight * other), (t.G * out).T @ (weight * mask)
+            rows = t.k * (back * t.W + update * (t.V - t.W)).sum(axis=1)
+            near = c * (back * t.W).sum(axis=1)
     elif name == "A":
-        variance = both * triple(s * weight, t.B.T, t.Gk.T, t.xd)
+        variance = both * triple(s * weight, t.B.T, t.Go.T, t.xd)
         rows = s * ((t.B @ weight) * row).sum(axis=1)
     elif name == "B":
-        variance = both * triple(s * weight, t.Gk.T, t.xd, t.A.T)
+        variance = both * triple(s * weight, t.Go.T, t.xd, t.A.T)
         rows = s * ((weight @ t.A) * row).sum(axis=1)
     elif name == "W":
         variance = u.operand * pair(weight, t.G.T, t.x)
         if t.dora:
-            variance += both * pair(c[:, None] * weight, t.G.T, t.xd)
-            rows, near = (weight * row).sum(axis=1), c * (weight * t.M).sum(axis=1)
+            variance += both * pair(c[:, None] * weight, t.G.T, t.xp)
+            rows, near = (weight * (t.Mp + 3 * t.gV)).sum(axis=1), c * (weight * t.M).sum(axis=1)
     elif name == "m":
-        variance = both * pair(t.G * (weight / t.n), t.xd, t.V.T) + float(weight @ (_lost(t) / t.n)) ** 2
+        G = t.G * (weight / t.n)
+        if t.alike:
+            variance = both * pair(G, t.xd, t.V.T)
+        else:
+            variance = both * (pair(G, t.xp, t.W.T) + pair(G * out, t.xd, (t.V - t.W).T))
+        variance += float(weight @ (_lost(t) / t.n)) ** 2
     if t.full and name in ("A", "B", "W"):
         onto = weight if name == "W" else s * (t.B @ weight if name == "A" else weight @ t.A)
         by_row = (onto * t.V).sum(axis=1)
@@ -127,7 +137,7 @@ def _lost(t: Any) -> HostArray:
     if not t.reused:
         return np.zeros(t.d_out)
     gone = np.abs(t.P) < 2 * np.sqrt(3 * t.u.store) * np.abs(t.P + t.b)
-    return np.asarray((t.G * t.P * gone).sum(axis=0))  # (bounds.49)
+    return np.asarray((t.G * t.P * gone).sum(axis=0))  # (bounds.54)
 
 
 def _alike(t: Any, weight: HostArray, u: Any) -> float:

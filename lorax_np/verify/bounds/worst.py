@@ -22,26 +22,28 @@ def bounds(case: Case, u: float) -> dict[str, HostArray]:
     v = {name: np.abs(value).astype(np.float64) for name, value in case.arrays().items()}
     W, A, B, s = v["W"], v["A"], v["B"], abs(case.scaling)
     x, G = (v[name].reshape(-1, v[name].shape[-1]) for name in ("x", "gy"))
-    mask = v["mask"].reshape(x.shape) if "mask" in v else np.ones_like(x)
-    xd, d_out, d_in, r, N = x * mask, *W.shape, A.shape[0], x.shape[0]
+    mask, other, out = masks(case)
+    xd, xp, d_out, d_in, r, N = x * mask, x * other, *W.shape, A.shape[0], x.shape[0]
 
     def gamma(count: int) -> float:  # (verify.1)
         return count * u / (1 - count * u)
 
     k, rho, n, m = _magnitude(case, u)
-    P, Q, bB = xd @ W.T, s * (xd @ A.T) @ B.T, s * v.get("bB", np.zeros(d_out))
+    P, Q, b = xp @ W.T, s * (xd @ A.T) @ B.T * out, v.get("b", np.zeros(d_out))
     base, c = (k + 1 if case.m is not None else 0 * k), FEW + 4  # of the terms (k − 1)∘P, and its roundings
-    Gk, Gc = G * k, G * base
+    Gk, Gc, Go = G * k, G * base, G * k * out
+    inside = P + b if case.scales_bias else P
+    whole = inside + Q  # what k multiplies
 
-    y = gamma(d_in + r + c) * (x @ W.T + v.get("b", 0.0) + base * P + k * Q + bB) + rho * k * (
-        P + Q
-    )  # (verify.2)
-    gB = (gamma(N + d_in + c) + rho[:, None]) * (s * Gk.T @ (xd @ A.T))  # (verify.4)
-    gA = s * (B.T @ (gamma(d_out + N + c) * (Gk.T @ xd) + rho[:, None] * (Gk.T @ xd)))  # (verify.3)
-    inner = gamma(d_out + r + c) * (Gc @ W + s * (Gk @ B) @ A) + (Gk * rho) @ W + s * ((Gk * rho) @ B) @ A
-    gx = gamma(d_out + r + c) * (G @ W) + inner * mask  # (verify.5)
-    gW = gamma(N + c) * (G.T @ x + Gc.T @ xd) + rho[:, None] * (Gk.T @ xd)  # (verify.6)
-    gk = (G * (P + Q)).sum(axis=0)
+    y = gamma(d_in + r + c) * (x @ W.T + b + base * inside + k * Q + s * v.get("bB", 0.0) * out)
+    y = y + rho * k * whole  # (verify.2)
+    gB = (gamma(N + d_in + c) + rho[:, None]) * (s * Go.T @ (xd @ A.T))  # (verify.4)
+    gA = s * (B.T @ ((gamma(d_out + N + c) + rho[:, None]) * (Go.T @ xd)))  # (verify.3)
+    adapter = gamma(d_out + r + c) * s * (Go @ B) @ A + s * ((Go * rho) @ B) @ A
+    product = gamma(d_out + r + c) * (Gc @ W) + (Gk * rho) @ W
+    gx = gamma(d_out + r + c) * (G @ W) + adapter * mask + product * other  # (verify.5)
+    gW = gamma(N + c) * (G.T @ x + Gc.T @ xp) + rho[:, None] * (Gk.T @ xp)  # (verify.6)
+    gk = (G * whole).sum(axis=0)
     gm = (gamma(N + d_in + r + c) + rho) * gk / n  # (verify.8)
     if case.norm_gradient:
         V = W + s * B @ A
@@ -49,9 +51,22 @@ def bounds(case: Case, u: float) -> dict[str, HostArray]:
         gA, gB, gW = gA + s * B.T @ gV, gB + s * gV @ A.T, gW + gV
     found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm}
     found["b"] = gamma(N + FEW) * G.sum(axis=0)  # (verify.7)
-    found["bB"] = gamma(N + FEW) * s * G.sum(axis=0)
+    if case.scales_bias:
+        found["b"] = (gamma(N + FEW) + rho) * Gk.sum(axis=0)
+    found["bB"] = gamma(N + FEW) * s * (G * out).sum(axis=0)
     shapes = {name: value.shape for name, value in case.arrays().items()} | {"y": case.gy.shape}
     return {name: value.reshape(shapes[name]) for name, value in found.items() if name in shapes}
+
+
+def masks(case: Case) -> tuple[HostArray, HostArray, HostArray]:
+    """The masks on A's input, on P's input and on the update, tokens as rows; ones where there is none."""
+    d_out, d_in = case.W.shape
+    N = case.gy.size // d_out
+    three = (case.input_mask, d_in), (case.product_mask, d_in), (case.output_mask, d_out)
+    one, other, last = (
+        np.ones((N, d)) if mask is None else mask.astype(np.float64).reshape(N, d) for mask, d in three
+    )
+    return one, other, last
 
 
 def merged_bounds(case: Case, u: float) -> dict[str, HostArray]:
@@ -61,7 +76,8 @@ def merged_bounds(case: Case, u: float) -> dict[str, HostArray]:
     count = (case.A.shape[0] + FEW) * u
     size = v["W"] + abs(case.scaling) * v["B"] @ v["A"]
     bias = v.get("b", np.zeros(size.shape[0])) + abs(case.scaling) * v.get("bB", np.zeros(size.shape[0]))
-    return {"W": (count + rho[:, None]) * k[:, None] * size, "b": count * bias}
+    bias = (count + rho) * k * bias if case.scales_bias else count * bias
+    return {"W": (count + rho[:, None]) * k[:, None] * size, "b": bias}
 
 
 def _magnitude(case: Case, u: float) -> tuple[HostArray, HostArray, HostArray, HostArray]:

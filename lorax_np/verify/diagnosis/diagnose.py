@@ -7,15 +7,17 @@ Derivation: specs/diagnosis.md.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..batteries.tensors import answer, spec_of
+from ..batteries.tensors import answer
+from ..conventions import DORA, spec_of, spelled
 from ..precision import PRECISIONS
 from ..report import TENSORS, Check
 from .dictionary import LIMIT, RIGHT, Comparison, Match, faults
@@ -61,6 +63,7 @@ class Diagnosis:
     nearest : where none is accepted, the fault that explains most of the wrong entries, if half, and its share
     findings : each wrong tensor: changed factors, or where it is wrong
     case : parameters of the smallest exact layer that fails, or "";  asked : on how many layers it was asked
+    other : conventions by name under which the subject is right; empty where there are none
     """
 
     subject: str
@@ -73,6 +76,7 @@ class Diagnosis:
     case: str
     reproduce: str
     asked: int
+    other: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -81,7 +85,7 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """At most 12 lines of at most 80 columns."""
-        out = [f"wrong part: {self.branch.part}: {self.branch.why}"]
+        out = [*self._elsewhere(), f"wrong part: {self.branch.part}: {self.branch.why}"]
         if self.only:
             out.append(f"wrong only with {self.only}")
         out += self._named()
@@ -97,6 +101,15 @@ class Diagnosis:
         out += [f"smallest: {self.case}"] if self.case else []
         out += again.splitlines()
         return [_fit(line) for line in out]
+
+    def _elsewhere(self) -> list[str]:
+        """What a subject that is right by another convention is told."""
+        if not self.other:
+            return []
+        formula = DORA[self.other["dora"]] if "dora" in self.other else ("", "")
+        out = [f"right under another convention: {', '.join(spelled(self.other))}"]
+        out += [f"  {formula[0]} ({formula[1]})"] if formula[0] else []
+        return [*out, "  " + " ".join(f"--convention {shlex.quote(word)}" for word in spelled(self.other))]
 
     def _named(self) -> list[str]:
         out = []
@@ -154,6 +167,7 @@ class Diagnosis:
             "smallest": self.case,
             "reproduce": self.reproduce,
             "asked": self.asked,
+            "other": {name: list(v) if isinstance(v, tuple) else v for name, v in self.other.items()},
             "lines": self.lines(),
         }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..cases import HostArray
 from ..layers.plain import Step
-from .probe_layers import Probe, Seen, probe, seen
+from .probe_layers import Key, Probe, Seen, probe, seen
 
 LIMIT = 12.0
 """Deviations between a replay and an answer: 8 for the answer, and half as much for a fault's own roundings."""
@@ -51,7 +51,7 @@ def faults() -> dict[str, Any]:
 
 
 @cache
-def replays(key: tuple[str, str, int, int]) -> Replays:
+def replays(key: Key) -> Replays:
     """Every fault on one probe, once; the first row is the right layer."""
     layer = probe(*key)
     rows = [seen(layer, layer.truth, "float64")]
@@ -82,7 +82,7 @@ def _replay_subject(layer: Probe, fault: Any) -> Seen:
 
 
 @cache
-def _scales(key: tuple[str, str, int, int]) -> tuple[HostArray, HostArray, HostArray]:
+def _scales(key: Key) -> tuple[HostArray, HostArray, HostArray]:
     """Where each tensor begins; a deviation for each entry, none below its tensor's; rms of each truth."""
     layer = probe(*key)
     sizes = [value.size for value in layer.truth.values()]
@@ -242,6 +242,6 @@ class Comparison:
 
 
 @cache
-def _effects(key: tuple[str, str, int, int]) -> HostArray:
+def _effects(key: Key) -> HostArray:
     layer, r = probe(*key), replays(key)
     return distances(layer, Seen(r.values[0], r.forms[0]), r.values, r.forms)

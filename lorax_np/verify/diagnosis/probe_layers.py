@@ -17,10 +17,12 @@ from ... import LoraConfig
 from ..batteries.lattice import cast
 from ..batteries.tensors import Absent, Crash
 from ..bounds.sigma import deviations
-from ..cases import Case, HostArray, draw
+from ..cases import Case, HostArray, draw, under
+from ..conventions import Spec, spec_of
 from ..layers.replaying import Replayer
 from ..precision import PRECISIONS
 
+Key = tuple[str, str, int, int, str, str]
 Ask = Callable[[Any, Case], dict[str, HostArray]]  # batteries.answer, or one that asks elsewhere
 
 #          d_in d_out r  alpha rslora p    lead     the fifth has r = d_in, where a lost transpose still runs
@@ -39,12 +41,13 @@ VARIANTS = ({"bias": "trained", "lora_bias": True}, {"bias": "frozen"}, {"bias":
 class Probe:
     """One layer to ask about, in float64, with the truth and one deviation of a right answer for every tensor.
 
-    key : profile, kind, number among LAYERS, number among VARIANTS;  replayer : of its plain layer
+    key : profile, kind, number among LAYERS, number among VARIANTS, form of DoRA, place of dropout
+    replayer : of its plain layer
     case : float64 arrays that hold numbers of the profile's dtype;  given : the same in that dtype
     traits : what a fault may depend on, as phrases that continue "only with ..."
     """
 
-    key: tuple[str, str, int, int]
+    key: Key
     case: Case
     given: Case
     truth: dict[str, HostArray]
@@ -60,7 +63,9 @@ class Probe:
 
 
 @cache
-def probe(profile: str, kind: str, number: int, variant: int = 0) -> Probe:
+def probe(
+    profile: str, kind: str, number: int, variant: int = 0, dora: str = "peft", dropout: str = "pre"
+) -> Probe:
     """Draw one layer of a profile, once."""
     d_in, d_out, r, alpha, rslora, p, lead = LAYERS[number]
     name = kind + (", dropout" if p else "")
@@ -78,7 +83,7 @@ def probe(profile: str, kind: str, number: int, variant: int = 0) -> Probe:
     )
     if drawn.m is not None and number == 3:
         drawn.m[0] = 0.0  # what divides by m shows itself
-    given = cast(drawn, PRECISIONS[profile].dtype)
+    given = cast(under(drawn, Spec(dora=dora, dropout=dropout)), PRECISIONS[profile].dtype)
     case = cast(given, "float64")
     replayer = Replayer(case)
     truth = replayer.run()
@@ -104,7 +109,7 @@ def probe(profile: str, kind: str, number: int, variant: int = 0) -> Probe:
     }
     traits = frozenset(trait for trait, there in wide.items() if there)
     return Probe(
-        (profile, kind, number, variant),
+        (profile, kind, number, variant, dora, dropout),
         case,
         given,
         truth,
@@ -181,11 +186,11 @@ def seen(layer: Probe, found: dict[str, HostArray] | None, dtype: str) -> Seen:
 def observe(subject: Any, profile: str, kinds: tuple[str, ...], ask: Ask) -> tuple[list[Probe], list[Seen]]:
     """Ask a subject about every layer that it covers, in the fullest variant that it covers."""
     probes, answers = [], []
-    dtype = PRECISIONS[profile].dtype
+    dtype, spec = PRECISIONS[profile].dtype, spec_of(subject)
     for kind in kinds:
         for number in range(len(LAYERS)):
             for variant in range(len(VARIANTS)):
-                layer = probe(profile, kind, number, variant)
+                layer = probe(profile, kind, number, variant, spec.dora, spec.dropout)
                 try:
                     found: dict[str, HostArray] | None = ask(subject, layer.given)
                 except Absent:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..batteries.lattice import places
+from ..bounds.worst import masks
 from ..cases import Case, HostArray
 from ..layers.plain import rows
 from .dictionary import LIMIT, Comparison, entries
@@ -181,23 +182,24 @@ def terms(case: Case) -> Terms:
     """The terms that each tensor is, or could wrongly be, made of; the adapter's hold k under DoRA."""
     W, A, B, s, dora = case.W, case.A, case.B, case.scaling, case.m is not None
     x, G = rows(case.x), rows(case.gy)
-    mask = np.ones_like(x) if case.mask is None else rows(case.mask)
-    xd, full = x * mask, float(dora and case.norm_gradient)
+    mask, other, out = masks(case)
+    xd, xp, full = x * mask, x * other, float(dora and case.norm_gradient)
     V = W + s * B @ A
     n = np.sqrt((V * V).sum(axis=1))
     k = np.ones_like(n) if case.m is None else case.m / n
-    z, u, plain_u = xd @ A.T, (xd @ A.T) @ B.T, (x @ A.T) @ B.T
-    P, Q, Gk = xd @ W.T, s * u, G * k
-    gk = (G * (P + Q)).sum(axis=0)
-    gV = np.zeros_like(W) if case.m is None else -(gk * case.m / n**3)[:, None] * V
+    z, u, plain_u = xd @ A.T, (xd @ A.T) @ B.T * out, (x @ A.T) @ B.T
+    P, Q, Gk, G1 = xp @ W.T, s * u, G * k * out, G * out
     b = np.broadcast_to(np.zeros_like(n) if case.b is None else case.b, P.shape)
+    inside = float(case.scales_bias)
+    gk = (G * (P + Q + inside * b)).sum(axis=0)
+    gV = np.zeros_like(W) if case.m is None else -(gk * case.m / n**3)[:, None] * V
     found: Terms = {
-        "y": {"xWᵀ": (1, x @ W.T), "sxdAᵀBᵀ": (1, k * Q), "b": (1, b), "xdWᵀ": (0, P)},
+        "y": {"xWᵀ": (1, x @ W.T), "sxdAᵀBᵀ": (1, k * Q), "b": (1 - inside, b), "xdWᵀ": (0, P)},
         "x": {"gyW": (1, G @ W), "s·gyBA∘mask": (1, s * (Gk @ B) @ A * mask)},
         "A": {"s(gyB)ᵀxd": (1, s * (Gk @ B).T @ xd)},
         "B": {"s·gyᵀz": (1, s * Gk.T @ z)},
-        "b": {"Σgy": (1, G.sum(axis=0))},
-        "bB": {"sΣgy": (1, s * G.sum(axis=0))},
+        "b": {"Σgy": (1 - inside, G.sum(axis=0))},
+        "bB": {"sΣgy": (1, s * G1.sum(axis=0))},
         "W": {"gyᵀx": (1, G.T @ x), "gyᵀxd": (0, G.T @ xd)},
     }
     found["y"] |= {"sxAᵀBᵀ of undropped x": (0, k * s * plain_u)}
@@ -205,31 +207,31 @@ def terms(case: Case) -> Terms:
     found["A"] |= {"its product with undropped x": (0, s * (Gk @ B).T @ x)}
     found["B"] |= {"its product with undropped x": (0, s * Gk.T @ (x @ A.T))}
     if case.bB is not None:
-        found["y"]["s·bB"] = (1, np.broadcast_to(s * case.bB, P.shape))
+        found["y"]["s·bB"] = (1, np.broadcast_to(s * case.bB, P.shape) * out)
     if dora:
         found["y"] |= {
             "(k − 1)∘xdWᵀ": (1, (k - 1) * P),
             "sxdAᵀBᵀ without k": (0, Q),
             "k∘xWᵀ": (0, k * (x @ W.T)),
-            "k∘b": (0, k * b),
+            "k∘b": (inside, k * b),
         }
         found["x"] |= {
-            "(gy∘(k − 1))W∘mask": (1, (G * (k - 1)) @ W * mask),
-            "s·gyBA∘mask without k": (0, s * (G @ B) @ A * mask),
+            "(gy∘(k − 1))W∘mask": (1, (G * (k - 1)) @ W * other),
+            "s·gyBA∘mask without k": (0, s * (G1 @ B) @ A * mask),
         }
         found["A"] |= {
             "sBᵀgV of the norm": (full, s * B.T @ gV),
-            "s(gyB)ᵀxd without k": (0, s * (G @ B).T @ xd),
+            "s(gyB)ᵀxd without k": (0, s * (G1 @ B).T @ xd),
         }
-        found["B"] |= {"s·gV·Aᵀ of the norm": (full, s * gV @ A.T), "s·gyᵀz without k": (0, s * G.T @ z)}
+        found["B"] |= {"s·gV·Aᵀ of the norm": (full, s * gV @ A.T), "s·gyᵀz without k": (0, s * G1.T @ z)}
         found["m"] = {
             "Σgy∘xdWᵀ/n": (1, (G * P).sum(axis=0) / n),
             "Σgy∘sxdAᵀBᵀ/n": (1, (G * Q).sum(axis=0) / n),
             "gk, not divided by n": (0, gk),
-            "Σgy∘b/n": (0, (G * b).sum(axis=0) / n),
+            "Σgy∘b/n": (inside, (G * b).sum(axis=0) / n),
         }
-        found["b"] |= {"Σgy∘k": (0, Gk.sum(axis=0))}
-        found["W"] |= {"(gy∘(k − 1))ᵀxd": (1, (G * (k - 1)).T @ xd), "gV of the norm": (full, gV)}
+        found["b"] |= {"Σgy∘k": (inside, (G * k).sum(axis=0))}
+        found["W"] |= {"(gy∘(k − 1))ᵀxd": (1, (G * (k - 1)).T @ xp), "gV of the norm": (full, gV)}
     return found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..batteries.lattice import BITS, Lattice, cast, draw, judge_lattice
 from ..cases import Case
+from ..conventions import spec_of
 from ..precision import PRECISIONS
 
 
@@ -36,7 +37,15 @@ def smallest(subject: Any, case: Case, profile: str = "fp32") -> tuple[Case, dic
         shape = (d_out, d_in, r, p.pop("lead"))
         for seed in range(3):  # the first numbers may hide the fault
             item = draw(
-                "lattice/smallest", mode, shape, alpha=alpha, rslora=rslora, bits=BITS[dtype], seed=(seed,), **p
+                "lattice/smallest",
+                mode,
+                shape,
+                alpha=alpha,
+                rslora=rslora,
+                bits=BITS[dtype],
+                seed=(seed,),
+                spec=spec_of(subject),
+                **p,
             )
             if item is None:
                 continue

@@ -14,12 +14,12 @@ import numpy as np
 from ..batteries.lattice import cast
 from ..batteries.tensors import answer
 from ..cases import Case, HostArray
+from ..conventions import Spec
 from ..layers import plain
 from ..layers.plain import Step
 from ..layers.replaying import STEPS
 from ..layers.rounding import to_bits
 from ..precision import PRECISIONS
-from ..subjects import Spec
 from .dictionary import RIGHT, Comparison, Match, faults, replay
 from .pairs import pairs
 from .probe_layers import KINDS, LAYERS, observe, probe

@@ -25,6 +25,7 @@ import numpy as np
 from ... import ConfigError
 from .. import subjects
 from ..cases import HostArray
+from ..conventions import Spec
 from .frames import Answer, Damaged, arrays_of, exactly, read_answer, request_bytes, room
 from .processes import ended, kill
 
@@ -122,13 +123,13 @@ class Isolated:
         return (self._printed + self._worker.output())[-KEPT:].decode("utf-8", "replace")
 
     @property
-    def spec(self) -> "subjects.Spec":
+    def spec(self) -> Spec:
         """What the subject declares of itself. Raises ConfigError where that is no Spec."""
         hello = self._offered()
         if hello["spec"] is None:
             raise ConfigError(f"spec: expected a lorax_np.verify.Spec, got {hello['spec_type']}")
         fields: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in hello["spec"].items()}
-        return subjects.Spec(**fields)
+        return Spec(**fields)
 
     def _offered(self) -> dict[str, Any]:
         if self._hello is None:

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..subjects import NoSubject, Spec, load
+from ..conventions import Spec
+from ..subjects import NoSubject, load
 from .frames import Answer, answer_bytes, arrays_of, exactly, read_request, room
 
 KNOWN = ("run", "forward", "backward", "init", "merge", "unmerge")  # asked for even where dir() hides them

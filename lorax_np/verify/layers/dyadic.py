@@ -107,34 +107,46 @@ def solve(case: Case) -> tuple[dict[str, HostArray], int]:
     v = {name: Dyadic.of(value) for name, value in case.arrays().items()}
     W, A, B, s = v["W"], v["A"], v["B"], Dyadic.of(np.array(case.scaling))
     x, G = v["x"].rows(), v["gy"].rows()
-    xd = x * v["mask"].rows() if "mask" in v else x
-    BA, GX = s * (B @ A), s * (G.T @ xd)  # the other orders: (xd(BA)ᵀ), gyᵀxd first
+    xd = x if case.input_mask is None else x * v["mask"].rows()
+    xp = xd if case.dora == "peft" else x * v["base_mask"].rows() if case.product_mask is not None else x
+    out = v["mask"].rows() if case.output_mask is not None else Dyadic.of(np.ones((1, 1)))
+    Go = G * out  # what reaches the update
+    BA, GX = s * (B @ A), s * (Go.T @ xd)  # the other orders: (xd(BA)ᵀ), gyᵀxd first
     z, V = s * (xd @ A.T), W + BA
-    P, Q = xd @ W.T, z @ B.T
-    y = x @ W.T + v["b"] if "b" in v else x @ W.T
+    P, Q, y = xp @ W.T, (z @ B.T) * out, x @ W.T
+    if "b" in v and not case.scales_bias:
+        y = y + v["b"]
     gx, gW, seen = G @ W, G.T @ x, [BA, GX, V]
     found = {"b": G.sum()} if case.train_b else {}
     if case.m is None:
-        gz = s * (G @ B)
-        back, gA, gB = gz @ A, gz.T @ xd, G.T @ z
+        gz = s * (Go @ B)
+        back, side, gA, gB = gz @ A, None, gz.T @ xd, Go.T @ z
         y = y + Q
         if "bB" in v:
-            y, found["bB"] = y + s * v["bB"], s * G.sum()
+            y, found["bB"] = y + s * v["bB"] * out, s * Go.sum()
     else:
         square, n = (V * V).T.sum(), np.sqrt((V.float() ** 2).sum(axis=1))
         k = Dyadic.of(case.m.astype(np.float64) / n)
         over = k + Dyadic.of(np.array(-1.0))
-        gz = s * ((G * k) @ B)
-        back, gA, gB = (G * over) @ W + gz @ A, gz.T @ xd, (G * k).T @ z
+        gz, whole = s * ((Go * k) @ B), P + Q
+        back, side, gA, gB = gz @ A, (G * over) @ W, gz.T @ xd, (Go * k).T @ z
         y = y + over * P + k * Q
-        gW = gW + (G * over).T @ xd
-        gk = (G * (P + Q)).sum()
+        gW = gW + (G * over).T @ xp
+        if case.scales_bias and "b" in v:
+            y, whole = y + k * v["b"], whole + v["b"]
+            found |= {"b": (G * k).sum()} if case.train_b else {}
+        gk = (G * whole).sum()
+        seen += [] if case.dora == "peft" else [k * whole]
         found["m"] = gk * Dyadic.of(1 / n)
         seen.append(square)
         if case.norm_gradient:
             gV = (gk * Dyadic.of(-case.m.astype(np.float64) / n**3)).column() * Dyadic.of(V.float())
             gA, gB, gW = gA + s * (B.T @ gV), gB + s * (gV @ A.T), gW + gV
-    gx = gx + (back * v["mask"].rows() if "mask" in v else back)
+    if side is not None and case.dora != "peft":
+        gx = gx + (side if case.product_mask is None else side * v["base_mask"].rows())
+    elif side is not None:
+        back = back + side
+    gx = gx + (back if case.input_mask is None else back * v["mask"].rows())
     found |= {"y": y, "x": gx, "A": gA, "B": gB, "W": gW}
     shapes = {name: value.shape for name, value in case.arrays().items()} | {"y": case.gy.shape}
     want = {name: value.float().reshape(shapes[name]) for name, value in found.items()}

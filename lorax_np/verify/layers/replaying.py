@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case, HostArray
-from .plain import BACKWARD, FORWARD, Step, rows
+from .plain import BACKWARD, FORWARD, Step, arrays
 
 STEPS: Mapping[str, Step] = {**FORWARD, **BACKWARD}
 
@@ -28,12 +28,8 @@ class Replayer:
 
     def __init__(self, case: Case) -> None:
         """case : in float64."""
-        v = case.arrays()
         self.case, self.reads = case, dict[str, set[str]]()
-        self.values: dict[str, Any] = {"c": case, "full": case.m is not None and case.norm_gradient}
-        self.values |= {name: v.get(name) for name in ("W", "b", "A", "B", "bB", "m")}
-        self.values |= {"x": rows(case.x), "G": rows(case.gy)}
-        self.values["mask"] = np.ones_like(self.values["x"]) if case.mask is None else rows(case.mask)
+        self.values: dict[str, Any] = arrays(case, case.gy)
         for name, step in STEPS.items():
             reader = _Reader(self.values)
             self.values[name] = step(reader)

@@ -153,8 +153,7 @@ def layer(case: Case, precision: Precision, order: Order) -> tuple[HostArray, di
     v = {name: value.astype(np.float64) for name, value in case.arrays().items()}
     machine = Machine(precision, order)
     x, G = (v[name].reshape(-1, v[name].shape[-1]) for name in ("x", "gy"))
-    mask = v["mask"].reshape(x.shape) if "mask" in v else None
-    y, found = _evaluate(machine, order, case, v, x, G, mask)
+    y, found = _evaluate(machine, order, case, v, x, G)
     found = {name: machine.result(value) for name, value in found.items()}
     found["x"] = found["x"].reshape(case.x.shape)
     return machine.result(y).reshape(case.gy.shape), found
@@ -167,11 +166,15 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     v: dict[str, HostArray],
     x: HostArray,
     G: HostArray,
-    mask: HostArray | None,
 ) -> tuple[HostArray, dict[str, HostArray]]:
     q, at, dora = machine.stored, machine.matmul, "m" in v
     W, A, B, s = v["W"], v["A"], v["B"], machine.constant(case.scaling)
+    mask, other, out = (
+        None if value is None else value.astype(np.float64).reshape(len(x), -1)
+        for value in (case.input_mask, case.product_mask, case.output_mask)
+    )
     xd = x if mask is None else q(x * mask)
+    xp = xd if case.dora == "peft" else x if other is None else q(x * other)
     where = order.scale
     xs = q(x * (s if mask is None else machine.factors(mask, s))) if where == "mask" else xd
     As, Bs = (q(s * A) if where == "A" else A), (q(s * B) if where == "B" else B)
@@ -181,9 +184,9 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     # ---- forward
     base = at(x, W.T)
     k = c = np.ones(len(W))
-    first = order.reused and "b" in v
-    taken_off = first and dora and mask is None
-    if order.fused and not dora:
+    first = order.reused and "b" in v and not case.scales_bias
+    taken_off = first and dora and other is None
+    if order.fused and not dora and out is None:
         z = q(at(xs, As.T))
         y = at(z, Bs.T, base)
     else:
@@ -193,26 +196,29 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
         else:
             z = q(at(xs, As.T))
             L = q(rest * q(at(z, Bs.T)))
+        L = L if out is None else q(L * out)
         y = q(y0 + L)
     if dora:
         V = q(W + D)
         n = q(np.sqrt(machine.squares(V)))
         k = q(v["m"] / n)
         c = q(q(v["m"] - n) / n) if where == "result" else q(k - 1)
-        P = q(at(xd, W.T)) if mask is not None else q(y0 - v["b"]) if taken_off else y0
-        if mask is None and where == "gy":
-            y = q(k * q(y0 + L))
+        P = q(at(xp, W.T)) if other is not None else q(y0 - v["b"]) if taken_off else y0
+        P = q(P + v["b"]) if case.scales_bias and "b" in v else P
+        if other is None and where == "gy":
+            y = q(k * q(P + L))
         elif order.sums == "reversed":
             y = q(q(y0 + q(c * P)) + q(k * L))
         else:
             y = q(y0 + q(q(c * P) + q(k * L)))
     if "bB" in v:
-        y = q(y + q(s * v["bB"]))
-    if "b" in v and not first:
+        y = q(y + q(q(s * v["bB"]) * (1.0 if out is None else out)))
+    if "b" in v and not first and not (case.scales_bias and other is None and where == "gy"):
         y = q(y + v["b"])
 
     # ---- backward
     Gk = q(G * k) if dora else G
+    scaled, Gk = Gk, Gk if out is None else q(Gk * out)
     gu = q(s * Gk) if where == "gy" else Gk
     rest = 1.0 if where == "gy" else rest
     found: dict[str, HostArray] = {}
@@ -236,7 +242,7 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
         gx = at(gz, As, base)
     elif dora:
         side = q(at(q(G * c), W))
-        plain = 1.0 if mask is None else mask
+        plain = 1.0 if other is None else other
         gx = q(q(base) + q(q(plain * side) + q(back * lo)))
     else:
         gx = q(q(base) + q(back * lo))
@@ -245,9 +251,9 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
         if taken_off:
             found["W"] = q(at(Gy.T, x))
         else:
-            found["W"] = q(found["W"] + q(at(q(G * c).T, xd)))
+            found["W"] = q(found["W"] + q(at(q(G * c).T, xp)))
         gk = q(machine.total(q(G * q(P + L)), 0))
-        if order.first == "BA":
+        if order.first == "BA" and case.dora == "peft" and out is None:
             gk = q(machine.total(q(q(at(G.T, xd)) * V), 1))
         found["m"] = q(gk / n)
         if case.norm_gradient:
@@ -258,9 +264,10 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
             gB = q(gB + (q(at(gV, As.T)) if where == "A" else q(s * q(at(gV, A.T)))))
     found |= {"A": gA, "B": gB}
     if case.train_b:
-        found["b"] = q(machine.total(G, 0))
+        found["b"] = q(machine.total(scaled if case.scales_bias else G, 0))
         if taken_off:
             found["b"] = q(q(machine.total(Gy, 0)) - q(machine.total(Gb, 0)))
     if "bB" in v:
-        found["bB"] = machine.total(q(s * G), 0) if where == "gy" else q(s * q(machine.total(G, 0)))
+        Go = G if out is None else q(G * out)
+        found["bB"] = machine.total(q(s * Go), 0) if where == "gy" else q(s * q(machine.total(Go, 0)))
     return y, found

@@ -233,7 +233,7 @@ def refused(subject: Any, battery: Battery, profile: str, level: str = "quick") 
 def remembered(memory: Memory | None = None) -> Iterator[None]:
     """Within, the costly truths are computed once for each case, since they do not depend on who is judged."""
     known: Memory = {} if memory is None else memory
-    places = [(exact, "truth"), (exact, "merged"), (truth, "gradients"), (truth, "dense")]
+    places = [(exact, "truth"), (exact, "merged"), (truth, "gradients"), (truth, "dense"), (truth, "derived")]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name, function in before:
         setattr(module, name, _remembering(name, function, known))
@@ -258,4 +258,4 @@ def _remembering(name: str, function: Callable[[Case], Any], known: Memory) -> C
 def _key(case: Case) -> tuple[Any, ...]:
     """All that a truth depends on."""
     arrays = tuple((name, v.shape, v.dtype.name, v.tobytes()) for name, v in case.arrays().items())
-    return case.scaling, case.norm_gradient, case.train_b, arrays
+    return case.scaling, case.norm_gradient, case.train_b, case.dora, case.dropout, arrays

@@ -20,6 +20,7 @@ import pytest
 from ... import ConfigError, FormatError
 from ..cases import PROFILES, SMALL, Case, grid
 from ..conformance import describe
+from ..conventions import Spec
 from ..report import Check, Report
 from ..verdict import LEVELS, verify
 
@@ -188,7 +189,9 @@ def _check(row: dict[str, Any]) -> Check:
 @cache
 def _cases(profile: str, level: str) -> dict[str, Case]:
     with np.errstate(all="ignore"):
-        return {case.id: case for case in grid("exact", SMALL, profile, (False, True), 0, level)}
+        return {
+            case.id: case for case in grid("exact", SMALL, profile, Spec(norm_gradient=(False, True)), 0, level)
+        }
 
 
 def case_ids(config: pytest.Config) -> list[str]:

@@ -3,33 +3,13 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ..cases import Case
+from ..conventions import Spec
 
 GROUP = "lorax_np.subjects"  # of entry points
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a subject says of itself, beyond the methods it has.
-
-    norm_gradient : the DoRA norms it differentiates: (False,) detached, (True,) full, or both
-    strided : whether it takes arrays that are not contiguous, and read-only ones
-    draws_mask : whether it drops by itself, at case.config.lora_dropout, where case.mask is None
-    approximate_root : whether its roots and quotients may be off by roundings even where they are exact
-    interleaves : whether forwards of several layers may come before their backwards
-    embedding : the factor of an embedding's adapter that is 0 at the start; the other is drawn
-    """
-
-    norm_gradient: tuple[bool, ...] = (False,)
-    strided: bool = False
-    draws_mask: bool = False
-    approximate_root: bool = False
-    interleaves: bool = False
-    embedding: Literal["A", "B"] = "A"
 
 
 class NoSubject(LookupError):
@@ -37,7 +17,7 @@ class NoSubject(LookupError):
 
 
 class Subject(Protocol):
-    """Anything with these two methods. Arrays of any library may come back; NumPy arrays go in.
+    """Anything with these methods, or forward alone. Arrays of any library may come back; NumPy arrays go in.
 
     Besides, where it has them: spec : Spec;  run(case, gy) -> (y, gradients) instead of the two;
     init(W, config, seed) -> {"A", "B", and "W", "m", "bB" where they apply};  merge(case) -> {"W", and "b"}.
@@ -63,7 +43,7 @@ def load(name: str, xp: Any = None) -> Any:
         return peft()
     found = _attribute(name) if ":" in name else _registered(name)
     subject = found() if isinstance(found, type) else found
-    if not hasattr(subject, "run") and not (hasattr(subject, "forward") and hasattr(subject, "backward")):
+    if not hasattr(subject, "run") and not hasattr(subject, "forward"):
         raise NoSubject(f"SUBJECT: expected methods forward and backward, or run, got {type(subject).__name__}")
     return subject
 

@@ -19,7 +19,7 @@ from ... import (
     unmerge,
 )
 from ..cases import Case
-from . import Spec
+from ..conventions import Spec
 
 
 class Reference:

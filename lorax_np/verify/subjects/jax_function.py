@@ -8,7 +8,8 @@ import numpy as np
 
 from ... import ConfigError
 from ..cases import Case, HostArray
-from . import NoSubject, Spec
+from ..conventions import Spec
+from . import NoSubject
 
 ARRAYS = ("x", "W", "b", "A", "B", "bB", "m", "mask")
 SCALARS = ("s", "r", "alpha")

@@ -10,7 +10,7 @@ import torch
 from ... import LoraConfig
 from ..batteries.embedding import EmbeddingCase
 from ..cases import Case, HostArray
-from . import Spec
+from ..conventions import Spec
 from .torch_arrays import to_array, to_tensor
 
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from ... import ConfigError, FormatError, open_safetensors
 from ..cases import Case, HostArray
+from ..conventions import Spec
 from ..isolate.processes import ended, kill
 from ..tensorfile import encode
-from . import NoSubject, Spec
+from . import NoSubject
 
 SCHEMA = "lorax_np.command/1"
 NOT_COVERED = 77  # the exit code of a program that does not cover a case

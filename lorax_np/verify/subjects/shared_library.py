@@ -15,7 +15,8 @@ import numpy as np
 
 from ... import ConfigError
 from ..cases import Case, HostArray
-from . import NoSubject, Spec
+from ..conventions import Spec
+from . import NoSubject
 
 FORWARD = "N d_in d_out r s x mask W A B b y z"
 BACKWARD = "N d_in d_out r s x mask W A B z gy gx gA gB gb"

@@ -7,7 +7,8 @@ from typing import Any
 
 from ... import ConfigError
 from ..cases import Case, HostArray
-from . import NoSubject, Spec
+from ..conventions import Spec
+from . import NoSubject
 from .torch_arrays import to_array, to_tensor
 
 PARAMETERS = ("W", "b", "A", "B", "bB", "m")

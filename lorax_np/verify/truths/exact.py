@@ -32,20 +32,31 @@ def to_float(values: Any) -> HostArray:
     return np.asarray(_float(values), dtype=np.float64)
 
 
-def _forward(v: Mapping[str, Any], s: int, n: Any | None) -> Any:
+def _forward(case: Case, v: Mapping[str, Any], s: int, n: Any | None) -> Any:
     """y of one layer; n stands in for the row norms where the norm counts as a constant."""
-    V = v["W"] + ((s * ((v["B"] @ v["A"]) >> BITS)) >> BITS)
-    xd = (v["x"] * v["mask"]) >> BITS if "mask" in v else v["x"]
-    y = (v["x"] @ v["W"].T) >> BITS
-    if "b" in v:
-        y = y + v["b"]
-    if "m" in v:
-        n = norms(V) if n is None else n
-        return y + ((xd @ ((((v["m"] << BITS) // n)[:, None] * V >> BITS) - v["W"]).T) >> BITS)
-    update = (xd @ (V - v["W"]).T) >> BITS
+
+    delta = (s * ((v["B"] @ v["A"]) >> BITS)) >> BITS
+    x, y, b = v["x"], (v["x"] @ v["W"].T) >> BITS, v.get("b", 0)
+    xd = x if case.input_mask is None else (x * v["mask"]) >> BITS
+    update = (xd @ delta.T) >> BITS
     if "bB" in v:
         update = update + ((s * v["bB"]) >> BITS)
-    return y + update
+    if case.output_mask is not None:
+        update = (update * v["mask"]) >> BITS
+    if "m" not in v:
+        return y + b + update
+    k = (v["m"] << BITS) // (norms(v["W"] + delta) if n is None else n)
+    P = _product(case, v, xd, y)
+    inside, outside = (b, 0) if case.scales_bias else (0, b)
+    return y + outside + (((k - (1 << BITS)) * P + k * (update + inside)) >> BITS)
+
+
+def _product(case: Case, v: Mapping[str, Any], xd: Any, y: Any) -> Any:
+    """P, the base product under k, of x dropped as the form has it; y without mask."""
+    if case.product_mask is None:
+        return y
+    dropped = xd if case.dora == "peft" else (v["x"] * v["base_mask"]) >> BITS
+    return (dropped @ v["W"].T) >> BITS
 
 
 def norms(V: Any) -> Any:
@@ -56,7 +67,7 @@ def norms(V: Any) -> Any:
 def truth(case: Case) -> dict[str, Any]:
     """y and the gradient by x, W, A, B, m, b and bB, as far as they are there, in fixed point."""
     v = {name: np.asarray(fixed(value), dtype=object) for name, value in case.arrays().items()}
-    for name in ("x", "mask", "gy"):
+    for name in ("x", "gy", "mask", "base_mask"):
         if name in v:
             v[name] = v[name].reshape(-1, v[name].shape[-1])
     s = _fixed(case.scaling)
@@ -67,9 +78,9 @@ def truth(case: Case) -> dict[str, Any]:
     def loss(name: str, at: tuple[int, ...], step: int) -> Any:
         moved = v[name].copy()
         moved[at] += step
-        return (v["gy"] * _forward({**v, name: moved}, s, n)).sum() >> BITS
+        return (v["gy"] * _forward(case, {**v, name: moved}, s, n)).sum() >> BITS
 
-    found: dict[str, Any] = {"y": _forward(v, s, n).reshape(case.gy.shape)}
+    found: dict[str, Any] = {"y": _forward(case, v, s, n).reshape(case.gy.shape)}
     for name in (*case.wanted, "W"):
         gradient = np.empty(v[name].shape, dtype=object)
         for at in np.ndindex(gradient.shape):
@@ -85,10 +96,11 @@ def merged(case: Case) -> dict[str, Any]:
     s = _fixed(case.scaling)
     V = v["W"] + ((s * ((v["B"] @ v["A"]) >> BITS)) >> BITS)
     if "m" in v:
-        V = ((v["m"] << BITS) // norms(V))[:, None] * V >> BITS
+        k = (v["m"] << BITS) // norms(V)
+        V = k[:, None] * V >> BITS
     found = {"W": V}
     if "bB" in v:
         found["b"] = v.get("b", 0) + ((s * v["bB"]) >> BITS)
     elif "b" in v:
-        found["b"] = v["b"]
+        found["b"] = (k * v["b"]) >> BITS if case.scales_bias else v["b"]
     return found

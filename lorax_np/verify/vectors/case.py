@@ -143,7 +143,7 @@ def to_case(vector: Vector) -> Case:
     config = config_of(s)
     norm = {None: "", "detached": "", "full": " full norm"}[s["dora"]]
     kind = f"{'dora' if s['dora'] else 'lora'}{norm}{', dropout' * ('mask' in vector.inputs)}"
-    arrays = {name: value for name, value in vector.inputs.items() if name not in ("s", "mask2")}
+    arrays: Any = {name: value for name, value in vector.inputs.items() if name not in ("s", "mask2")}
     return Case(
         id=vector.id,
         kind=kind,
