@@ -405,6 +405,6 @@ GARBAGE_STARTS = {
 GARBAGE_MERGES = {
     "none": (lambda found: None, 3),
     "an array": (lambda found: found["W"], 3),
-    "without W": (lambda found: {name: value for name, value in found.items() if name == "b"}, 0),
+    "without W": (lambda found: {name: value for name, value in found.items() if name == "b"}, 1),
     "off": (lambda found: found | {"W": 1.001 * found["W"]}, 1),
 }

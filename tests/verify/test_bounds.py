@@ -11,6 +11,7 @@ from strategies import seeds
 from lorax_np.verify.batteries.tensors import EPS, with_truth
 from lorax_np.verify.bounds.worst import bounds, merged_bounds
 from lorax_np.verify.cases import KINDS, MIDDLE, SMALL, UNIT, draw, grid
+from lorax_np.verify.conventions import Spec
 from lorax_np.verify.truths import exact, truth
 
 ORDERS = (
@@ -169,7 +170,9 @@ def test_an_error_of_a_thousandth_is_past_the_bound(battery):
     """At each of the harness's own cases in float32, whatever the direction: as a factor, and as noise."""
     shapes = SMALL if battery == "exact" else MIDDLE
     margins = {}
-    for case in grid(battery, shapes, "fp32", (False, True), int(battery == "complex"), "full"):
+    for case in grid(
+        battery, shapes, "fp32", Spec(norm_gradient=(False, True)), int(battery == "complex"), "full"
+    ):
         want = evaluate(in_float64(case), "z first")
         bound = bounds(case, UNIT["float32"]) if battery == "exact" else with_truth(case, UNIT["float32"])
         noise = np.random.default_rng(0)
@@ -189,7 +192,7 @@ def test_an_error_of_a_thousandth_is_past_the_bound(battery):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_merged_bounds_hold(dtype):
     """Against exact arithmetic, for one product at a time and in blocks; and a thousandth is past them."""
-    for case in grid("merge", SMALL, {"float32": "fp32", "float64": "fp64"}[dtype], (False,), 2, "full"):
+    for case in grid("merge", SMALL, {"float32": "fp32", "float64": "fp64"}[dtype], Spec(), 2, "full"):
         bound, want, s = merged_bounds(case, UNIT[dtype]), exact.merged(case), case.scaling
         for BA in (case.B @ case.A, product_in_blocks(case.B, case.A, 1)):
             W = case.W + s * BA
@@ -208,7 +211,7 @@ def test_merged_bounds_hold(dtype):
 def test_complex_steps_equal_exact_arithmetic(i):
     """Within the bound that with_truth adds for a float64 truth; a third of the cases each."""
     worst = 0.0
-    for case in list(grid("exact", SMALL, "fp64", (False, True), 0, "full"))[i::3]:
+    for case in list(grid("exact", SMALL, "fp64", Spec(norm_gradient=(False, True)), 0, "full"))[i::3]:
         want = {name: exact.to_float(value) for name, value in exact.truth(case).items()}
         got = {"y": truth.dense(case), **truth.gradients(case)}
         limit = bounds(replace(case, norm_gradient=case.m is not None), EPS)

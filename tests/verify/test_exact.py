@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lorax_np.verify.cases import KINDS, SMALL, draw, grid
+from lorax_np.verify.conventions import Spec
 from lorax_np.verify.truths import exact
 
 LORA = [kind for kind in KINDS if kind.startswith("lora")]
@@ -111,7 +112,7 @@ def test_fixed_point_holds_every_small_layers_float(value):
 
 def test_the_cases_are_generic():
     """No kind is missing, no tensor is zero, and each has its own constants."""
-    cases = list(grid("exact", SMALL, "fp32", (False, True), 0, "full"))
+    cases = list(grid("exact", SMALL, "fp32", Spec(norm_gradient=(False, True)), 0, "full"))
     assert {case.kind for case in cases} == set(KINDS)
     assert {case.b is None for case in cases} == {True, False}
     assert {case.train_b for case in cases} == {True, False}

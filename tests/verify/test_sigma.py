@@ -11,6 +11,7 @@ from lorax_np.verify.bounds.sigma import THRESHOLD, ceiling, deviations, toleran
 from lorax_np.verify.bounds.slope import slope, slopes
 from lorax_np.verify.bounds.worst import bounds
 from lorax_np.verify.cases import KINDS, MIDDLE, SMALL, draw, grid
+from lorax_np.verify.conventions import Spec
 from lorax_np.verify.layers.rounding import ORDERS, layer, to_bits
 from lorax_np.verify.precision import PRECISIONS
 
@@ -120,7 +121,7 @@ def test_on_the_layers_of_the_harness(profile, kind):
 @pytest.mark.parametrize("profile", ["fp32", "fp64"])
 def test_a_thousandth_is_seen_in_every_tensor(profile):
     seen = set()
-    for case in grid("complex", MIDDLE, profile, (False, True), 3, "quick"):
+    for case in grid("complex", MIDDLE, profile, Spec(norm_gradient=(False, True)), 3, "quick"):
         want, allowed = truth(case), tolerance(case, PRECISIONS[profile])
         for name, value in want.items():
             if np.any(value):

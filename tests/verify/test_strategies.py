@@ -152,7 +152,7 @@ def test_assert_case_names_what_is_wrong():
             r"FAIL  drawn/lora/.*/A at \[.*: got .*, want .*× the bound",
         ),
         ((y[..., :-1], gradients), "/y  expected shape"),
-        ((y, {"x": gradients["x"], "B": gradients["B"]}), "/A  the subject gives no such tensor"),
+        ((y, {"x": gradients["x"], "B": gradients["B"]}), "/A  asked for, and not given"),
         ((y.astype(np.float32), gradients), "/y  expected dtype float64, got float32"),
     ):
         with pytest.raises(AssertionError, match=says):

@@ -17,12 +17,12 @@ import lorax_np as lx
 from lorax_np.verify import isolate
 from lorax_np.verify.batteries.tensors import answer
 from lorax_np.verify.cases import MIDDLE, SMALL, Case, grid
-from lorax_np.verify.conventions import spec_of
+from lorax_np.verify.conventions import Spec, spec_of
 from lorax_np.verify.isolate import Died, GaveUp, Hung, frames, isolated
 
 HERE = Path(__file__).parent / "subjects"
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-CASES = list(grid("exact", SMALL, "fp32", (False, True), 0, "quick"))[::4]
+CASES = list(grid("exact", SMALL, "fp32", Spec(norm_gradient=(False, True)), 0, "quick"))[::4]
 CASE = CASES[0]
 
 
@@ -54,7 +54,7 @@ def ask(subject, case=CASE):
 def test_a_right_subject_gives_the_same_through_the_pipe(start):
     subject, right = start("Right"), lx.verify.subjects.reference()
     assert subject.spec == right.spec
-    for case in [*CASES, *grid("complex", MIDDLE, "fp64", (True,), 0, "quick")]:
+    for case in [*CASES, *grid("complex", MIDDLE, "fp64", Spec(norm_gradient=(True,)), 0, "quick")]:
         got, want = answer(subject, case), answer(right, case)
         assert {name: v.tobytes() for name, v in got.items()} == {name: v.tobytes() for name, v in want.items()}
         assert all(got[name].dtype == v.dtype and got[name].shape == v.shape for name, v in want.items())

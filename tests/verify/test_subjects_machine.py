@@ -14,12 +14,20 @@ from lorax_np.verify import subjects
 from lorax_np.verify.batteries.tensors import answer, judge_case, with_truth
 from lorax_np.verify.bounds.worst import bounds
 from lorax_np.verify.cases import MIDDLE, PROFILES, SMALL, UNIT, grid
+from lorax_np.verify.conventions import Spec
 from lorax_np.verify.isolate import isolated
 from lorax_np.verify.subjects.shared_library import PLACES, Fence
 from lorax_np.verify.truths import exact, truth
 
 HERE = Path(__file__).parent / "subjects"
-CASES = [case for case in grid("exact", SMALL, "fp32", (False,), 0, "full") if case.m is None]
+
+
+def plain_grid(battery, shapes, profile, level):
+    """The grid's layers without DoRA."""
+    return (case for case in grid(battery, shapes, profile, Spec(), 0, level) if case.m is None)
+
+
+CASES = list(plain_grid("exact", SMALL, "fp32", "full"))
 COVERED = [case for case in CASES if case.bB is None]
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
@@ -74,7 +82,7 @@ def test_a_right_library_passes(built, options):
     subject = subjects.ctypes(built(*options))
     checks = [
         *judged(subject),
-        *judged(subject, [c for c in grid("m", MIDDLE, "fp32", (), 0, "quick") if c.bB is None]),
+        *judged(subject, [c for c in plain_grid("m", MIDDLE, "fp32", "quick") if c.bB is None]),
     ]
     assert verdicts(checks) == {"pass"}, notes(checks)
     assert {check.tensor for check in checks} == {"y", "x", "A", "B", "b"}
@@ -86,7 +94,7 @@ def test_a_right_library_passes(built, options):
 @needs_gcc
 def test_a_library_in_double_precision(built):
     subject = subjects.ctypes(built("-O2", "-DREAL=double"), dtype="float64")
-    cases = [case for case in grid("exact", SMALL, "fp64", (), 0, "quick") if case.bB is None]
+    cases = [case for case in plain_grid("exact", SMALL, "fp64", "quick") if case.bB is None]
     assert verdicts(judged(subject, cases, "fp64")) == {"pass"}
     assert notes(judged(subject)) == {"the library computes in float64"}
 
@@ -148,7 +156,7 @@ def test_a_library_in_rust(tmp_path):
         bwd_order="N d_in d_out r s x W A B z gy gx gA gB",
         dtype="float64",
     )
-    checks = list(judged(subject, grid("exact", SMALL, "fp64", (), 0, "full"), "fp64"))
+    checks = list(judged(subject, plain_grid("exact", SMALL, "fp64", "full"), "fp64"))
     assert verdicts(checks) == {"pass", "not run"}
     assert {check.tensor for check in checks if check.verdict == "pass"} == {"y", "x", "A", "B"}
     assert notes(checks) == {f"lora_fwd takes no {name}" for name in ("b", "bB", "mask")}
@@ -179,12 +187,14 @@ def test_a_fence_holds_its_array(place, shape):
 @needs_node
 def test_a_program_in_javascript():
     subject = subjects.command(["node", HERE / "lora.js"])
-    checks = list(judged(subject, [*CASES[:4], *CASES[-4:], next(grid("m", MIDDLE, "fp32", (), 3, "quick"))]))
+    checks = list(
+        judged(subject, [*CASES[:4], *CASES[-4:], next(grid("m", MIDDLE, "fp32", Spec(), 3, "quick"))])
+    )
     assert verdicts(checks) == {"pass"}, notes(checks)
     assert {check.tensor for check in checks} == {"y", "x", "A", "B", "b", "bB"}
     exactly = judge_case(subject, "exact", CASES[1], exact.truth(CASES[1]), bounds(CASES[1], UNIT["float32"]))
     assert {check.tensor: check.verdict for check in exactly}["W"] == "pass"
-    dora = next(case for case in grid("exact", SMALL, "fp32", (False,), 0, "quick") if case.m is not None)
+    dora = next(case for case in grid("exact", SMALL, "fp32", Spec(), 0, "quick") if case.m is not None)
     assert notes(judged(subject, [dora])) == {"DoRA is not covered"}
 
 

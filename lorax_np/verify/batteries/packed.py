@@ -16,7 +16,7 @@ from ... import Adapter, Linear, LoraConfig, lora_linear_backward, lora_linear_f
 from ..bounds.worst import FEW, bounds
 from ..cases import PROFILES, UNIT, Case, HostArray
 from ..report import Check
-from .tensors import Absent, Crash, ask, by_name, chosen, judge
+from .tensors import NOT_OFFERED, Absent, Crash, ask, by_name, chosen, judge
 
 NONE = -1  # the id of a token without adapter
 
@@ -212,7 +212,9 @@ def judge_packed(subject: Any, case: PackedCase) -> list[Check]:
         bound[name] = bound[name] + more
     found = []
     for name in ("y", "x", "A", "B"):
-        if want[name].any():
+        if name != "y" and want[name].any() and not hasattr(subject, "packed_backward"):
+            found.append(check(f"{case.id}/{name}", tensor=name, verdict="not run", note=NOT_OFFERED))
+        elif want[name].any():
             compared = (got.get(name), want[name], bound[name])
             found.append(judge(case.id, "packed", case.kind, name, *compared, dtype))
     law = "tokens of no adapter are left alone; unused and padded stay 0"

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ class SharedLibrary:
             _names("order", order, known),
             _names("bwd_order", bwd_order, known | {"gy", *GRADIENTS}),
         )
+        given = tuple(name[1:] for name in GRADIENTS if name in self.bwd_order)
         self.fwd, self.bwd, self.dtype, self.spec = fwd, bwd, dtype, spec or Spec()
+        if self.spec.gradients is None:
+            self.spec = replace(self.spec, gradients=given)
 
     def run(self, case: Case, gy: Any) -> tuple[HostArray, dict[str, HostArray]]:
         """y and the gradients. Raises StrayWrite for a write outside an array, or into an input."""

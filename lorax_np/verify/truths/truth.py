@@ -31,7 +31,7 @@ def of(case: Case) -> dict[str, HostArray]:
 def derived(case: Case) -> dict[str, HostArray]:
     """y by its definition, and the gradients by their equations, step by step in float64."""
     wide = widened(case)
-    return {**run(wide, wide.gy)[1], "y": dense(case)}
+    return {"y": dense(case), **run(wide, wide.gy)[1]}
 
 
 def widened(case: Case) -> Case:
