@@ -43,6 +43,7 @@ class Spec:
     dora, dropout : the form of DoRA, and the place of dropout
     W, A, B : the layout in which it is given these, and gives their gradients back
     schedule : what a 16-bit layer rounds on the way to y; "" where it does not say
+    embedding : the factor of an embedding's adapter that is 0 at the start; the other is drawn
     """
 
     norm_gradient: tuple[bool, ...] = (False,)
@@ -57,6 +58,7 @@ class Spec:
     A: str = LAYOUTS["A"][0]
     B: str = LAYOUTS["B"][0]
     schedule: str = ""
+    embedding: str = "A"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that has no meaning, naming those that have."""
@@ -87,6 +89,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "dropout": tuple(DROPOUT),
     **LAYOUTS,
     "schedule": ("", *SCHEDULES),
+    "embedding": ("A", "B"),
 }
 OURS = Spec()
 

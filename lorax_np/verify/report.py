@@ -22,6 +22,7 @@ TRUTHS = (
     "exact",
     "complex",
     "merge",
+    "grades",
     "weights",
 )  # which hold a tensor against what it is
 RIGHT = "CORRECT"  # among the ids of an explanation: the right layer itself
@@ -36,6 +37,7 @@ class Check:
     id : battery/kind/number/tensor, stable between runs;  ratio : largest error ÷ its bound, 1 or less passes
     at, got, want : where the error is largest, what came there, and the truth;  note : anything else
     map : error ÷ bound over the tensor's two axes, where it failed, at most 64 × 64
+    grade : how good what passed is, in words, where more than one way is right
     """
 
     id: str
@@ -49,6 +51,7 @@ class Check:
     want: float | None = None
     note: str = ""
     map: tuple[tuple[float, ...], ...] | None = None
+    grade: str = ""
 
 
 @dataclass
@@ -99,7 +102,7 @@ class Report:
             bad = [check for check in mine if check.verdict == "fail"]
             if not bad:
                 continue
-            merges = {check.battery == "merge" for check in bad}
+            merges = {check.battery in ("merge", "grades") for check in bad}
             name = " and ".join(f"merged {tensor}" if merge else _name(tensor) for merge in sorted(merges))
             kinds = {check.kind for check in bad}
             good = {check.kind for check in mine} - kinds

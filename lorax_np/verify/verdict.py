@@ -1,5 +1,6 @@
 """verify: a subject, a profile, and the report on it."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .. import ConfigError
 from .batteries import suited
+from .batteries.grades import graded
 from .batteries.schedule import infer_schedule
 from .batteries.tensors import Absent, Crash, chosen
 from .cases import PROFILES
@@ -52,7 +55,8 @@ def verify(
     A tensor passes where its error is within the bound that its own roundings explain, entry by entry
     (specs/verify.md); nothing is tuned. What a subject lacks is reported as not run, never as passed.
     Raises ValueError for an unknown profile or level, LookupError for an unknown subject, FormatError for a
-    file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec.
+    file that is damaged or holds no such tensor, ConfigError for a subject whose spec is no Spec, or for a
+    profile of bfloat16 without ml_dtypes.
     """
     choices = (
         ("profile", profile, tuple(PROFILES)),
@@ -62,6 +66,7 @@ def verify(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    _know(profile)
     start = time.perf_counter()
     title = title or (subject if isinstance(subject, str) else type(subject).__name__)
     with opened(subject, isolation) as found:
@@ -80,6 +85,16 @@ def verify(
                 report.cause = replace(report.cause, other=other.differences(spec))
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _know(profile: str) -> None:
+    """Let NumPy know bfloat16 by its name, where the profile's arrays are of it."""
+    if PROFILES[profile] == "bfloat16":
+        try:
+            importlib.import_module("ml_dtypes")
+        except ImportError:
+            wanted = f"the package ml_dtypes for {profile}"
+            raise ConfigError(f"profile: expected {wanted}, got none; pip install 'lorax-np[bf16]'") from None
 
 
 @contextmanager
@@ -115,6 +130,7 @@ def _judge(
                 report.checks.extend(check for check in checks if chosen(check.id, case))
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
+        report.notes += graded(report.checks, profile)
         if weights is None and not case and PROFILES[profile] in ("float16", "bfloat16"):
             with suppress(Absent, Crash):  # which the batteries have said
                 report.notes.append(f"y in 16 bits, by its bits: {infer_schedule(subject, profile, seed)}")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lorax_np.verify.batteries import BATTERIES
+from lorax_np.verify.batteries.embedding import EmbeddingReference
 from lorax_np.verify.cases import KINDS as LAYERS
 from lorax_np.verify.cases import draw
 from lorax_np.verify.layers import plain
@@ -33,7 +34,7 @@ PUBLISHED = (
 )
 
 
-class Whole(Filed, Serving, Arithmetic):
+class Whole(Filed, Serving, Arithmetic, EmbeddingReference):
     """All methods there are, all right."""
 
 

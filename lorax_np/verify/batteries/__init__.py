@@ -8,9 +8,11 @@ from . import (
     calls,
     conduct,
     edges,
+    embedding,
     files,
     forms,
     generic,
+    grades,
     lattice,
     packed,
     probes,
@@ -59,15 +61,24 @@ BATTERIES: dict[str, Battery] = {
     "foreign": files.battery_foreign,
     "rebuilt": files.battery_rebuilt,
     "resumed": files.battery_resumed,
+    # embedding_forward, embedding_backward
+    "embedding": embedding.battery_embedding,
     # packed_forward, packed_backward, together
     "packed": packed.battery_packed,
     "unpacked": several.battery_unpacked,
     "together": several.battery_together,
     "apart": several.battery_apart,
 }
+HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ANY_WIDTH = ("lattice", "generic", "probes", "schedule")  # the bounds of the others know one unit roundoff
+ANY_WIDTH = (
+    "lattice",
+    "generic",
+    "probes",
+    "schedule",
+    "embedding",
+)  # the others' bounds know one unit roundoff
 
 
 def suited(profile: str, asked: str = "") -> dict[str, Battery]:
@@ -76,6 +87,6 @@ def suited(profile: str, asked: str = "") -> dict[str, Battery]:
     Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
     """
     if profile not in UNIT_PROFILES:
-        return {name: BATTERIES[name] for name in ANY_WIDTH}
+        return {name: BATTERIES[name] for name in ANY_WIDTH} | HALVES
     left_out = () if profile == "fp64" else PROOF
     return {name: battery for name, battery in BATTERIES.items() if name not in left_out or name == asked}

@@ -40,6 +40,9 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
     P, Q = xp @ W.T, (s * xA @ B.T + least * (1 + xd.sum(axis=1)[:, None])) * out
     b, bB = v.get("b", np.zeros(d_out)), s * v.get("bB", np.zeros(d_out)) * out
     far = k + 1 if case.m is not None else 0 * k  # of the terms (k − 1)∘P
+    sums = G
+    if case.m is not None and case.product_mask is None and "b" in v:  # (bounds.53)
+        P, sums = P + b, G * (1 + 2 * far)
     Gc, shared = G * far, rho[:, None] * M
     inside = P + b if case.scales_bias else P
     whole = inside + Q  # what k multiplies
@@ -58,7 +61,7 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
             c = gk * v["m"] / n**3 + least * (1 + 1 / n) ** 2
             gV = ((gamma(N + d_in + d_out + 2 * r, 3 * FEW, 4) + 4 * rho) * c)[:, None] * V
             gA, gB, gW = gA + s * B.T @ gV, gB + s * gV @ A.T, gW + gV
-    total = gamma(N, FEW, 0) * G.sum(axis=0)
+    total = gamma(N, FEW, 0) * sums.sum(axis=0)
     if case.scales_bias:
         total = (gamma(N) + rho) * Gk.sum(axis=0)
     found = {"y": y, "x": gx, "W": gW, "A": gA, "B": gB, "m": gm, "b": total}
@@ -67,6 +70,20 @@ def ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
     found = {name: value + precision.store * least * (1 + s) for name, value in found.items()}
     found = {name: np.nan_to_num(value, nan=np.inf, posinf=np.inf) for name, value in found.items()}
     return {name: value.reshape(shapes[name]) for name, value in found.items() if name in shapes}
+
+
+def merged_ceiling(case: Case, precision: Precision) -> dict[str, HostArray]:
+    """The most that a profile's roundings explain of a merged weight and bias, by entry.  (merge.12)"""
+    v = {name: np.abs(value).astype(np.float64) for name, value in case.arrays().items()}
+    total = len(case.A) * precision.accumulate + FEW * precision.store
+    count = total / (1 - total) if total < 1 else np.inf
+    k, rho = np.ones(len(case.W)), np.zeros(len(case.W))
+    if case.m is not None:
+        k, rho, _ = _magnitude(case, v, precision, precision.accumulate)
+    s, nothing = abs(case.scaling), np.zeros(len(k))
+    size, least = v["W"] + s * v["B"] @ v["A"], _NORMAL[precision.dtype] * precision.store
+    bias = v.get("b", nothing) + s * v.get("bB", nothing)
+    return {"W": (count + rho[:, None]) * k[:, None] * size + least, "b": count * bias + least}
 
 
 def _magnitude(

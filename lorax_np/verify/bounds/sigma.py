@@ -87,6 +87,8 @@ def _prepare(case: Case, precision: Precision) -> Any:
     t.full, t.N, (t.d_out, t.d_in), t.r = t.dora and case.norm_gradient, len(t.x), t.W.shape, len(t.A)
     t.W2, t.A2, t.B2, t.G2 = (a * a for a in (t.W, t.A, t.B, t.G))
     t.x2, t.xd2, t.xp2 = (a * a for a in (t.x, t.xd, t.xp))
+    # whether P may be the base's output, less b again
+    t.reused = t.dora and t.other is None and t.b is not None and not t.scaled
     t.masked = 0.0 if t.mask is None else t.u.store  # variance of a relative error in x∘mask
     t.often = 2 * (t.u.store + t.u.sum)  # of a result and of s times it, and of two constants
     t.floor = t.u.least * (1 + t.s2)  # of a small result, and of s times it
@@ -135,6 +137,11 @@ def _forward(t: Any) -> HostArray:
     if t.dora:
         c, k2, W2 = t.k - 1, t.k * t.k, t.W2.T
         t.P, t.P_var = y0, y0_var
+        read: Any = 0.0
+        again: Any = 0.0
+        if t.reused:
+            read, again = u.stored(y0 + t.b), u.stored(y0)
+            t.P_var = y0_var + read + again  # (bounds.51)
         if t.other is not None:
             t.P, squares = t.xp @ t.W.T, t.xp2 @ W2
             t.P_var = u.summed(squares, t.P, t.d_in) + u.store * squares + u.stored(t.P)
@@ -143,7 +150,9 @@ def _forward(t: Any) -> HostArray:
             t.P_var = t.P_var + u.stored(t.P) + u.stored(t.b)  # (bounds.47)
         whole = t.P + L
         terms = [y0, c * t.P, t.k * L]
-        once = c * c * t.P_var if t.other is not None else np.maximum(c * c, k2 - 1) * y0_var
+        once = c * c * t.P_var
+        if t.other is None:
+            once = np.maximum(c * c, k2 - 1) * (y0_var + read) + c * c * again
         if t.scaled:
             once = once + k2 * (t.P_var - y0_var if t.other is None else 0)
         extra = once + k2 * (t.L_var + u.stored(whole) + t.rho * whole * whole)  # (bounds.17)
@@ -304,6 +313,10 @@ def _biases(t: Any) -> dict[str, HostArray]:
     b = variance + u.stored(total)  # (bounds.33)
     if t.scaled:
         b = b + u.store * squares + t.rho * total * total  # (bounds.50)
+    if t.reused:  # b's share of the base's output, less what DoRA takes off
+        parts = [once(t.Gk), once(t.G * (t.k - 1))]
+        own = sum(variance + u.stored(part) for part, _, variance in parts)
+        b = np.maximum(b, own + u.stored(t.Gk).sum(axis=0) + u.stored(total))  # (bounds.52)
     total, squares, variance = once(t.Go)
     variance = variance + (u.store + t.often_G) * squares
     bB = t.s2 * variance + t.often * t.s2 * total * total + t.floor  # (bounds.34)
@@ -345,6 +358,9 @@ def _leanings(t: Any, half: float) -> dict[str, HostArray]:
     size["bB"] = abs(t.s) * half * (t.N + 1) * np.abs(t.Go.sum(axis=0))
     if t.scaled:
         size["b"] = (half * (t.N + 1) + kappa) * np.abs(t.Gk.sum(axis=0))
+    if t.reused:
+        both = np.abs(t.Gk.sum(axis=0)) + np.abs((t.G * (t.k - 1)).sum(axis=0))
+        size["b"] = np.maximum(size["b"], half * (t.N + 1) * both)
     if t.dora:
         size["m"] = (half * (t.N + t.d_in + t.r + 2) + kappa) * np.abs(t.gm)
     return size

@@ -123,11 +123,21 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
             variance = both * pair(G, t.xd, t.V.T)
         else:
             variance = both * (pair(G, t.xp, t.W.T) + pair(G * out, t.xd, (t.V - t.W).T))
+        variance += float(weight @ (_lost(t) / t.n)) ** 2
     if t.full and name in ("A", "B", "W"):
         onto = weight if name == "W" else s * (t.B @ weight if name == "A" else weight @ t.A)
-        variance += float((t.c_var * np.square((onto * t.V).sum(axis=1))).sum())
+        by_row = (onto * t.V).sum(axis=1)
+        variance += float((t.c_var * np.square(by_row)).sum() + (by_row @ (_lost(t) * t.m / t.n**3)) ** 2)
         variance += float((t.gV_own * np.square(onto)).sum()) + both * float(np.square(onto * t.gV).sum())
     return variance + float((t.rho * rows * rows + 2 * u.store * near * near).sum())  # (bounds.43)
+
+
+def _lost(t: Any) -> HostArray:
+    """What of gk is gone where P is the base's output less b, and b so large that P is rounded away."""
+    if not t.reused:
+        return np.zeros(t.d_out)
+    gone = np.abs(t.P) < 2 * np.sqrt(3 * t.u.store) * np.abs(t.P + t.b)
+    return np.asarray((t.G * t.P * gone).sum(axis=0))  # (bounds.54)
 
 
 def _alike(t: Any, weight: HostArray, u: Any) -> float:

@@ -41,6 +41,7 @@ class Order:
     scale : where s is applied: to a result, or to A, B, gy, or to the mask
     sums : whole, in two halves, in blocks of tokens, or with the terms reversed
     fused : the update is added inside the accumulators of the base product
+    reused : b is added first, and taken off where DoRA without a mask reads P from the base's output
     wide : everything in float64, results rounded once
     """
 
@@ -48,6 +49,7 @@ class Order:
     scale: Literal["result", "A", "B", "gy", "mask"] = "result"
     sums: Literal["whole", "halves", "blocks", "reversed"] = "whole"
     fused: bool = False
+    reused: bool = False
     wide: bool = False
 
 
@@ -62,6 +64,7 @@ ORDERS: dict[str, Order] = {
     "blocks": Order(sums="blocks"),
     "reversed": Order(sums="reversed", first="BA"),
     "fused": Order(fused=True, scale="B"),
+    "b first": Order(reused=True),
     "wide": Order(wide=True),
 }
 
@@ -181,11 +184,13 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     # ---- forward
     base = at(x, W.T)
     k = c = np.ones(len(W))
+    first = order.reused and "b" in v and not case.scales_bias
+    taken_off = first and dora and other is None
     if order.fused and not dora and out is None:
         z = q(at(xs, As.T))
         y = at(z, Bs.T, base)
     else:
-        y0 = q(base)
+        y0 = q(q(base) + v["b"]) if first else q(base)
         if order.first == "BA":
             z, L = np.zeros((len(x), len(A))), q(at(xd, D.T))
         else:
@@ -198,7 +203,7 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
         n = q(np.sqrt(machine.squares(V)))
         k = q(v["m"] / n)
         c = q(q(v["m"] - n) / n) if where == "result" else q(k - 1)
-        P = y0 if other is None else q(at(xp, W.T))
+        P = q(at(xp, W.T)) if other is not None else q(y0 - v["b"]) if taken_off else y0
         P = q(P + v["b"]) if case.scales_bias and "b" in v else P
         if other is None and where == "gy":
             y = q(k * q(P + L))
@@ -208,7 +213,7 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
             y = q(y0 + q(q(c * P) + q(k * L)))
     if "bB" in v:
         y = q(y + q(q(s * v["bB"]) * (1.0 if out is None else out)))
-    if "b" in v and not (case.scales_bias and other is None and where == "gy"):
+    if "b" in v and not first and not (case.scales_bias and other is None and where == "gy"):
         y = q(y + v["b"])
 
     # ---- backward
@@ -229,7 +234,11 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     if where == "mask":
         back = machine.factors(back, s)
     base = at(G, W)
-    if order.fused and not dora and mask is None:
+    if taken_off:
+        Gb = q(G * c)  # by P, which goes back into the base's output
+        Gy = q(G + Gb)
+        gx = q(q(at(Gy, W)) + q(back * lo))
+    elif order.fused and not dora and mask is None:
         gx = at(gz, As, base)
     elif dora:
         side = q(at(q(G * c), W))
@@ -239,7 +248,10 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
         gx = q(q(base) + q(back * lo))
     found["x"], found["W"] = gx, q(at(G.T, x))
     if dora:
-        found["W"] = q(found["W"] + q(at(q(G * c).T, xp)))
+        if taken_off:
+            found["W"] = q(at(Gy.T, x))
+        else:
+            found["W"] = q(found["W"] + q(at(q(G * c).T, xp)))
         gk = q(machine.total(q(G * q(P + L)), 0))
         if order.first == "BA" and case.dora == "peft" and out is None:
             gk = q(machine.total(q(q(at(G.T, xd)) * V), 1))
@@ -253,6 +265,8 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     found |= {"A": gA, "B": gB}
     if case.train_b:
         found["b"] = q(machine.total(scaled if case.scales_bias else G, 0))
+        if taken_off:
+            found["b"] = q(q(machine.total(Gy, 0)) - q(machine.total(Gb, 0)))
     if "bB" in v:
         Go = G if out is None else q(G * out)
         found["bB"] = machine.total(q(s * Go), 0) if where == "gy" else q(s * q(machine.total(Go, 0)))

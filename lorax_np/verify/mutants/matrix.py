@@ -41,6 +41,7 @@ SEES: Mapping[
     "foreign": frozenset(("file",)),
     "rebuilt": frozenset(("file",)),
     "resumed": frozenset(("file",)),
+    "embedding": frozenset(),
     "packed": frozenset(("packed",)),
     "unpacked": frozenset(("packed",)),
     "together": frozenset(("packed",)),

@@ -88,8 +88,12 @@ def reference(xp: Any = None) -> Any:
     return Reference(xp)
 
 
-def peft(config: Any = None) -> Any:
+def peft(config: Any = None, *, autocast_adapter_dtype: bool = True, safe_merge: bool = False) -> Any:
     """PEFT's real layers under torch's autograd; with a LoraConfig, only the cases of its DoRA, rsLoRA and bB.
+
+    autocast_adapter_dtype : as in get_peft_model: adapters beside a base of 16 bits are float32, and their
+        gradients are rounded once as they are handed back;  False: they are of the base's dtype
+    safe_merge : as in merge_and_unload
 
     Raises LookupError naming the extra where torch or PEFT is missing.
     """
@@ -97,7 +101,7 @@ def peft(config: Any = None) -> Any:
         from .peft_layer import Peft
     except ImportError as error:
         raise NoSubject(f"peft: expected torch and PEFT, got: {error}; pip install 'lorax-np[peft]'") from error
-    return Peft(config)
+    return Peft(config, autocast_adapter_dtype=autocast_adapter_dtype, safe_merge=safe_merge)
 
 
 def torch_module(

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from ... import ConfigError
 from ..cases import Case, HostArray
 from ..conventions import Spec
 from . import NoSubject
+from .torch_arrays import to_array, to_tensor
 
 PARAMETERS = ("W", "b", "A", "B", "bB", "m")
 
@@ -65,10 +64,10 @@ class TorchModule:
             )
         found = {}
         for (name, value), g in zip(wanted.items(), gradients, strict=True):
-            found[name] = self._host(
+            found[name] = to_array(
                 self._torch.zeros_like(value) if g is None else g
             )  # unused: it does not train
-        return self._host(y), found
+        return to_array(y), found
 
     @contextmanager
     def _holding(self, module: Any, case: Case, device: Any) -> Iterator[dict[str, Any]]:
@@ -98,19 +97,7 @@ class TorchModule:
             module.train(training)
 
     def _tensor(self, value: HostArray, device: Any) -> Any:
-        """A tensor of its own with an array's values."""
-        if value.dtype.name == "bfloat16":
-            raw = self._torch.from_numpy(np.ascontiguousarray(value).view(np.uint16).astype(np.int32))
-            return (raw << 16).view(self._torch.float32).to(self._torch.bfloat16).to(device)
-        return self._torch.tensor(np.array(value), device=device)
-
-    def _host(self, value: Any) -> HostArray:
-        """A tensor's values as an array; bfloat16 too."""
-        value = value.detach().cpu()
-        if value.dtype != self._torch.bfloat16:
-            return np.array(value.numpy())
-        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
-        return np.array(value.float().numpy()).astype(bfloat16)  # exact
+        return to_tensor(self._torch, value, device)
 
 
 def _masking(torch: Any, mask: Any) -> Any:
