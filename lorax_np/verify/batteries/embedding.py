@@ -25,7 +25,8 @@ from ..cases import PROFILES, HostArray
 from ..conventions import spec_of
 from ..precision import PRECISIONS, Precision
 from ..report import Check
-from .laws import CHANCE, lawful
+from .laws import lawful
+from .starts import CHANCE
 from .tensors import Absent, Crash, ask, by_name, chosen, judge, refusal
 
 LEAST = {"float16": 2.0**-14}  # the least normal number, where products come near it
