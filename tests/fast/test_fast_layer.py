@@ -238,7 +238,7 @@ REFUSED = {
     "a record": {"base": EYE},
     "the mask's shape": {"mask": np.ones(4)},
     "the mask's dtype": {"mask": np.ones(3, int)},
-    "a mask for nothing": {"adapter": lx.Adapter(None, None, "b": np.ones(3)), "mask": np.ones(3)},
+    "a mask for nothing": {"adapter": lx.Adapter(None, None, b=np.ones(3)), "mask": np.ones(3)},
     "no array": {"x": [1.0, 2.0, 3.0]},
     "none": {"x": None},
 }
@@ -259,9 +259,9 @@ BACK = {
     "gy's width": {"gy": np.ones(4)},
     "gy's dtype": {"gy": np.ones(3, np.float32)},
     "another adapter": {"adapter": lx.Adapter(np.ones((2, 3)), np.ones((3, 2)))},
-    "another kind of adapter": {"adapter": lx.Adapter(np.ones((1, 3)), np.ones((3, 1)), "m": np.ones(3))},
+    "another kind of adapter": {"adapter": lx.Adapter(np.ones((1, 3)), np.ones((3, 1)), m=np.ones(3))},
     "complex": {"gy": np.ones(3, complex)},
-    "a bias alone": {"adapter": lx.Adapter(None, None, "b": np.ones(3))},
+    "a bias alone": {"adapter": lx.Adapter(None, None, b=np.ones(3))},
 }
 
 
