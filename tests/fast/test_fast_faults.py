@@ -53,7 +53,7 @@ def matrix(on_fast):
 
 def test_planted_in_fast_every_fault_of_a_layer_is_refused(matrix):
     missed = [fault.id for fault in OF_A_LAYER if not matrix.killers(fault)]
-    assert not missed
+    assert missed == ["G15"], "whose only fault is in gW, which the fast engine does not offer"
     assert len(OF_A_LAYER) > 60
 
 
