@@ -174,13 +174,17 @@ def _dropped(X: HostArray, drop: Any, low: str) -> Iterator[tuple[slice, HostArr
     fill = drop.blocks() if isinstance(drop, DropoutKey) else None
     mask = X if fill else _rows(drop)
     factor = _factor(drop, low)
-    for part in row_blocks(X):
-        keep = np.empty((part.stop - part.start, X.shape[1]), low)
+    parts = list(row_blocks(X))
+    height = max((part.stop - part.start for part in parts), default=0)
+    keeps, dropped = (empty((height, X.shape[1]), low) for _ in range(2))
+    for part in parts:
+        keep, xd = keeps[: part.stop - part.start], dropped[: part.stop - part.start]
         if fill is not None:
             fill(keep)
         else:
             keep[...] = mask[part]
-        yield part, keep, keep * to(X[part], low), factor
+        np.multiply(keep, to(X[part], low), out=xd)
+        yield part, keep, xd, factor
 
 
 def _factor(drop: Any, low: str) -> float:

@@ -9,7 +9,7 @@ from ..backend import HostArray, cast
 from .buffers import empty
 from .gemm import gemm
 
-ENTRIES = 1 << 18  # of a block of rows: what a core's own cache holds in float32
+ENTRIES = 1 << 17  # of a block of rows: a few of them stay in a core's own cache in float32
 
 
 def to(x: Any, dtype: str) -> HostArray:
