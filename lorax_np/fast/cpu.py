@@ -61,14 +61,14 @@ def lora_linear_forward(
     lead, narrow, wide = x.shape[:-1], dtype_name(x), compute_dtype(x)
     X, W, b = _rows(x), to_host(base.W), adapter.b if adapter.b is not None else base.b
     if adapter.A is None or adapter.B is None:
-        y = _base(to(X, wide), W, b, narrow)
+        y = _base(X, W, b, narrow)
         return _shaped(y, narrow, lead), FastSaved(x, None, None, None)
 
     low = compute_dtype(adapter.A)
     A, B, m, bB = (_host(value, low) for value in (adapter.A, adapter.B, adapter.m, adapter.bB))
     both = np.result_type(wide, low).name
     if m is None:
-        y = to(_base(to(X, wide), W, _bias(b, bB, s, wide, narrow), narrow), both)
+        y = to(_base(X, W, _bias(b, bB, s, wide, narrow), narrow), both)
         z = _down(X, A, drop)
         add_product(z, B.T, y, s)  # (lora.2) to (lora.4)
         if bB is not None and narrow != both:
@@ -102,7 +102,7 @@ def lora_linear_backward(
     X, G, W = _rows(saved.x), _rows(gy), to_host(base.W)
     gb = None if adapter.b is None else to(np.sum(to(G, wide), axis=0), dtype_name(adapter.b))
     if adapter.A is None or adapter.B is None or saved.z is None:
-        gx = _base_back(to(G, wide), W, wide) if need_gx else None
+        gx = _base_back(G, W, wide) if need_gx else None
         return _shaped(gx, narrow, lead), Adapter(None, None, b=gb)
 
     low = compute_dtype(adapter.A)
@@ -111,7 +111,7 @@ def lora_linear_backward(
     gm, back = None, None
     if m is None or saved.dora is None:
         gz, gB = _up(Gl, saved.z, B, s)
-        gx = _base_back(to(G, wide), W, both) if need_gx else None
+        gx = _base_back(G, W, both) if need_gx else None
     else:
         n = saved.dora.norms.n
         k, c = (m / n).astype(low), ((m - n) / n).astype(low)  # (dora.5), (dora.6)
@@ -136,8 +136,8 @@ def lora_linear_backward(
 
 
 def _base(X: HostArray, W: HostArray, b: Any, narrow: str) -> HostArray:
-    """xWᵀ + b in X's dtype, rounded to `narrow`: (linear.1), (linear.2), (linear.6)."""
-    y = empty((len(X), len(W)), X.dtype.name)
+    """xWᵀ + b in the dtype X computes in, rounded to `narrow`: (linear.1), (linear.2), (linear.6)."""
+    y = empty((len(X), len(W)), compute_dtype(X))
     if b is not None:
         y[...] = to_host(b)
     through(X, W, y, 0.0 if b is None else 1.0)
@@ -161,7 +161,7 @@ def _round(y: HostArray, narrow: str) -> None:
 
 def _base_back(G: HostArray, W: HostArray, both: str) -> HostArray:
     """gy W in the wider dtype: (linear.3)."""
-    gx = empty((len(G), W.shape[1]), G.dtype.name)
+    gx = empty((len(G), W.shape[1]), compute_dtype(G))
     back_through(G, W, gx)
     return to(gx, both)
 
@@ -270,7 +270,7 @@ def _magnified(
             if b is not None:
                 y[part] += b
     else:
-        y = to(_base(to(X, wide), W, b, narrow), np.result_type(wide, low).name)
+        y = to(_base(X, W, b, narrow), np.result_type(wide, low).name)
         for part in row_blocks(PQ):
             y[part] += c * PQ[part]
         add_product(z, (k[:, None] * B).T, y, s)
@@ -295,7 +295,7 @@ def _magnified_back(
         gx = empty((len(G), W.shape[1]), low)
         back_through(Gl * k, W, gx)
         return gx, None
-    gx, under = _base_back(to(G, wide), W, both), empty((len(G), W.shape[1]), low)
+    gx, under = _base_back(G, W, both), empty((len(G), W.shape[1]), low)
     back_through(Gl * c, W, under)
     if drop is None:
         gx += under
