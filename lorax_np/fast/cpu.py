@@ -66,7 +66,7 @@ def lora_linear_forward(
 
     low = compute_dtype(adapter.A)
     A, B, m, bB = (_host(value, low) for value in (adapter.A, adapter.B, adapter.m, adapter.bB))
-    both = np.result_type(wide, low).name
+    both = _wider(wide, low)
     if m is None:
         y = to(_base(X, W, _bias(b, bB, s, wide, narrow), narrow), both)
         z = _down(X, A, drop)
@@ -107,7 +107,7 @@ def lora_linear_backward(
 
     low = compute_dtype(adapter.A)
     A, B, m = (_host(value, low) for value in (adapter.A, adapter.B, adapter.m))
-    Gl, both = to(G, low), np.result_type(wide, low).name
+    Gl, both = to(G, low), _wider(wide, low)
     gm, back = None, None
     if m is None or saved.dora is None:
         gz, gB = _up(Gl, saved.z, B, s)
@@ -147,7 +147,7 @@ def _base(X: HostArray, W: HostArray, b: Any, narrow: str) -> HostArray:
 
 def _bias(b: Any, bB: HostArray | None, s: float, wide: str, narrow: str) -> Any:
     """b, and s·bB with it where nothing is rounded in between."""
-    if bB is None or narrow != np.result_type(wide, bB.dtype).name:
+    if bB is None or narrow != _wider(wide, dtype_name(bB)):
         return b
     return s * bB if b is None else b + s * bB
 
@@ -194,18 +194,18 @@ def _factor(drop: Any, low: str) -> float:
 
 def _down(X: HostArray, A: HostArray, drop: Any) -> HostArray:
     """z = xd Aᵀ: (dropout.1), (lora.1)."""
-    z = empty((len(X), len(A)), A.dtype.name)
+    z = empty((len(X), len(A)), dtype_name(A))
     if drop is None:
-        gemm(to(X, A.dtype.name), A.T, z)
+        gemm(to(X, dtype_name(A)), A.T, z)
         return z
-    for part, _, xd, factor in _dropped(X, drop, A.dtype.name):
+    for part, _, xd, factor in _dropped(X, drop, dtype_name(A)):
         gemm(xd, A.T, z[part], factor)
     return z
 
 
 def _up(G: HostArray, z: HostArray, B: HostArray, s: float) -> tuple[HostArray, HostArray]:
     """gz = s·gy B and gB = s·gyᵀz: (lora.5) to (lora.7)."""
-    gz, gB = empty(z.shape, z.dtype.name), empty(B.shape, B.dtype.name)
+    gz, gB = empty(z.shape, dtype_name(z)), empty(B.shape, dtype_name(B))
     gemm(G, B, gz, s)
     gemm(G.T, z, gB, s)
     return gz, gB
@@ -215,7 +215,7 @@ def _down_back(
     X: HostArray, gz: HostArray, A: HostArray, drop: Any, gx: HostArray | None, back: HostArray | None
 ) -> HostArray:
     """gA = gzᵀ xd; adds (gz A)∘mask to gx, and what DoRA has to add under the mask: (lora.8), (lora.9)."""
-    gA, low = empty(A.shape, A.dtype.name), A.dtype.name
+    gA, low = empty(A.shape, dtype_name(A)), dtype_name(A)
     if drop is None:
         gemm(gz.T, to(X, low), gA)
         if gx is not None:
@@ -250,7 +250,7 @@ def _magnified(
     narrow: str,
 ) -> tuple[HostArray, HostArray, DoraSaved]:
     """y, z, and what the backward reads: (dora.5) to (dora.7)."""
-    low, wide = A.dtype.name, compute_dtype(X)
+    low, wide = dtype_name(A), compute_dtype(X)
     norms = row_norms(W, A, B, s)
     k, c = (m / norms.n).astype(low), ((m - norms.n) / norms.n).astype(low)
     PQ = empty((len(X), len(W)), low)
@@ -270,7 +270,7 @@ def _magnified(
             if b is not None:
                 y[part] += b
     else:
-        y = to(_base(X, W, b, narrow), np.result_type(wide, low).name)
+        y = to(_base(X, W, b, narrow), _wider(wide, low))
         for part in row_blocks(PQ):
             y[part] += c * PQ[part]
         add_product(z, (k[:, None] * B).T, y, s)
@@ -293,14 +293,19 @@ def _magnified_back(
     Gl = to(G, low)
     if drop is None and wide == low:
         gx = empty((len(G), W.shape[1]), low)
-        back_through(Gl * k, W, gx)
+        back_through(_times(Gl, k), W, gx)
         return gx, None
     gx, under = _base_back(G, W, both), empty((len(G), W.shape[1]), low)
-    back_through(Gl * c, W, under)
+    back_through(_times(Gl, c), W, under)
     if drop is None:
         gx += under
         return gx, None
     return gx, under
+
+
+def _times(G: HostArray, v: HostArray) -> HostArray:
+    """gy∘v, in an array of its own."""
+    return np.multiply(G, v, out=empty(G.shape, dtype_name(G)))
 
 
 def _add_norm_gradient(
@@ -328,6 +333,11 @@ def _add_norm_gradient(
 
 def _rows(x: Any) -> HostArray:
     return to_host(rows(x))
+
+
+def _wider(one: str, other: str) -> str:
+    """Of float32 and float64, the one that holds both."""
+    return "float64" if "float64" in (one, other) else one
 
 
 def _host(value: Array | None, dtype: str) -> Any:

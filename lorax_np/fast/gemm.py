@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import HostArray, add_fact
+from ..backend import HostArray, add_fact, dtype_name
 from ..errors import BackendError
 
 Multiply = Callable[[HostArray, HostArray, HostArray, float, float], None]
@@ -59,7 +59,7 @@ def gemm_stored(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, 
     Returns whether it could: False, with nothing written, for other dtypes, and where no matrix unit is.
     """
     multiply = engine().stored
-    if multiply is None or not (a.dtype.name == b.dtype.name == "bfloat16") or out.dtype != np.float32:
+    if multiply is None or not (dtype_name(a) == dtype_name(b) == "bfloat16") or out.dtype != np.float32:
         return False
     if out.size:
         multiply(a, b, out, alpha, beta)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import HostArray, cast
+from ..backend import HostArray, cast, dtype_name
 from .buffers import empty
 from .gemm import gemm, gemm_stored
 
@@ -35,7 +35,7 @@ def through(x: HostArray, W: HostArray, out: HostArray, beta: float = 0.0) -> No
     """out ← x Wᵀ + β·out, as (linear.1).  out : (N, d_out) in the dtype computed in."""
     if gemm_stored(x, W.T, out, 1.0, beta):
         return
-    x = to(x, out.dtype.name)
+    x = to(x, dtype_name(out))
     if W.dtype == out.dtype:
         gemm(x, W.T, out, 1.0, beta)
         return
@@ -47,7 +47,7 @@ def back_through(g: HostArray, W: HostArray, out: HostArray, alpha: float = 1.0,
     """out ← α·g W + β·out, as (linear.3).  out : (N, d_in) in the dtype computed in."""
     if gemm_stored(g, W, out, alpha, beta):
         return
-    g = to(g, out.dtype.name)
+    g = to(g, dtype_name(out))
     if W.dtype == out.dtype:
         gemm(g, W, out, alpha, beta)
         return
@@ -58,7 +58,7 @@ def back_through(g: HostArray, W: HostArray, out: HostArray, alpha: float = 1.0,
 
 def product(a: HostArray, b: HostArray, alpha: float = 1.0) -> HostArray:
     """α·ab, in an array of its own."""
-    out = empty((a.shape[0], b.shape[1]), a.dtype.name)
+    out = empty((a.shape[0], b.shape[1]), dtype_name(a))
     gemm(a, b, out, alpha)
     return out
 
