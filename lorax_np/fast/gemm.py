@@ -155,9 +155,9 @@ def _mkl() -> Engine:
         raise BackendError("the package mkl is not installed; pip install 'lorax-np[mkl]'") from None
     for file in package.files or ():
         if re.match(r"(lib)?mkl_rt\..*(so|dll|dylib)", file.name):
-            library = ctypes.CDLL(str(Path(str(file.locate())).resolve()))
-            multiply = _by_cblas(library, "cblas_{}gemm", ctypes.c_int32)
-            stored = _by_bf16(library) if has_matrix_unit() else None
+            shared = ctypes.CDLL(str(Path(str(file.locate())).resolve()))
+            multiply = _by_cblas(shared, "cblas_{}gemm", ctypes.c_int32)
+            stored = _by_bf16(shared) if has_matrix_unit() else None
             what = f"MKL {package.version}, by ctypes{', bfloat16 by its matrix unit' if stored else ''}"
             return Engine("mkl", what, multiply, stored)
     raise BackendError(f"the package mkl {package.version} lists no mkl_rt library")
@@ -171,14 +171,14 @@ def has_matrix_unit() -> bool:
 
 def _openblas() -> Engine:
     """Whatever CBLAS NumPy's own extension module is linked to: its symbols are looked up through it."""
-    library = ctypes.CDLL(import_module("numpy._core._multiarray_umath").__file__)
+    shared = ctypes.CDLL(import_module("numpy._core._multiarray_umath").__file__)
     for pattern, integer in SYMBOLS:
-        if hasattr(library, pattern.format("s")):
-            config = getattr(library, "scipy_openblas_get_config64_", None)
+        if hasattr(shared, pattern.format("s")):
+            config = getattr(shared, "scipy_openblas_get_config64_", None)
             if config is not None:
                 config.restype = ctypes.c_char_p
             what = config().decode().strip() if config is not None else "NumPy's own BLAS"
-            return Engine("openblas", f"{what}, by {pattern.format('s')}", _by_cblas(library, pattern, integer))
+            return Engine("openblas", f"{what}, by {pattern.format('s')}", _by_cblas(shared, pattern, integer))
     raise BackendError("NumPy's library exports no CBLAS")
 
 
@@ -233,18 +233,18 @@ def _apart(multiply: Multiply, a: HostArray, b: HostArray, out: HostArray, alpha
 # ---- CBLAS by ctypes --------------------------------------------------------------------------------------
 
 
-def _by_cblas(library: Any, pattern: str, integer: Any) -> Multiply:
+def _by_cblas(shared: Any, pattern: str, integer: Any) -> Multiply:
     """The two functions of a C library as one, on strided views as they lie."""
     kinds = (("s", "float32", ctypes.c_float), ("d", "float64", ctypes.c_double))
     functions = {}
     for letter, dtype, real in kinds:
-        functions[np.dtype(dtype)] = _typed(getattr(library, pattern.format(letter)), integer, real)
+        functions[np.dtype(dtype)] = _typed(getattr(shared, pattern.format(letter)), integer, real)
     return _on_views(functions)
 
 
-def _by_bf16(library: Any) -> Multiply:
+def _by_bf16(shared: Any) -> Multiply:
     """MKL's product of bfloat16 matrices into float32."""
-    function = _typed(library.cblas_gemm_bf16bf16f32, ctypes.c_int32, ctypes.c_float)
+    function = _typed(shared.cblas_gemm_bf16bf16f32, ctypes.c_int32, ctypes.c_float)
     return _on_views({np.dtype("float32"): function})
 
 
