@@ -10,6 +10,7 @@
 ((2, 5), (4, 5), (5, 4))
 """
 
+from . import fast
 from .backend import backend_info
 from .config import LoraConfig
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
@@ -35,6 +36,7 @@ __all__ = [
     "ShapeError",
     "backend_info",
     "dropout_mask",
+    "fast",
     "init_adapter",
     "linear_from_stored",
     "linear_to_stored",

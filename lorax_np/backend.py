@@ -7,6 +7,7 @@ LORAX_NP_BACKEND (numpy, cupy or auto) decides only where arrays made from nothi
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol, Self, overload
@@ -143,8 +144,16 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_facts: dict[str, Callable[[], str]] = {}
+
+
+def add_fact(name: str, tell: Callable[[], str]) -> None:
+    """Have backend_info say one thing more, asked for when it is called."""
+    _facts[name] = tell
+
+
 def backend_info() -> dict[str, str]:
-    """Versions and backends of this process: what is used for new arrays, and why."""
+    """Versions and backends of this process: what is used for new arrays, and what for products, and why."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     word = os.environ.get(VARIABLE)
     try:
@@ -158,6 +167,7 @@ def backend_info() -> dict[str, str]:
         "numpy": np.__version__,
         "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
         "cupy": _cupy()[1],
+        **{name: tell() for name, tell in _facts.items()},
     }
 
 

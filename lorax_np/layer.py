@@ -6,11 +6,9 @@ branch is computed in the adapter's, the two are added in the wider one, and the
 each gradient is rounded once, at the end.
 """
 
-from dataclasses import fields
 from typing import NamedTuple
 
-from .backend import Array, cast, compute_dtype, dtype_name, namespace_of, one_dtype
-from .errors import ConfigError, DtypeError
+from .backend import Array, cast, compute_dtype, dtype_name, namespace_of
 from .ops.dora import (
     MagnitudeSaved,
     magnitude_backward,
@@ -21,8 +19,7 @@ from .ops.dora import (
 from .ops.dropout import dropout_backward, dropout_forward
 from .ops.linear import linear_backward_b, linear_backward_W, linear_backward_x, linear_forward
 from .ops.lora import LoraSaved, delta_backward, delta_forward, lora_backward, lora_backward_bB, lora_forward
-from .params import Adapter, Linear, check_pair
-from .shapes import axes
+from .params import Adapter, Linear, Parts, check_backward, check_forward
 
 
 class LoraLinearSaved(NamedTuple):
@@ -57,7 +54,7 @@ def lora_linear_forward(
     >>> lora_linear_forward(np.array([3.0, 4.0]), base, adapter, scaling=0.5)[0].tolist()
     [6.5, 11.0]
     """
-    s = _check(x, base, adapter, scaling, mask)
+    s = check_forward(x, base, adapter, scaling, mask)
     narrow, wide = dtype_name(x), compute_dtype(x)
     W, b = cast(base.W, wide), base.b if adapter.b is None else adapter.b
 
@@ -186,34 +183,10 @@ def _wider(one: str, other: str) -> str:
     return "float64" if "float64" in (one, other) else one
 
 
-def _check(x: Array, base: Linear, adapter: Adapter, scaling: float, mask: Array | None) -> float:
-    """Check all arguments together, before anything is computed; return the scaling as a Python float."""
-    s = check_pair(base, adapter, scaling)
-    axes(W=(base.W, "d_out d_in"), x=(x, "... d_in"), A=(adapter.A, "? r d_in"), mask=(mask, "? ... d_in"))
-    one_dtype(W=base.W, x=x)
-    if mask is not None:
-        one_dtype(mask=mask)
-        if adapter.A is None:
-            raise ConfigError("mask: expected None beside an adapter without A, which drops nothing, got one")
-    return s
-
-
 def _check_backward(gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, scaling: float) -> float:
     """Check the backward's arguments against each other and against what the forward saved."""
     if not isinstance(saved, LoraLinearSaved):
         raise TypeError(f"saved: expected what lora_linear_forward returned, got {type(saved).__name__}")
-    s = _check(saved.x, base, adapter, scaling, saved.mask)
-    axes(x=(saved.x, "... d_in"), W=(base.W, "d_out d_in"), gy=(gy, "... d_out"))
-    if saved.lora is not None:
-        axes(A=(adapter.A, "? r d_in"), z=(saved.lora.z, "... r"))
-    parts = (
-        (field.name, getattr(record, field.name)) for record in (base, adapter) for field in fields(record)
-    )
-    for name, value in (("x", saved.x), ("mask", saved.mask), *parts, ("gy", gy)):
-        if value is not None and dtype_name(value) == "complex128":
-            raise DtypeError(f"{name}: expected real arrays in a backward pass, got complex128")
-    if dtype_name(gy) != dtype_name(saved.x):
-        raise DtypeError(f"gy: expected {dtype_name(saved.x)}, set by x, got {dtype_name(gy)}")
-    if (saved.lora is None) != (adapter.A is None) or (saved.dora is None) != (adapter.m is None):
-        raise ConfigError("saved: expected this adapter's activations, got those of one with other parts")
-    return s
+    z = None if saved.lora is None else saved.lora.z
+    there = Parts(saved.x, saved.mask, z, saved.dora is not None)
+    return check_backward(gy, there, base, adapter, scaling)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, fields
 from math import isfinite, prod
+from typing import NamedTuple
 
-from .backend import Array, namespace_of, one_dtype, real, to_host
-from .errors import ConfigError
+from .backend import Array, dtype_name, namespace_of, one_dtype, real, to_host
+from .errors import ConfigError, DtypeError
 from .shapes import axes, bind
 
 
@@ -112,6 +113,46 @@ def check_pair(base: Linear, adapter: Adapter, scaling: float) -> float:
         s = float("nan")
     if not isfinite(s) or isinstance(scaling, (bool, str, bytes)):
         raise ConfigError(f"scaling: expected a finite float, got {scaling!r}")
+    return s
+
+
+class Parts(NamedTuple):
+    """What a forward saved, as far as a backward's arguments have to fit it."""
+
+    x: Array  # (..., d_in)
+    mask: Array | None
+    z: Array | None  # (..., r), where the adapter has A and B
+    dora: bool  # whether it saved what a magnitude needs
+
+
+def check_forward(x: Array, base: Linear, adapter: Adapter, scaling: float, mask: Array | None) -> float:
+    """Check all arguments together, before anything is computed; return the scaling as a Python float."""
+    s = check_pair(base, adapter, scaling)
+    axes(W=(base.W, "d_out d_in"), x=(x, "... d_in"), A=(adapter.A, "? r d_in"), mask=(mask, "? ... d_in"))
+    one_dtype(W=base.W, x=x)
+    if mask is not None:
+        one_dtype(mask=mask)
+        if adapter.A is None:
+            raise ConfigError("mask: expected None beside an adapter without A, which drops nothing, got one")
+    return s
+
+
+def check_backward(gy: Array, saved: Parts, base: Linear, adapter: Adapter, scaling: float) -> float:
+    """Check the backward's arguments against each other and against what the forward saved."""
+    s = check_forward(saved.x, base, adapter, scaling, saved.mask)
+    axes(x=(saved.x, "... d_in"), W=(base.W, "d_out d_in"), gy=(gy, "... d_out"))
+    if saved.z is not None:
+        axes(A=(adapter.A, "? r d_in"), z=(saved.z, "... r"))
+    parts = (
+        (field.name, getattr(record, field.name)) for record in (base, adapter) for field in fields(record)
+    )
+    for name, value in (("x", saved.x), ("mask", saved.mask), *parts, ("gy", gy)):
+        if value is not None and dtype_name(value) == "complex128":
+            raise DtypeError(f"{name}: expected real arrays in a backward pass, got complex128")
+    if dtype_name(gy) != dtype_name(saved.x):
+        raise DtypeError(f"gy: expected {dtype_name(saved.x)}, set by x, got {dtype_name(gy)}")
+    if (saved.z is None) != (adapter.A is None) or saved.dora != (adapter.m is not None):
+        raise ConfigError("saved: expected this adapter's activations, got those of one with other parts")
     return s
 
 

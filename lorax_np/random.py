@@ -5,9 +5,9 @@ on every device and in every language; nothing needs to be stored.  Definition: 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,14 +79,18 @@ def _multiply(a: int, b: Any) -> tuple[Any, Any]:
     return b1 * a1 + (cross >> 32) + (other >> 32) + (carry >> 32), b * a
 
 
-def _words_by_numpy(blocks: int, counter: Sequence[int], key: Sequence[int]) -> HostArray:
-    """The words of all blocks in order, from NumPy's own Philox, which counts up before its first."""
+def _numpys_philox(counter: Sequence[int], key: Sequence[int]) -> np.random.Philox:
+    """The words of all blocks in order, as NumPy's own Philox gives them, which counts up before its first."""
     start = (sum(c << (64 * i) for i, c in enumerate((0, *counter))) - 1) % (1 << 256)
-    bits = np.random.Philox(
+    return np.random.Philox(
         counter=np.array([(start >> (64 * i)) & WORD for i in range(4)], dtype=np.uint64),
         key=np.array(key, dtype=np.uint64),
     )
-    return np.asarray(bits.random_raw(4 * blocks))
+
+
+def _lanes(stream: np.random.Philox, count: int) -> HostArray:
+    """The next lanes of a stream, as many as are asked for: low 16 bits first, and whole words spent."""
+    return np.asarray(stream.random_raw(-(-count // 4))).astype("<u8", copy=False).view("<u2")[:count]
 
 
 # ---- dropout masks -----------------------------------------------------------------------------------------
@@ -102,6 +106,54 @@ def kept_lanes(p: float, name: str = "p") -> int:
     if kept == 0:
         raise ConfigError(f"{name}: expected 0 <= p < 1, with some of the 65536 lanes kept, got {p!r}")
     return kept
+
+
+class DropoutKey(NamedTuple):
+    """The arguments that a mask depends on, its shape apart: what is kept where the mask itself is not."""
+
+    p: float
+    seed: int = 0
+    step: int = 0
+    site: int = 0
+    c2: int = 0
+    c3: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The key words."""
+        return self.seed, self.site
+
+    @property
+    def counter(self) -> tuple[int, int, int]:
+        """Counter words 1 to 3."""
+        return self.step, self.c2, self.c3
+
+    @property
+    def scale(self) -> float:
+        """1/(1 − p) of the p in use, in float64.  (dropout.6)"""
+        return LANES / kept_lanes(self.p)
+
+    def checked(self) -> "DropoutKey":
+        """The same in Python's integers; ConfigError for a p or an integer out of range."""
+        kept_lanes(self.p)
+        return DropoutKey(self.p, *(word(name, getattr(self, name)) for name in self._fields[1:]))
+
+    def blocks(self) -> Callable[[HostArray], None]:
+        """Return fill(out): write 1 where the mask's next entries are kept and 0 elsewhere, on the host.
+
+        out : one after another, the parts of an array in C order, each but the last of a multiple of 4 entries
+
+        >>> fill, out = DropoutKey(0.5).blocks(), np.empty(4)
+        >>> fill(out)
+        >>> out.tolist()
+        [0.0, 1.0, 0.0, 0.0]
+        """
+        stream, dropped = _numpys_philox(self.counter, self.key), LANES - kept_lanes(self.p)
+
+        def fill(out: HostArray) -> None:
+            np.greater_equal(_lanes(stream, out.size).reshape(out.shape), dropped, out=out)
+
+        return fill
 
 
 def dropout_mask(
@@ -132,19 +184,18 @@ def dropout_mask(
     [[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]]
     """
     size = _shape(shape)
-    kept = kept_lanes(p)
+    drop = DropoutKey(p, seed, step, site, c2, c3).checked()
+    kept, key, counter = kept_lanes(p), drop.key, drop.counter
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in FLOATS or name == "complex128":
         raise DtypeError(f"dtype: expected one of {', '.join(FLOATS[:-1])}, got {name}")
-    key = word("seed", seed), word("site", site)
-    counter = word("step", step), word("c2", c2), word("c3", c3)
     count = prod(size)
-    blocks = -(-count // 16)
     library = namespace(xp)
     if takes_numpy(library):
-        lanes = _words_by_numpy(blocks, counter, key).astype("<u8").view("<u2")[:count]  # low 16 bits first
+        lanes = _lanes(_numpys_philox(counter, key), count)
         values = np.where(lanes >= LANES - kept, LANES / kept, 0.0)
         return from_host(cast(values.reshape(size), name), library)
+    blocks = -(-count // 16)
     first = library.arange(blocks, dtype=library.uint64)
     words = library.stack(philox([first, *(library.full_like(first, c) for c in counter)], key), axis=1)
     shifts = library.asarray([0, 16, 32, 48], dtype=library.uint64)

@@ -286,7 +286,7 @@ def test_what_is_found_is_told(word, backend_, why):
     )
     assert (out.splitlines(), err) == ([backend_, why], "")
     info = backend_info()
-    assert set(info) == {"backend", "why", "python", "numpy", "blas", "cupy"}
+    assert set(info) == {"backend", "why", "python", "numpy", "blas", "cupy", "gemm"}
     assert all(isinstance(v, str) and v for v in info.values())
     assert info["numpy"] == np.__version__
 

@@ -61,7 +61,7 @@ def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in lx.backend_info()} == lx.backend_info()
-    assert set(found["extras"]) == {"ml_dtypes", "torch", "peft", "jax", "hypothesis"}
+    assert set(found["extras"]) == {"ml_dtypes", "mkl", "torch", "peft", "jax", "hypothesis"}
 
 
 def test_info_names_an_unknown_backend_and_goes_on():
@@ -123,17 +123,17 @@ def test_the_module_is_the_entry_point():
 @pytest.mark.parametrize(
     ("subject", "says"),
     [
-        ("nope", "SUBJECT: expected reference, peft or module:attribute, got 'nope'"),
+        ("nope", "SUBJECT: expected reference, fast, peft or module:attribute, got 'nope'"),
         ("nope:x", "SUBJECT: expected a module that can be imported, got 'nope:x': No module named 'nope'"),
         ("os:nothing", "SUBJECT: expected 'nothing' in module os, got none"),
         ("os:sep", "SUBJECT: expected methods forward and backward, or run, got str"),
         ("os:path", "SUBJECT: expected methods forward and backward, or run, got module"),
         ("os:getcwd", "SUBJECT: expected methods forward and backward, or run, got builtin_function_or_method"),
-        ("os:", "SUBJECT: expected reference, peft or module:attribute, got 'os:'"),
-        (":x", "SUBJECT: expected reference, peft or module:attribute, got ':x'"),
-        ("..os:x", "SUBJECT: expected reference, peft or module:attribute, got '..os:x'"),
-        ("./kernel.py:x", "SUBJECT: expected reference, peft or module:attribute, got './kernel.py:x'"),
-        ("", "SUBJECT: expected reference, peft or module:attribute, got ''"),
+        ("os:", "SUBJECT: expected reference, fast, peft or module:attribute, got 'os:'"),
+        (":x", "SUBJECT: expected reference, fast, peft or module:attribute, got ':x'"),
+        ("..os:x", "SUBJECT: expected reference, fast, peft or module:attribute, got '..os:x'"),
+        ("./kernel.py:x", "SUBJECT: expected reference, fast, peft or module:attribute, got './kernel.py:x'"),
+        ("", "SUBJECT: expected reference, fast, peft or module:attribute, got ''"),
     ],
 )
 def test_a_subject_that_is_none(subject, says, capsys):

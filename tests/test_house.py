@@ -83,7 +83,8 @@ def imports(file, source):
             base = folder[: len(folder) - node.level + 1]
             parts = (*base, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
-                deeper = file_of((*parts, alias.name)) if parts or alias.name not in lx.__all__ else None
+                own = bool(parts) or file == "__init__.py" or alias.name not in lx.__all__
+                deeper = file_of((*parts, alias.name)) if own else None
                 yield (
                     node.lineno,
                     deeper or file_of(parts) or "/".join(parts),

@@ -59,5 +59,5 @@ def test_built_in_names_stay(package):
 
 @pytest.mark.parametrize("name", ["no-such-subject", "", "a b:c", ":x", "x:"])
 def test_what_is_no_subject(name):
-    with pytest.raises(NoSubject, match=re.escape(f"reference, peft or module:attribute, got {name!r}")):
+    with pytest.raises(NoSubject, match=re.escape(f"reference, fast, peft or module:attribute, got {name!r}")):
         load(name)

@@ -32,13 +32,15 @@ class Subject(Protocol):
 
 
 def load(name: str, xp: Any = None) -> Any:
-    """Return a subject by name: reference, peft, module:attribute, or one that a package registers.
+    """Return a subject by name: reference, fast, peft, module:attribute, or one that a package registers.
 
     A package registers a subject under the entry-point group lorax_np.subjects. A class is called first.
     Raises LookupError where there is no such subject; what the module itself raises comes through.
     """
     if name == "reference":
         return reference(xp)
+    if name == "fast":
+        return fast()
     if name == "peft":
         return peft()
     found = _attribute(name) if ":" in name else _registered(name)
@@ -52,7 +54,7 @@ def _attribute(name: str) -> Any:
     """What stands under module:attribute, the folder that one is in being searched first."""
     module_name, _, attribute = name.partition(":")
     if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
-        raise NoSubject(f"SUBJECT: expected reference, peft or module:attribute, got {name!r}")
+        raise NoSubject(f"SUBJECT: expected reference, fast, peft or module:attribute, got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -76,7 +78,7 @@ def _registered(name: str) -> Any:
         values = " and ".join(sorted(points))
         raise NoSubject(f"SUBJECT: expected {name!r} to be registered once, got {values}; name one of these")
     if not points:
-        raise NoSubject(f"SUBJECT: expected reference, peft or module:attribute, got {name!r}")
+        raise NoSubject(f"SUBJECT: expected reference, fast, peft or module:attribute, got {name!r}")
     (point,) = points.values()
     return point.load()
 
@@ -86,6 +88,13 @@ def reference(xp: Any = None) -> Any:
     from .engine import Reference
 
     return Reference(xp)
+
+
+def fast() -> Any:
+    """The fast engine, lx.fast."""
+    from .engine import Fast
+
+    return Fast()
 
 
 def peft(config: Any = None, *, autocast_adapter_dtype: bool = True, safe_merge: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""The engine's own layer as a subject, in any array library."""
+"""The engine's own layers as subjects: the reference in any array library, and the fast one."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,6 +9,7 @@ from ... import (
     Adapter,
     Linear,
     LoraConfig,
+    fast,
     init_adapter,
     lora_linear_backward,
     lora_linear_backward_base,
@@ -67,4 +68,25 @@ class Reference:
         there = {name: value if self.xp is np else self.xp.asarray(value) for name, value in merged.items()}
         n = None if adapter.m is None else row_norms(base, adapter, scaling=case.scaling)
         linear = unmerge(Linear(there["W"], there.get("b")), adapter, scaling=case.scaling, n=n)
+        return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
+
+
+class Fast(Reference):
+    """lx.fast: its forward, its backward and its merge; starts and unmerging are the reference's."""
+
+    spec = Spec(norm_gradient=(False, True), strided=True)
+
+    def run(self, case: Case, gy: Any) -> tuple[Any, dict[str, Any]]:
+        """y and all gradients but W's, which the fast engine does not offer."""
+        x, base, adapter, mask = self._records(case)
+        y, saved = fast.lora_linear_forward(x, base, adapter, scaling=case.scaling, dropout=mask)
+        how: Any = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
+        gx, g = fast.lora_linear_backward(gy, saved, base, adapter, **how)
+        found = {"x": gx, "A": g.A, "B": g.B, "m": g.m, "b": g.b, "bB": g.bB}
+        return y, {name: value for name, value in found.items() if value is not None}
+
+    def merge(self, case: Case) -> dict[str, Any]:
+        """The merged weight and bias, merged in place into a copy."""
+        _, base, adapter, _ = self._records(case)
+        linear = fast.merge_into(Linear(np.array(base.W), base.b), adapter, scaling=case.scaling)
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
