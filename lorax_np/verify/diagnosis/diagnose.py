@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..batteries.tensors import answer, spec_of
-from ..pages.digest import again, flat
+from ..lines import continued, flat
+from ..pages.digest import again
 from ..precision import PRECISIONS
-from ..report import RIGHT, Check, continued
+from ..report import RIGHT, Check
 from .dictionary import LIMIT, Comparison, Match, faults
 from .pairs import pairs
 from .probe_layers import KINDS, Ask, observe
