@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import shlex
-import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__, backend_info
+from .lines import WIDTH, continued, fold, many, middle
 
 Verdict = Literal["pass", "fail", "vacuous", "not run", "crash"]
 TENSORS = ("y", "x", "A", "B", "m", "b", "bB", "W")
@@ -26,7 +25,6 @@ TRUTHS = (
     "weights",
 )  # which hold a tensor against what it is
 RIGHT = "CORRECT"  # among the ids of an explanation: the right layer itself
-WIDTH = 80
 SHOWN = 8  # failing checks printed one by one; all are in the JSON
 
 
@@ -262,48 +260,6 @@ class Report:
             total = ""
         rest = head + total + tail
         return f"{word}  {middle(self.subject, max(WIDTH - len(word) - 2 - len(rest), 8))}{rest}"
-
-
-def fold(line: str) -> list[str]:
-    """A line that is too wide as several, those after the first indented; letters without a shape as signs."""
-    from .pages.digest import flat
-
-    line = flat(line)
-    return textwrap.wrap(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else [line]
-
-
-def continued(line: str) -> list[str]:
-    """A command as lines of at most 80 columns, still to be copied: a word goes on at the next line's start."""
-    lines = line.replace(" --case ", " \\\n  --case ").splitlines() if len(line) > WIDTH else [line]
-    if max(map(len, lines)) <= WIDTH:
-        return lines
-    try:
-        words = shlex.split(line)
-    except ValueError:  # no command that a shell would take
-        return fold(line)
-    lines, here = [], ""
-    for word in words:
-        inside = False
-        while word:
-            n = next(n for n in range(len(word), 0, -1) if len(shlex.quote(word[:n])) <= WIDTH - 4)
-            part, word = shlex.quote(word[:n]), word[n:]
-            if not inside and part != "--case" and len(here) + len(part) + 3 <= WIDTH:
-                here = f"{here} {part}" if here else part
-            else:
-                lines.append(here + ("\\" if inside else " \\"))
-                here = part if inside else f"  {part}"
-            inside = True
-    return [*lines, here]
-
-
-def middle(text: str, width: int) -> str:
-    """A text cut in its middle to a width."""
-    return text if len(text) <= width else f"{text[: (width - 1) // 2]}…{text[len(text) - width // 2 :]}"
-
-
-def many(n: int, thing: str = "check") -> str:
-    """A number of things: 1 check, 2 checks."""
-    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 def describe(check: Check) -> str:

@@ -16,6 +16,7 @@ from lorax_np.cli import main
 from lorax_np.verify import Check, Report
 from lorax_np.verify.diagnosis.diagnose import Name
 from lorax_np.verify.diagnosis.tree import Branch
+from lorax_np.verify.lines import visible
 from lorax_np.verify.pages import digest
 from lorax_np.verify.pages.html import html, to_html
 from lorax_np.verify.pages.junit import junit, to_junit
@@ -335,7 +336,7 @@ def test_code_spans_hold_any_text(text):
         r"(?>\\[|\\]|[^|])*+", code_cell(text)
     )  # pairs of letters first, as GitHub splits cells
     assert not re.search(r"(?<!\\)\|", code_cell(text))
-    assert outside_code(fence(digest.visible(text))) == ""
+    assert outside_code(fence(visible(text))) == ""
 
 
 # ---- files, the badge, and what they share -----------------------------------------------------------------
@@ -379,10 +380,10 @@ def test_a_command_can_be_pasted_into_a_shell():
 @given(st.text(st.characters(codec=None, exclude_categories=()), max_size=60))
 @example("".join(map(chr, range(0xA0))))
 def test_text_made_visible_has_no_control_and_turns_no_direction(text):
-    left = digest.visible(text)
+    left = visible(text)
     assert not {letter for letter in left if category(letter) in ("Cc", "Cs")} - {"\n", "\t"}
     assert not {bidirectional(letter) for letter in left} & {"RLO", "LRO", "RLE", "LRE", "RLI", "LRI", "FSI"}
-    assert digest.visible("Ωx é 漢字\n\t🦊") == "Ωx é 漢字\n\t🦊"
+    assert visible("Ωx é 漢字\n\t🦊") == "Ωx é 漢字\n\t🦊"
 
 
 def test_no_report_is_refused():

@@ -19,7 +19,8 @@ from broken import BROKEN, GARBAGE, GARBAGE_MERGES, GARBAGE_STARTS, Garbage
 import lorax_np as lx
 from lorax_np.cli import main
 from lorax_np.verify.batteries import suited
-from lorax_np.verify.report import TENSORS, TRUTHS, WIDTH, write_json
+from lorax_np.verify.lines import WIDTH
+from lorax_np.verify.report import TENSORS, TRUTHS, write_json
 from lorax_np.verify.truths import exact, truth
 
 HERE, ROOT = Path(__file__).parent, Path(lx.__file__).parents[1]

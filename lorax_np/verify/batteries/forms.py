@@ -18,7 +18,7 @@ from ..conventions import spec_of
 from ..report import Check
 from ..truths import truth
 from .laws import OF_TOKENS, AsGiven, differs, lawful, resized
-from .tensors import Absent, answer, chosen, with_truth
+from .tensors import Absent, answer, chosen, offers, with_truth
 
 
 def battery_views(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
@@ -37,6 +37,7 @@ def battery_views(subject: Any, profile: str, seed: int, level: str, only: str) 
 
 def _viewed(subject: Any, case: Case, name: str, u: float) -> str | None:
     want, limit = truth.of(case), with_truth(case, u)
+    want = {n: value for n, value in want.items() if n in ("y", *case.wanted) and offers(subject, n)}
     for words, view in VIEWS.items():
         wrong = differs(answer(subject, as_given(case, {name: view(getattr(case, name))})), want, limit)
         if wrong:

@@ -19,9 +19,10 @@ import numpy as np
 
 from ..batteries.tensors import answer
 from ..conventions import DORA, spec_of, spelled
-from ..pages.digest import again, flat
+from ..lines import continued, flat
+from ..pages.digest import again
 from ..precision import PRECISIONS
-from ..report import RIGHT, Check, continued
+from ..report import RIGHT, Check
 from .dictionary import LIMIT, Comparison, Match, faults
 from .pairs import pairs
 from .probe_layers import KINDS, Ask, observe

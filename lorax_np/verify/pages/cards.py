@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from html import escape
 
+from ..lines import flat
 from ..report import Check, Report
 from . import heat
-from .digest import CUT, by_size, command, flat, grouped, heading, number, refused, share, short
+from .digest import CUT, by_size, command, grouped, heading, number, refused, share, short
 
 ROWS = 60  # rows of a folded table
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..report import Report, many
+from ..lines import many
+from ..report import Report
 from .cards import options, text
 from .digest import Explained, explained, heading
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,18 +9,14 @@ from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report import RIGHT, TENSORS, Check, Report, Verdict, many
+from ..lines import flat, many, visible
+from ..report import RIGHT, TENSORS, Check, Report, Verdict
 
 Reports = Report | Sequence[Report]
 WORDS = {0: "PASS", 1: "FAIL", 2: "NOTHING JUDGED", 3: "CRASHED"}  # by exit code
 SEVERITY = (0, 2, 1, 3)  # exit codes, the gravest last
 WORST_FIRST: tuple[Verdict, ...] = ("crash", "fail", "vacuous", "not run", "pass")
 CUT = 600  # letters of a subject's text that a page for people shows
-
-# Letters without a shape of their own: controls, halves of a pair, what turns the direction of writing.
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff]"
-)
 
 
 class Cell(NamedTuple):
@@ -185,21 +180,6 @@ def environment(report: Report) -> dict[str, str]:
 
 
 # ---- text and numbers --------------------------------------------------------------------------------------
-
-
-def visible(text: str) -> str:
-    """The text with a sign for each letter that has no shape, so that it can hide and break nothing."""
-
-    def sign(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        return chr(0x2400 + code) if code < 32 else f"\\u{code:04x}"
-
-    return _UNSEEN.sub(sign, text)
-
-
-def flat(text: str) -> str:
-    """The visible text on one line."""
-    return visible(text).replace("\n", "␊").replace("\t", "␉")
 
 
 def short(text: str, limit: int = CUT) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..report import TENSORS, Report, many
+from ..lines import many
+from ..report import TENSORS, Report
 from .cards import ROWS, check_list, colours, groups_of, text, told
 from .cause import cause_card
 from .digest import (

@@ -3,8 +3,9 @@
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
+from ..lines import visible
 from ..report import Check, Report
-from .digest import Reports, command, environment, listed, number, share, short, visible, write_text
+from .digest import Reports, command, environment, listed, number, share, short, write_text
 
 LONGEST = 4000  # letters of one note: readers keep such a file in memory
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..report import Check, Report, many
+from ..lines import flat, many
+from ..report import Check, Report
 from .digest import (
     WORDS,
     Cell,
@@ -15,7 +16,6 @@ from .digest import (
     counts,
     environment,
     explained,
-    flat,
     grouped,
     heading,
     laws,
