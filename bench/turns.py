@@ -99,6 +99,7 @@ class Process:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         env |= {name: str(threads) for name in THREADS} if threads else {}
         env |= RETURNED if returned else {}
+        self.case = 0  # process id of the child that serves the case at hand
         self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115, closed with the process
         self.child = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
@@ -149,6 +150,7 @@ class Process:
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self.child.kill()
             self.child.wait()
+        self.child.stdout.close()
         self.errors.close()
 
 
@@ -169,7 +171,9 @@ class Workers:
     def of(self, engine: str, threads: int, *, returned: bool) -> Process:
         """The process of an engine; a new one where there is none, or the last one ended."""
         key = engine, threads, returned
-        if key not in self.started or self.started[key].child.poll() is not None:
+        if key in self.started and self.started[key].child.poll() is not None:
+            self.started.pop(key).close()
+        if key not in self.started:
             self.started[key] = Process(threads=threads, returned=returned)
         return self.started[key]
 
@@ -197,7 +201,8 @@ def opened(
             live[name] = process
         for name, process in list(live.items()):
             with refusing(table, case, name, found) as tried:
-                found.versions |= process.receive()["versions"]
+                answer = process.receive()
+                process.case, found.versions = answer["pid"], found.versions | answer["versions"]
             if tried:
                 del live[name]
         yield live

@@ -15,7 +15,11 @@ class Engine(Protocol):
     def __init__(self, case: AnyCase, arrays: Arrays, **options: Any) -> None: ...
 
     def step(self) -> None:
-        """Forward and backward once, or one merge, or one start. Waits until it is done."""
+        """Forward and backward once, or one merge, or one start.
+
+        An engine on a device has besides `burst`, how many steps are timed together, and `wait()` until they
+        are done; one without has its step done on return.
+        """
 
     def results(self) -> Arrays:
         """What it computes, as NumPy arrays: y, gx, gA, gB, gm of a layer; W of a merge; A of a start."""
@@ -108,6 +112,9 @@ BY_TABLE: dict[str, tuple[str, ...]] = {
     ),
     "gpu, DoRA": ("gpu peft", "gpu compiled", "gpu torch base", "gpu reference", "gpu fast"),
 }
+
+
+BURST = 10  # steps that a device is given before anyone waits for them
 
 
 class Unavailable(Exception):

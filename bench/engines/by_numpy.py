@@ -59,14 +59,10 @@ class Reference:
         how = {"scaling": SCALING, "norm_gradient": self.case.norm_gradient}
         return lx.lora_linear_backward(self.gy, kept, self.base, self.adapter, **how)
 
-    def wait(self) -> None:
-        """Until the step is done; NumPy's is."""
-
     def step(self) -> None:
         y, kept = self.forward()
         gradients = self.backward(kept)
         self.at += 1
-        self.wait()
         del y, kept, gradients
 
     def results(self) -> Arrays:

@@ -9,7 +9,7 @@ import torch
 from ..cases import SCALING, Arrays, Case
 from ..cases import Merge as MergeCase
 from ..cases import Start as StartCase
-from . import Unavailable
+from . import BURST, Unavailable
 
 try:
     with warnings.catch_warnings():
@@ -40,6 +40,7 @@ class _Layer:
     def __init__(self, case: Case, arrays: Arrays, *, dtype: str = "", device: str = "cpu") -> None:
         _threads(case)
         self.case, self.device = case, _device(device)
+        self.burst = BURST if device == "cuda" else 1
         kind = getattr(torch, dtype or case.dtype)
         self.v = {name: torch.from_numpy(a).to(self.device, kind) for name, a in arrays.items()}
 
@@ -84,7 +85,6 @@ class Peft(_Layer):
 
     def step(self) -> None:
         self._both(self.x)
-        self.wait()
 
     def results(self) -> Arrays:
         """With the gradient by x always, since that is where the mask is read."""
@@ -116,7 +116,6 @@ class Base(_Layer):
         with torch.no_grad():
             y = self.v["x"] @ self.v["W"].T
             gx = self.v["gy"] @ self.v["W"] if self.case.need_gx else None
-            self.wait()
         del y, gx
 
     def results(self) -> Arrays:
