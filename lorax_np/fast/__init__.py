@@ -3,5 +3,14 @@
 from .buffers import release
 from .cpu import FastSaved, lora_linear_backward, lora_linear_forward
 from .gemm import blas, engines
+from .merging import merge_into
 
-__all__ = ["FastSaved", "blas", "engines", "lora_linear_backward", "lora_linear_forward", "release"]
+__all__ = [
+    "FastSaved",
+    "blas",
+    "engines",
+    "lora_linear_backward",
+    "lora_linear_forward",
+    "merge_into",
+    "release",
+]

@@ -18,7 +18,7 @@ from ..shapes import rows
 from .buffers import empty
 from .gemm import gemm
 from .norms import Norms, row_norms
-from .weights import add_product, back_through, row_blocks, through, to
+from .weights import add_product, back_through, product, row_blocks, through, to
 
 Dropout = Array | tuple[float, int, int, int]
 
@@ -180,7 +180,7 @@ def _dropped(X: HostArray, drop: Any, low: str) -> Iterator[tuple[slice, HostArr
             fill(keep)
         else:
             keep[...] = mask[part]
-        yield part, keep, keep * X[part], factor
+        yield part, keep, keep * to(X[part], low), factor
 
 
 def _factor(drop: Any, low: str) -> float:
@@ -314,8 +314,9 @@ def _add_norm_gradient(
     e = (-(gm * m) / norms.n / norms.n).astype(A.dtype)[:, None]  # (dora.12), gn/n
     eB = e * B
     back_through(eB.T, W, gA, s, 1.0)  # (speed.12)
-    gemm(eB.T @ B, A, gA, s * s, 1.0)
-    gB += s * e * norms.T + s * s * eB @ (A @ A.T)  # (speed.13)
+    gemm(product(eB.T, B), A, gA, s * s, 1.0)
+    gB += s * e * norms.T  # (speed.13)
+    gemm(eB, product(A, A.T), gB, s * s, 1.0)
 
 
 # ---- shapes, dtypes and checks ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from ..backend import HostArray, quiet, to_host
 from ..ops.dora import row_norm_forward
 from .buffers import empty
 from .gemm import gemm
-from .weights import row_blocks, to, wide_rows
+from .weights import product, row_blocks, to, wide_rows
 
 SEGMENT = 64  # entries of a row whose squares are summed in the row's own dtype, before float64 takes over
 CANCELLED = 0.25  # where n² is below this part of ‖W‖² + ‖s·BA‖², the row is computed directly
@@ -36,7 +36,8 @@ def row_norms(W: HostArray, A: HostArray, B: HostArray, s: float) -> Norms:
             block = wide_rows(W, part, A.dtype)
             gemm(block, A.T, T[part])  # (speed.7)
             squares[part] = _squares(block)  # (speed.8)
-        update = s * s * np.einsum("ij,ij->i", wide_B @ (wide_A @ wide_A.T), wide_B)  # (speed.9)
+        BG = product(wide_B, product(wide_A, wide_A.T))
+        update = s * s * np.einsum("ij,ij->i", BG, wide_B)  # (speed.9)
         terms = squares + update
         n2 = terms + 2 * s * np.einsum("ij,ij->i", T, wide_B)  # (speed.10)
     least = np.finfo(A.dtype).tiny * 2.0**64
@@ -45,7 +46,8 @@ def row_norms(W: HostArray, A: HostArray, B: HostArray, s: float) -> Norms:
     rest = np.flatnonzero(~good)
     for part in row_blocks(W, len(rest)):
         few = rest[part]
-        n[few] = to_host(row_norm_forward(to(W[few], "float64") + s * (wide_B[few] @ wide_A)))  # (speed.11)
+        V = to(W[few], "float64") + product(wide_B[few], wide_A, s)
+        n[few] = to_host(row_norm_forward(V))  # (speed.11)
     return Norms(n, T)
 
 

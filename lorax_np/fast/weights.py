@@ -50,11 +50,16 @@ def back_through(g: HostArray, W: HostArray, out: HostArray, alpha: float = 1.0,
         beta = 1.0
 
 
+def product(a: HostArray, b: HostArray, alpha: float = 1.0) -> HostArray:
+    """α·ab, in an array of its own."""
+    out = empty((a.shape[0], b.shape[1]), a.dtype.name)
+    gemm(a, b, out, alpha)
+    return out
+
+
 def add_product(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0) -> None:
     """out ← α·ab + out, where the product may be of a narrower dtype than what it is added to."""
     if a.dtype == out.dtype:
         gemm(a, b, out, alpha, 1.0)
         return
-    product = empty(out.shape, a.dtype.name)
-    gemm(a, b, product, alpha)
-    out += product
+    out += product(a, b, alpha)

@@ -1,0 +1,23 @@
+"""What the tests of the fast engine share."""
+
+import numpy as np
+import pytest
+
+from lorax_np.fast import cpu, norms, weights
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of the fewest rows there may be, so that small layers have several and a tail."""
+    monkeypatch.setattr(weights, "ENTRIES", 1)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that comes with NaN in it, so that what is read before it is written shows."""
+
+    def empty(shape, dtype):
+        return np.full(shape, np.nan, dtype)
+
+    for module in (cpu, norms, weights):
+        monkeypatch.setattr(module, "empty", empty)
