@@ -323,8 +323,9 @@ def module():
     cupy.reshape = lambda x, shape: ndarray(x.host.reshape(shape))
     for name in ("abs", "sqrt", "isfinite", "zeros_like", "real"):
         setattr(cupy, name, partial(done, getattr(np, name)))
-    for name in ("max", "sum", "all"):
+    for name in ("max", "sum"):
         setattr(cupy, name, partial(reduced, getattr(np, name)))
+    cupy.all = lambda x: bool(np.all(x.host))  # asked by checks alone, which wait on purpose
     cupy.cuda = SimpleNamespace(
         cublas=SimpleNamespace(gemmEx=gemm_ex),
         get_cublas_handle=lambda: "handle",

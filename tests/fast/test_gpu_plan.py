@@ -198,6 +198,31 @@ def test_between_the_passes_only_z_is_kept(cupy):
     assert saved.at is None
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_merge_in_place(cupy, dtype, dora):
+    """Within a rounding of the product, and one of what is stored."""
+    (_, _, base, adapter), device = layer(cupy, dora=dora, biases=True, dtype=dtype)
+    want = lx.merge(base, adapter, scaling=0.7)
+    merged = gpu.merge_into(*device[2:], scaling=0.7)
+    assert merged.W is device[2].W
+    assert_close({"W": merged.W.host, "b": merged.b.host}, {"W": want.W, "b": want.b}, SUM)
+
+
+def test_what_a_merge_refuses_is_not_written(cupy):
+    _, (_, _, base, adapter) = layer(cupy)
+    before = base.W.host.copy()
+    huge = lx.Adapter(adapter.A, cupy.asarray(np.full((45, 5), 3e38, np.float32)))
+    with (
+        pytest.raises(lx.ConfigError, match="W: expected finite numbers once merged"),
+        np.errstate(all="ignore"),
+    ):
+        gpu.merge_into(base, huge, scaling=10.0)
+    assert np.array_equal(base.W.host, before)
+    with pytest.raises(TypeError, match="W: expected an array on a device"):
+        gpu.merge_into(lx.Linear(before), lx.Adapter(adapter.A.host, adapter.B.host), scaling=1.0)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 
