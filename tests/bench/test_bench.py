@@ -161,6 +161,29 @@ def test_what_is_missing_is_said(name):
         engines.make(name, TINY[0], cases.draw(TINY[0]))
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@labels
+def test_engines_for_a_device_are_judged_over_a_stand_in(case, graph, monkeypatch):
+    """Not run on a GPU: the engines of `bench gpu` over NumPy that stands for CuPy, its kernels run as C++."""
+    sys.path.insert(0, str(ROOT / "tests" / "fast"))
+    import standin
+
+    from bench.engines import by_cupy
+
+    if standin.COMPILER is None:
+        pytest.skip(standin.NO_COMPILER)
+    lib = standin.module()
+    monkeypatch.setitem(sys.modules, "cupy", lib)
+    monkeypatch.setattr(by_cupy, "_library", lambda: lib)
+    engine = by_cupy.Fast(case, cases.draw(case), graph=graph)
+    assert faults(case, engine.results()) == []
+    engine.step()
+    engine.wait()
+    assert engine.saved() >= 4 * 24 * 4
+    if not graph and not case.p:  # masks are made by the namespace that the environment names
+        assert faults(case, by_cupy.Reference(case, cases.draw(case)).results()) == []
+
+
 def test_torch_and_numpys_products_are_in_no_one_module():
     """Nothing that NumPy's engines import brings torch."""
     code = "import sys; import bench.engines.by_numpy; sys.exit('torch' in sys.modules)"
