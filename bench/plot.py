@@ -13,6 +13,11 @@ Series = dict[str, list[float | None]]  # engine: a ratio for each case, None wh
 COLOURS = "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e"
 
 
+def colour_of(engine: str) -> str:
+    """One colour for an engine, in every table."""
+    return COLOURS[list(ENGINES).index(engine) % len(COLOURS)]
+
+
 def write(found: Found, stem: Path) -> Path | None:
     """Write a picture beside the figures; its path, or None where there is nothing to show."""
     tables = [(name, *_series(found, name)) for name in TITLES]
@@ -53,7 +58,7 @@ def _png(tables: list[tuple[str, list[str], Series]], path: Path) -> None:
     for (name, cases, series), ax in zip(tables, axes[:, 0], strict=True):
         for i, (engine, values) in enumerate(series.items()):
             at = [case * (len(series) + 1) + i for case in range(len(cases))]
-            colour = COLOURS[i % len(COLOURS)]
+            colour = colour_of(engine)
             ax.barh(at, [value or 0 for value in values], color=colour, label=engine, height=0.9)
         ax.axvline(1.0, color="black", linewidth=1)
         ax.set_yticks(
@@ -76,11 +81,11 @@ def svg(tables: list[tuple[str, list[str], Series]]) -> str:
         for at, case in enumerate(cases):
             y += 6
             out.append(f'<text x="8" y="{y + 10}">{escape(case)}</text>')
-            for i, (engine, values) in enumerate(series.items()):
+            for engine, values in series.items():
                 value = values[at]
                 if value is None:
                     continue
-                colour, width = COLOURS[i % len(COLOURS)], min(value, 2.5) * scale
+                colour, width = colour_of(engine), min(value, 2.5) * scale
                 out.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{bar - 1}" fill="{colour}"/>')
                 out.append(f'<text x="{left + width + 4:.1f}" y="{y + 9}">{value:.2f} {escape(engine)}</text>')
                 y += bar
