@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BAD_USAGE, CRASHED, INTERRUPTED, UNREAD = 2, 3, 130, 141
 EXTRAS = {  # module: (extra, what it adds)
     "ml_dtypes": ("bf16", "bfloat16 as a storage dtype"),
+    "mkl": ("mkl", "MKL behind the products of lx.fast"),
     "torch": ("peft", "with peft, PEFT's layers as a subject"),
     "peft": ("peft", "with torch, PEFT's layers as a subject"),
     "hypothesis": ("test", "the property tests"),
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         default="reference",
         metavar="SUBJECT",
-        help="reference (the default: the engine itself), peft, or module:attribute of yours",
+        help="reference (the default: the engine itself), fast, peft, or module:attribute of yours",
     )
     verify.add_argument(
         "--profile",

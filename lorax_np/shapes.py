@@ -1,5 +1,6 @@
 """Sizes of named axes, checked together, and leading axes folded into one."""
 
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -32,8 +33,7 @@ def axes(**arrays: Named) -> dict[str, Any]:
     for name, (array, words) in arrays.items():
         if array is None:
             continue
-        shape, names = tuple(array.shape), words.removeprefix("?").split()
-        fixed = [word for word in names if word != "..."]
+        shape, (names, fixed) = tuple(array.shape), _parsed(words)
         lead = len(shape) - len(fixed)
         good = lead >= 0 if "..." in names else lead == 0
         here: dict[str, Any] = dict(zip(fixed, shape[max(lead, 0) :], strict=False))
@@ -48,6 +48,13 @@ def axes(**arrays: Named) -> dict[str, Any]:
             sizes.setdefault(k, v)
             setter.setdefault(k, name)
     return sizes
+
+
+@cache
+def _parsed(words: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that words name, with "..." and without."""
+    names = tuple(words.removeprefix("?").split())
+    return names, tuple(word for word in names if word != "...")
 
 
 def bind(**arrays: Named) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in lx.backend_info()} == lx.backend_info()
-    assert set(found["extras"]) == {"ml_dtypes", "torch", "peft", "hypothesis"}
+    assert set(found["extras"]) == {"ml_dtypes", "mkl", "torch", "peft", "hypothesis"}
 
 
 def test_info_names_an_unknown_backend_and_goes_on():

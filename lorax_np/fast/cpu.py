@@ -61,14 +61,14 @@ def lora_linear_forward(
     lead, narrow, wide = x.shape[:-1], dtype_name(x), compute_dtype(x)
     X, W, b = _rows(x), to_host(base.W), adapter.b if adapter.b is not None else base.b
     if adapter.A is None or adapter.B is None:
-        y = _base(to(X, wide), W, b, narrow)
+        y = _base(X, W, b, narrow)
         return _shaped(y, narrow, lead), FastSaved(x, None, None, None)
 
     low = compute_dtype(adapter.A)
     A, B, m, bB = (_host(value, low) for value in (adapter.A, adapter.B, adapter.m, adapter.bB))
-    both = np.result_type(wide, low).name
+    both = _wider(wide, low)
     if m is None:
-        y = to(_base(to(X, wide), W, _bias(b, bB, s, wide, narrow), narrow), both)
+        y = to(_base(X, W, _bias(b, bB, s, wide, narrow), narrow), both)
         z = _down(X, A, drop)
         add_product(z, B.T, y, s)  # (lora.2) to (lora.4)
         if bB is not None and narrow != both:
@@ -102,16 +102,16 @@ def lora_linear_backward(
     X, G, W = _rows(saved.x), _rows(gy), to_host(base.W)
     gb = None if adapter.b is None else to(np.sum(to(G, wide), axis=0), dtype_name(adapter.b))
     if adapter.A is None or adapter.B is None or saved.z is None:
-        gx = _base_back(to(G, wide), W, wide) if need_gx else None
+        gx = _base_back(G, W, wide) if need_gx else None
         return _shaped(gx, narrow, lead), Adapter(None, None, b=gb)
 
     low = compute_dtype(adapter.A)
     A, B, m = (_host(value, low) for value in (adapter.A, adapter.B, adapter.m))
-    Gl, both = to(G, low), np.result_type(wide, low).name
+    Gl, both = to(G, low), _wider(wide, low)
     gm, back = None, None
     if m is None or saved.dora is None:
         gz, gB = _up(Gl, saved.z, B, s)
-        gx = _base_back(to(G, wide), W, both) if need_gx else None
+        gx = _base_back(G, W, both) if need_gx else None
     else:
         n = saved.dora.norms.n
         k, c = (m / n).astype(low), ((m - n) / n).astype(low)  # (dora.5), (dora.6)
@@ -136,8 +136,8 @@ def lora_linear_backward(
 
 
 def _base(X: HostArray, W: HostArray, b: Any, narrow: str) -> HostArray:
-    """xWᵀ + b in X's dtype, rounded to `narrow`: (linear.1), (linear.2), (linear.6)."""
-    y = empty((len(X), len(W)), X.dtype.name)
+    """xWᵀ + b in the dtype X computes in, rounded to `narrow`: (linear.1), (linear.2), (linear.6)."""
+    y = empty((len(X), len(W)), compute_dtype(X))
     if b is not None:
         y[...] = to_host(b)
     through(X, W, y, 0.0 if b is None else 1.0)
@@ -147,7 +147,7 @@ def _base(X: HostArray, W: HostArray, b: Any, narrow: str) -> HostArray:
 
 def _bias(b: Any, bB: HostArray | None, s: float, wide: str, narrow: str) -> Any:
     """b, and s·bB with it where nothing is rounded in between."""
-    if bB is None or narrow != np.result_type(wide, bB.dtype).name:
+    if bB is None or narrow != _wider(wide, dtype_name(bB)):
         return b
     return s * bB if b is None else b + s * bB
 
@@ -161,7 +161,7 @@ def _round(y: HostArray, narrow: str) -> None:
 
 def _base_back(G: HostArray, W: HostArray, both: str) -> HostArray:
     """gy W in the wider dtype: (linear.3)."""
-    gx = empty((len(G), W.shape[1]), G.dtype.name)
+    gx = empty((len(G), W.shape[1]), compute_dtype(G))
     back_through(G, W, gx)
     return to(gx, both)
 
@@ -174,13 +174,17 @@ def _dropped(X: HostArray, drop: Any, low: str) -> Iterator[tuple[slice, HostArr
     fill = drop.blocks() if isinstance(drop, DropoutKey) else None
     mask = X if fill else _rows(drop)
     factor = _factor(drop, low)
-    for part in row_blocks(X):
-        keep = np.empty((part.stop - part.start, X.shape[1]), low)
+    parts = list(row_blocks(X))
+    height = max((part.stop - part.start for part in parts), default=0)
+    keeps, dropped = (empty((height, X.shape[1]), low) for _ in range(2))
+    for part in parts:
+        keep, xd = keeps[: part.stop - part.start], dropped[: part.stop - part.start]
         if fill is not None:
             fill(keep)
         else:
             keep[...] = mask[part]
-        yield part, keep, keep * to(X[part], low), factor
+        np.multiply(keep, to(X[part], low), out=xd)
+        yield part, keep, xd, factor
 
 
 def _factor(drop: Any, low: str) -> float:
@@ -190,18 +194,18 @@ def _factor(drop: Any, low: str) -> float:
 
 def _down(X: HostArray, A: HostArray, drop: Any) -> HostArray:
     """z = xd Aᵀ: (dropout.1), (lora.1)."""
-    z = empty((len(X), len(A)), A.dtype.name)
+    z = empty((len(X), len(A)), dtype_name(A))
     if drop is None:
-        gemm(to(X, A.dtype.name), A.T, z)
+        gemm(to(X, dtype_name(A)), A.T, z)
         return z
-    for part, _, xd, factor in _dropped(X, drop, A.dtype.name):
+    for part, _, xd, factor in _dropped(X, drop, dtype_name(A)):
         gemm(xd, A.T, z[part], factor)
     return z
 
 
 def _up(G: HostArray, z: HostArray, B: HostArray, s: float) -> tuple[HostArray, HostArray]:
     """gz = s·gy B and gB = s·gyᵀz: (lora.5) to (lora.7)."""
-    gz, gB = empty(z.shape, z.dtype.name), empty(B.shape, B.dtype.name)
+    gz, gB = empty(z.shape, dtype_name(z)), empty(B.shape, dtype_name(B))
     gemm(G, B, gz, s)
     gemm(G.T, z, gB, s)
     return gz, gB
@@ -211,7 +215,7 @@ def _down_back(
     X: HostArray, gz: HostArray, A: HostArray, drop: Any, gx: HostArray | None, back: HostArray | None
 ) -> HostArray:
     """gA = gzᵀ xd; adds (gz A)∘mask to gx, and what DoRA has to add under the mask: (lora.8), (lora.9)."""
-    gA, low = empty(A.shape, A.dtype.name), A.dtype.name
+    gA, low = empty(A.shape, dtype_name(A)), dtype_name(A)
     if drop is None:
         gemm(gz.T, to(X, low), gA)
         if gx is not None:
@@ -246,7 +250,7 @@ def _magnified(
     narrow: str,
 ) -> tuple[HostArray, HostArray, DoraSaved]:
     """y, z, and what the backward reads: (dora.5) to (dora.7)."""
-    low, wide = A.dtype.name, compute_dtype(X)
+    low, wide = dtype_name(A), compute_dtype(X)
     norms = row_norms(W, A, B, s)
     k, c = (m / norms.n).astype(low), ((m - norms.n) / norms.n).astype(low)
     PQ = empty((len(X), len(W)), low)
@@ -266,7 +270,7 @@ def _magnified(
             if b is not None:
                 y[part] += b
     else:
-        y = to(_base(to(X, wide), W, b, narrow), np.result_type(wide, low).name)
+        y = to(_base(X, W, b, narrow), _wider(wide, low))
         for part in row_blocks(PQ):
             y[part] += c * PQ[part]
         add_product(z, (k[:, None] * B).T, y, s)
@@ -289,14 +293,19 @@ def _magnified_back(
     Gl = to(G, low)
     if drop is None and wide == low:
         gx = empty((len(G), W.shape[1]), low)
-        back_through(Gl * k, W, gx)
+        back_through(_times(Gl, k), W, gx)
         return gx, None
-    gx, under = _base_back(to(G, wide), W, both), empty((len(G), W.shape[1]), low)
-    back_through(Gl * c, W, under)
+    gx, under = _base_back(G, W, both), empty((len(G), W.shape[1]), low)
+    back_through(_times(Gl, c), W, under)
     if drop is None:
         gx += under
         return gx, None
     return gx, under
+
+
+def _times(G: HostArray, v: HostArray) -> HostArray:
+    """gy∘v, in an array of its own."""
+    return np.multiply(G, v, out=empty(G.shape, dtype_name(G)))
 
 
 def _add_norm_gradient(
@@ -324,6 +333,11 @@ def _add_norm_gradient(
 
 def _rows(x: Any) -> HostArray:
     return to_host(rows(x))
+
+
+def _wider(one: str, other: str) -> str:
+    """Of float32 and float64, the one that holds both."""
+    return "float64" if "float64" in (one, other) else one
 
 
 def _host(value: Array | None, dtype: str) -> Any:

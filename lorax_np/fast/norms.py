@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backend import HostArray, quiet, to_host
+from ..backend import HostArray, dtype_name, quiet, to_host
 from ..ops.dora import row_norm_forward
 from .buffers import empty
 from .gemm import gemm
@@ -29,7 +29,7 @@ def row_norms(W: HostArray, A: HostArray, B: HostArray, s: float) -> Norms:
     Rows where these terms cancel, overflow or vanish are computed from V itself, in float64. So is a row of
     zeros, whose n is NaN as in row_norm_forward.
     """
-    T, squares = empty((W.shape[0], A.shape[0]), A.dtype.name), np.empty(W.shape[0])
+    T, squares = empty((W.shape[0], A.shape[0]), dtype_name(A)), np.empty(W.shape[0])
     wide_A, wide_B = A.astype("float64"), B.astype("float64")
     with quiet():
         for part in row_blocks(W):

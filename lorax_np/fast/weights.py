@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import HostArray, cast
+from ..backend import HostArray, cast, dtype_name
 from .buffers import empty
-from .gemm import gemm
+from .gemm import gemm, gemm_stored
 
-ENTRIES = 1 << 18  # of a block of rows: what a core's own cache holds in float32
+ENTRIES = 1 << 17  # of a block of rows: a few of them stay in a core's own cache in float32
 
 
 def to(x: Any, dtype: str) -> HostArray:
@@ -32,7 +32,10 @@ def wide_rows(W: HostArray, part: slice, dtype: Any) -> HostArray:
 
 
 def through(x: HostArray, W: HostArray, out: HostArray, beta: float = 0.0) -> None:
-    """out ← x Wᵀ + β·out, as (linear.1).  x : (N, d_in) and out : (N, d_out) in the dtype computed in."""
+    """out ← x Wᵀ + β·out, as (linear.1).  out : (N, d_out) in the dtype computed in."""
+    if gemm_stored(x, W.T, out, 1.0, beta):
+        return
+    x = to(x, dtype_name(out))
     if W.dtype == out.dtype:
         gemm(x, W.T, out, 1.0, beta)
         return
@@ -41,7 +44,10 @@ def through(x: HostArray, W: HostArray, out: HostArray, beta: float = 0.0) -> No
 
 
 def back_through(g: HostArray, W: HostArray, out: HostArray, alpha: float = 1.0, beta: float = 0.0) -> None:
-    """out ← α·g W + β·out, as (linear.3).  g : (N, d_out) and out : (N, d_in) in the dtype computed in."""
+    """out ← α·g W + β·out, as (linear.3).  out : (N, d_in) in the dtype computed in."""
+    if gemm_stored(g, W, out, alpha, beta):
+        return
+    g = to(g, dtype_name(out))
     if W.dtype == out.dtype:
         gemm(g, W, out, alpha, beta)
         return
@@ -52,7 +58,7 @@ def back_through(g: HostArray, W: HostArray, out: HostArray, alpha: float = 1.0,
 
 def product(a: HostArray, b: HostArray, alpha: float = 1.0) -> HostArray:
     """α·ab, in an array of its own."""
-    out = empty((a.shape[0], b.shape[1]), a.dtype.name)
+    out = empty((a.shape[0], b.shape[1]), dtype_name(a))
     gemm(a, b, out, alpha)
     return out
 

@@ -35,7 +35,7 @@ def verify(
     """Judge an implementation of a LoRA linear layer, and return the report.
 
     subject : any object with forward(case) and backward(case, gy), or run(case, gy); or a name: reference,
-              peft, module:attribute.  specs/verify.md says what it is given and what it returns
+              fast, peft, module:attribute.  specs/verify.md says what it is given and what it returns
     profile : fp64, fp32, tf32, bf16, fp16, ...: what the subject computes in, by its name in PRECISIONS
     level : full, or quick for a third of the layers
     conventions : a Spec that stands in for the subject's own

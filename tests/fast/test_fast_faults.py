@@ -131,7 +131,7 @@ PLAN = {
 
 
 def refused(patch):
-    """Whether the harness refuses what is planted, or the layers of dropout by key or of 16 bits beside 32 do."""
+    """Whether the harness refuses what is planted, or layers of dropout by key or of 16 bits beside 32 do."""
     patch.setattr(weights, "ENTRIES", 1)
     with np.errstate(all="ignore"):
         if not all(lx.verify.verify("fast", profile, "quick").passed for profile in ("fp32", "fp16")):

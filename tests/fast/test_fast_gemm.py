@@ -1,12 +1,16 @@
 """One gemm, whichever library stands behind it: values, views, the choice, and what goes wrong unwatched."""
 
 import ast
+import ctypes
+import itertools
 import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import distribution
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -202,6 +206,61 @@ def test_importing_the_engine_loads_and_tries_no_library():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
+
+# ---- 16 bits as they are stored ---------------------------------------------------------------------------
+
+
+def bf16(values):
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def widened(calls):
+    """A stand-in for a matrix unit: exact products, sums in float32, in any order."""
+
+    def stored(a, b, out, alpha, beta):
+        calls.append(out.shape)
+        real = module._tried("numpy").multiply
+        real(a.astype(np.float32), b.astype(np.float32), out, alpha, beta)
+
+    return stored
+
+
+def test_a_matrix_unit_is_used_for_what_is_stored_so_and_for_nothing_else(monkeypatch):
+    calls, numpy = [], module._tried("numpy")
+    monkeypatch.setattr(module, "_first", lambda: module.Engine("fake", "", numpy.multiply, widened(calls)))
+    assert lx.verify.verify("fast", "bf16", "quick").passed
+    assert calls
+    calls.clear()
+    for profile in ("fp16", "fp32"):
+        assert lx.verify.verify("fast", profile, "quick").passed
+    assert not calls
+
+
+def test_mkls_product_of_bfloat16_is_exact_on_whole_numbers():
+    if "mkl" not in engines():
+        pytest.skip(f"mkl: {module._tried('mkl')}")
+    rng = np.random.default_rng(0)
+    multiply = module._by_bf16(mkl_library())
+    for how in itertools.product(LAYOUTS[:5], repeat=2):
+        a, b = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((5, 7), (7, 6)))
+        out = np.ones((5, 6), np.float32)
+        multiply(laid(bf16(a), how[0]), laid(bf16(b), how[1]), out, 2.0, 0.5)
+        assert np.array_equal(out, 2 * (a[:, :, None] * b).sum(axis=1) + 0.5)
+
+
+def mkl_library():
+    found = [file for file in distribution("mkl").files if file.name.startswith("libmkl_rt")]
+    return ctypes.CDLL(str(found[0].locate()))
+
+
+def test_the_processor_is_asked_for_a_matrix_unit(monkeypatch):
+    for text, has in (("flags: avx512_bf16 amx_tile amx_bf16", True), ("flags: avx512_bf16", False)):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text, **how: text)
+        monkeypatch.setattr(Path, "is_file", lambda self: True)
+        assert module.has_matrix_unit() is has
+
+
+# ---- one pool ---------------------------------------------------------------------------------------------
 
 PRODUCTS = {"matmul", "dot", "vdot", "inner", "tensordot", "linalg", "vecdot", "matvec"}
 

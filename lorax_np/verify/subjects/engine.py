@@ -72,7 +72,7 @@ class Reference:
 
 
 class Fast(Reference):
-    """lx.fast: its forward and backward; starts and merges are the engine's."""
+    """lx.fast: its forward, its backward and its merge; starts and unmerging are the reference's."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
 
@@ -84,3 +84,9 @@ class Fast(Reference):
         gx, g = fast.lora_linear_backward(gy, saved, base, adapter, **how)
         found = {"x": gx, "A": g.A, "B": g.B, "m": g.m, "b": g.b, "bB": g.bB}
         return y, {name: value for name, value in found.items() if value is not None}
+
+    def merge(self, case: Case) -> dict[str, Any]:
+        """The merged weight and bias, merged in place into a copy."""
+        _, base, adapter, _ = self._records(case)
+        linear = fast.merge_into(Linear(np.array(base.W), base.b), adapter, scaling=case.scaling)
+        return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
