@@ -10,6 +10,7 @@ bench/results/. Interrupted, it prints and writes what it has.
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -174,5 +175,10 @@ def _write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -33,6 +33,8 @@ class Case(NamedTuple):
     def label(self) -> str:
         """How a table names it."""
         words = [f"{self.tokens}, {self.d_in}, {self.d_out}", f"r{self.r}"]
+        words += ["bf16"] if self.dtype == "bfloat16" else []
+        words += ["DoRA"] if self.dora else []
         words += [f"p {self.p:g}"] if self.p else []
         words += ["full norm"] if self.norm_gradient else []
         words += [] if self.need_gx else ["no gx"]

@@ -139,7 +139,7 @@ class Process:
 
     def end(self) -> None:
         """The case is over; the process lives on, for the next, unless the case broke it."""
-        with suppress(Broken):
+        with suppress(Broken, ValueError):  # an interruption may have cut an answer in two
             self.ask("end")
 
     def close(self) -> None:

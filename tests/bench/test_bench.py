@@ -26,7 +26,7 @@ TINY = (
     cases.Case(24, 40, 32, 4, dora=True, norm_gradient=True),
     cases.Case(24, 40, 32, 4, p=0.3, dora=True),
 )
-labels = pytest.mark.parametrize("case", TINY, ids=lambda c: f"{c.label}{', DoRA' if c.dora else ''}")
+labels = pytest.mark.parametrize("case", TINY, ids=lambda c: c.label)
 
 
 def faults(case, got, *, own_mask=False, unit=2.0**-24):
@@ -377,6 +377,11 @@ def test_the_gate_has_an_end():
     gate.loud = 1
     if gate.known:
         assert gate.note().startswith("NOT QUIET: 1 of 2 turns")
+
+
+def test_cases_of_a_table_have_names_of_their_own():
+    for name, every in cases.TABLES.items():
+        assert len({case.label for case in every}) == len(every), name
 
 
 def test_every_table_has_engines_that_exist():
