@@ -179,6 +179,11 @@ def takes_numpy(xp: Namespace) -> bool:
     return xp is np or str(xp.__name__) == "cupy"
 
 
+def on_device(x: Any) -> bool:
+    """Whether x is one of CuPy's arrays, which live on a GPU."""
+    return not isinstance(x, np.ndarray) and type(x).__module__.partition(".")[0] == "cupy"
+
+
 def to_host(x: Array) -> HostArray:
     """Return x as a NumPy array: itself if it is one, else a copy in the host's memory."""
     xp = namespace_of(x=x)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, HostArray, compute_dtype, dtype_name, namespace_of, to_host
+from ..backend import Array, HostArray, compute_dtype, dtype_name, namespace_of, on_device, to_host
 from ..errors import ConfigError, DtypeError
 from ..params import Adapter, Linear, Parts, check_backward, check_forward
 from ..random import DropoutKey
 from ..shapes import rows
+from . import gpu
 from .buffers import empty
 from .gemm import gemm
 from .norms import Norms, row_norms
@@ -41,8 +42,8 @@ class FastSaved(NamedTuple):
 
 def lora_linear_forward(
     x: Array, base: Linear, adapter: Adapter, *, scaling: float, dropout: Dropout | None = None
-) -> tuple[Any, FastSaved]:
-    """Linear layer with its low-rank update: lorax_np.lora_linear_forward, faster, on NumPy arrays.
+) -> tuple[Any, FastSaved | gpu.GpuSaved]:
+    """Linear layer with its low-rank update: lorax_np.lora_linear_forward, faster, on NumPy or CuPy arrays.
 
     x, base, adapter, scaling : as there, of any real dtype and strides
     dropout : (..., d_in)  a mask, as there
@@ -50,13 +51,15 @@ def lora_linear_forward(
               that the adapter computes in; it is made by blocks of rows, twice, and never kept
 
     Returns y : (..., d_out) in x's dtype, and what the backward reads. No argument is written to.
-    Raises as there; DtypeError for complex arrays, TypeError for arrays that are not NumPy's.
+    Raises as there; DtypeError for complex arrays, TypeError for arrays of other libraries.
     Source: specs/speed.md, (speed.1) to (speed.4).
 
     >>> base, adapter = Linear(np.eye(2)), Adapter(np.ones((1, 2)), np.array([[1.0], [2.0]]))
     >>> lora_linear_forward(np.array([3.0, 4.0]), base, adapter, scaling=0.5)[0].tolist()
     [6.5, 11.0]
     """
+    if on_device(x):
+        return gpu.forward(x, base, adapter, scaling=scaling, dropout=dropout)
     s, drop = _check(x, base, adapter, scaling, dropout)
     lead, narrow, wide = x.shape[:-1], dtype_name(x), compute_dtype(x)
     X, W, b = _rows(x), to_host(base.W), adapter.b if adapter.b is not None else base.b
@@ -81,7 +84,7 @@ def lora_linear_forward(
 
 def lora_linear_backward(
     gy: Array,
-    saved: FastSaved,
+    saved: FastSaved | gpu.GpuSaved,
     base: Linear,
     adapter: Adapter,
     *,
@@ -97,6 +100,9 @@ def lora_linear_backward(
 
     Raises as there. Source: specs/speed.md, (speed.5) and (speed.6).
     """
+    if isinstance(saved, gpu.GpuSaved):
+        how: Any = {"scaling": scaling, "norm_gradient": norm_gradient, "need_gx": need_gx}
+        return gpu.backward(gy, saved, base, adapter, **how)
     s = _check_backward(gy, saved, base, adapter, scaling)
     lead, narrow, wide = saved.x.shape[:-1], dtype_name(gy), compute_dtype(gy)
     X, G, W = _rows(saved.x), _rows(gy), to_host(base.W)
@@ -377,4 +383,6 @@ def _check_backward(gy: Array, saved: FastSaved, base: Linear, adapter: Adapter,
 
 def _check_numpy(x: Array) -> None:
     if namespace_of(x=x) is not np:
-        raise TypeError(f"x: expected a NumPy array in the fast engine, got {namespace_of(x=x).__name__}")
+        raise TypeError(
+            f"x: expected a NumPy or CuPy array in the fast engine, got {namespace_of(x=x).__name__}"
+        )

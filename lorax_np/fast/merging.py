@@ -16,11 +16,13 @@ from ..backend import (
     compute_dtype,
     dtype_name,
     namespace_of,
+    on_device,
     quiet,
     to_host,
 )
 from ..errors import ConfigError, DtypeError
 from ..params import Adapter, Linear, check_direction, check_pair
+from . import gpu
 from .gemm import gemm
 from .norms import row_norms
 from .weights import product, row_blocks, to
@@ -32,7 +34,7 @@ NOT_FINITE = "expected finite numbers once merged, got NaN or infinity"
 def merge_into(base: Linear, adapter: Adapter, *, scaling: float) -> Linear:
     """Write W + s·BA over base.W, with DoRA k∘(W + s·BA), and return the Linear that then serves.
 
-    base : Linear     of a NumPy W that may be written to; its b is not written to
+    base : Linear     of a W, NumPy's or CuPy's, that may be written to; its b is not written to
     adapter, scaling : as in lorax_np.merge
 
     Returns a Linear of the same W, and of b' = b + s·bB as lorax_np.merge gives it.
@@ -47,6 +49,8 @@ def merge_into(base: Linear, adapter: Adapter, *, scaling: float) -> Linear:
     >>> merged.W is W, W.tolist()
     (True, [[1.5, 0.5], [0.5, 1.5]])
     """
+    if on_device(base.W):
+        return gpu.merge_into(base, adapter, scaling=scaling)
     s = check_pair(base, adapter, scaling)
     W, b = _writable(base, adapter), _bias(base, adapter, s)
     if adapter.A is None or adapter.B is None:
@@ -106,7 +110,9 @@ def _rehearse(W: HostArray, A: HostArray, B: HostArray, s: float, k: Any) -> Non
 
 def _writable(base: Linear, adapter: Adapter) -> HostArray:
     if namespace_of(W=base.W) is not np:
-        raise TypeError(f"W: expected a NumPy array in the fast engine, got {namespace_of(W=base.W).__name__}")
+        raise TypeError(
+            f"W: expected a NumPy or CuPy array in the fast engine, got {namespace_of(W=base.W).__name__}"
+        )
     W = base.W if isinstance(base.W, np.ndarray) else to_host(base.W)
     if dtype_name(W) == "complex128":
         raise DtypeError("W: expected real arrays in the fast engine, got complex128")

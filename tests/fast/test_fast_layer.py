@@ -296,7 +296,7 @@ def test_arrays_of_another_library_are_refused():
     x, eye = strict.ones(3), strict.eye(3)
     adapter = lx.Adapter(strict.ones((1, 3)), strict.ones((3, 1)))
     with pytest.raises(
-        TypeError, match=r"^x: expected a NumPy array in the fast engine, got array_api_strict$"
+        TypeError, match=r"^x: expected a NumPy or CuPy array in the fast engine, got array_api_strict$"
     ):
         lx.fast.lora_linear_forward(x, lx.Linear(eye), adapter, scaling=1.0)
 

@@ -144,7 +144,7 @@ def test_complex_and_foreign_weights_are_refused():
         lx.fast.merge_into(lx.Linear(np.ones((2, 3), complex)), lx.Adapter(A, B), scaling=1.0)
     base, adapter = lx.Linear(strict.ones((2, 3))), lx.Adapter(strict.ones((1, 3)), strict.ones((2, 1)))
     with pytest.raises(
-        TypeError, match=r"^W: expected a NumPy array in the fast engine, got array_api_strict$"
+        TypeError, match=r"^W: expected a NumPy or CuPy array in the fast engine, got array_api_strict$"
     ):
         lx.fast.merge_into(base, adapter, scaling=1.0)
 

@@ -17,8 +17,9 @@ import numpy as np
 from ..bounds.ceiling import merged_ceiling
 from ..cases import PROFILES, UNIT, Case, HostArray, draw
 from ..conventions import spec_of
+from ..lines import WIDTH
 from ..precision import Precision
-from ..report import WIDTH, Check
+from ..report import Check
 from ..truths import exact
 from ..truths.nearest import nearest, places
 from .lattice import cast

@@ -1,0 +1,133 @@
+"""Whether an engine computes the layer at all: its results beside the formula in float64.
+
+A sum of K rounded terms moves by about u·√K of its own size (random signs, the worst order of evaluation); the
+sums of one result follow each other, so these add. Every stored intermediate adds its own unit roundoff. An
+engine whose root-mean-square error is above that is wrong, and its time would mean nothing.
+"""
+
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from .cases import SCALING, Arrays, Case
+
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+STORED = 8  # intermediates that an engine may store between the input and a result
+NEAR = 1e-3  # of the typical |gx of the branch|: a smaller one does not tell a mask
+DEVIATIONS = 6.0  # of a binomial share
+
+
+class Truth(NamedTuple):
+    """The products of a case in float64: M is the branch's own matrix, delta or what DoRA makes of it."""
+
+    v: Arrays
+    y0: np.ndarray  # x Wᵀ
+    gx0: np.ndarray  # gy W
+    M: np.ndarray  # (d_out, d_in), y = y0 + xd Mᵀ
+    gM: np.ndarray  # gy M, the branch's gradient before the mask
+    V: np.ndarray
+    n: np.ndarray
+
+
+def prepare(case: Case, arrays: Arrays) -> Truth:
+    """The parts of the truth that no mask changes."""
+    v = {name: value.astype(np.float64) for name, value in arrays.items()}
+    V = v["W"] + SCALING * v["B"] @ v["A"]
+    n = np.sqrt((V * V).sum(axis=1))
+    M = (v["m"] / n)[:, None] * V - v["W"] if case.dora else V - v["W"]
+    return Truth(v, v["x"] @ v["W"].T, v["gy"] @ v["W"], M, v["gy"] @ M, V, n)
+
+
+def results(case: Case, t: Truth, mask: np.ndarray | None) -> Arrays:
+    """y, gx, gA, gB and gm by the formula, in float64."""
+    v, xd = t.v, t.v["x"] if mask is None else t.v["x"] * mask
+    found = {"y": t.y0 + xd @ t.M.T, "gx": t.gx0 + (t.gM if mask is None else t.gM * mask)}
+    k = (v["m"] / t.n)[None, :] if case.dora else 1.0
+    gu = SCALING * k * v["gy"]
+    found |= {"gA": (gu @ v["B"]).T @ xd, "gB": gu.T @ (xd @ v["A"].T)}
+    if case.dora:
+        gk = (v["gy"] * (xd @ t.V.T)).sum(axis=0)
+        found["gm"] = gk / t.n
+        if case.norm_gradient:
+            gV = -(gk * v["m"] / t.n**3)[:, None] * t.V
+            found["gA"] += SCALING * v["B"].T @ gV
+            found["gB"] += SCALING * gV @ v["A"].T
+    return found
+
+
+def read_mask(case: Case, t: Truth, got: Arrays) -> tuple[np.ndarray, str]:
+    """The mask that an engine drew for itself, read off its results, and what is wrong with it, or "".
+
+    gx = gy W + (gy M)∘mask tells an entry wherever gy M is not small; there y tells it, entry by entry. An
+    engine that drops otherwise than by 0 and 1/(1 − p), or with another p, is not the layer that was asked for.
+    """
+    kept = 1 / (1 - case.p)
+    near = NEAR * sqrt(float(np.mean(t.gM * t.gM)))
+    clear = np.abs(t.gM) > near
+    ratio = (got["gx"] - t.gx0) / np.where(clear, t.gM, 1.0)
+    mask = np.where(clear & (ratio < kept / 2), 0.0, kept)
+    off = np.abs(ratio - mask) > 0.1
+    if np.any(off & clear):
+        return mask, f"gx: {np.count_nonzero(off & clear)} entries are dropped by neither 0 nor 1/(1 − p)"
+    token, feature = np.nonzero(~clear)
+    for start in range(0, len(token), 256):
+        at, of = token[start : start + 256], feature[start : start + 256]
+        step = (kept * t.v["x"][at, of])[:, None] * t.M[:, of].T  # what keeping the entry adds to its row of y
+        rest = got["y"][at] - t.y0[at] - (t.v["x"][at] * mask[at]) @ t.M.T
+        mask[at, of] = np.where((rest * step).sum(axis=1) < -0.5 * (step * step).sum(axis=1), 0.0, kept)
+    share, wanted = float(np.mean(mask > 0)), 1 - case.p
+    if abs(share - wanted) > DEVIATIONS * sqrt(case.p * wanted / mask.size) + 2.0**-17:
+        return mask, f"mask: {share:.4f} of the entries kept, expected {wanted:.4f}"
+    return mask, ""
+
+
+def allowed(case: Case, unit: float) -> dict[str, float]:
+    """How large a root-mean-square error of each result may be, relative to the result."""
+    tokens, d_in, d_out, r = case[:4]
+    sums, stored = UNIT["float32"], STORED * unit
+    norm = sqrt(d_in) if case.dora else 0.0
+    lengths = {
+        "y": sqrt(d_in) + sqrt(r) + norm,
+        "gx": sqrt(d_out) + sqrt(r) + norm,
+        "gA": sqrt(d_out) + sqrt(tokens) + norm,
+        "gB": sqrt(d_in) + sqrt(tokens) + norm,
+        "gm": sqrt(d_in) + sqrt(tokens) + norm,
+    }
+    if case.norm_gradient:
+        for name in ("gA", "gB"):
+            lengths[name] += sqrt(d_in) + sqrt(tokens) + sqrt(max(d_in, d_out))
+    return {name: 2 * (sums * length + stored) for name, length in lengths.items()}
+
+
+def faults(case: Case, want: Arrays, got: Arrays, unit: float) -> list[str]:
+    """What is wrong with an engine's results, in words; nothing where it computes the layer."""
+    wanted = [name for name in want if name != "gx" or case.need_gx]
+    bounds = allowed(case, unit)
+    found = []
+    for name in wanted:
+        if name not in got:
+            found.append(f"{name}: expected an array, got none")
+        elif got[name].shape != want[name].shape:
+            found.append(f"{name}: expected {want[name].shape}, got {got[name].shape}")
+        else:
+            size = float(np.linalg.norm(want[name]))
+            error = float(np.linalg.norm(got[name] - want[name])) / size
+            if not error <= bounds[name]:
+                found.append(
+                    f"{name}: expected an error of at most {bounds[name]:.1e} of its size, got {error:.1e}"
+                )
+    return found
+
+
+def judge(
+    case: Case, t: Truth, got: Arrays, mask: np.ndarray | None, *, own_mask: bool, unit: float
+) -> list[str]:
+    """Faults of an engine that was given `mask`, or drew its own, and stores with the given unit roundoff."""
+    if own_mask and case.p:
+        if "gx" not in got:
+            return ["gx: expected an array to read the mask from, got none"]
+        mask, wrong = read_mask(case, t, got)
+        if wrong:
+            return [wrong]
+    return faults(case, results(case, t, mask), got, unit)
