@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ... import LoraConfig
-from ..bounds.worst import bounds
+from ..bounds.widths import bounds, width
 from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
 from ..conventions import spec_of
+from ..precision import PRECISIONS
 from ..report import Check
 from .tensors import Absent, Crash, answer, ask, by_name, chosen
 
@@ -29,7 +30,7 @@ def battery_protocol(subject: Any, profile: str, seed: int, level: str, only: st
     kinds = ("lora, dropout", "dora, dropout") if False in spec.norm_gradient else ("lora, dropout",)
     for kind in kinds:
         case = under(draw("", kind, (5, 7, 3, (2, 2)), dtype, (seed, 3), bias="trained"), spec)
-        bound = bounds(case, UNIT[dtype])
+        bound = bounds(case, width(PRECISIONS[profile]))
         name = kind.partition(",")[0]
         laws: dict[str, Law] = {
             "zero tokens give empty y and gx, and gradients of 0": partial(_empty, subject, case),
@@ -76,6 +77,11 @@ def lawful(id: str, battery: str, kind: str, law: str, run: Law) -> Check:
     return Check(id, battery, kind, law, "fail" if wrong else "pass", note=wrong or "")
 
 
+def floating(value: HostArray) -> bool:
+    """Whether these are floating numbers; bfloat16 are, which NumPy does not know for such."""
+    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
+
+
 def differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[str, HostArray]) -> str | None:
     """Where two answers to one question differ by more than both their roundings."""
     for name, value in want.items():
@@ -83,7 +89,7 @@ def differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[s
             continue  # nobody asked for it
         if name not in got or got[name].shape != value.shape:
             return f"{name}: expected shape {value.shape}, got {got[name].shape if name in got else 'none'}"
-        if got[name].dtype.kind != "f" or value.dtype.kind != "f":
+        if not (floating(got[name]) and floating(value)):
             return f"{name}: expected floating numbers, got {got[name].dtype}"
         if value.shape != bound[name].shape:
             return f"{name}: expected shape {bound[name].shape}, got {value.shape}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds.worst import bounds
+from ..bounds.widths import Width, bounds, width
 from ..cases import UNIT, Case, HostArray, draw, under
 from ..conventions import spec_of
 from ..layers import plain
@@ -22,7 +22,6 @@ from . import invariants
 from .lattice import cast
 from .laws import OF_TOKENS, AsGiven, Law, differs, hashes, lawful, resized
 from .probes import draws
-from .secant import unit
 from .tensors import Absent, Crash, answer, ask, by_name, chosen, in_one_line
 
 EPS = UNIT["float64"]
@@ -31,7 +30,7 @@ ALL = ("x", "W", "A", "B", "m", "b", "bB")
 
 def battery_conduct(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
     """Conduct over calls, layouts and updates, then merging, then the laws between a layer's tensors."""
-    spec, u, dtype = spec_of(subject), unit(PRECISIONS[profile]), PRECISIONS[profile].dtype
+    spec, u, dtype = spec_of(subject), width(PRECISIONS[profile]), PRECISIONS[profile].dtype
     kinds = ["lora, dropout"] + [kind for full, kind in _DORA.items() if full in spec.norm_gradient]
     for kind in kinds[: 2 if level == "quick" else 3]:
         drawn = draw("", kind, (5, 7, 3, (2, 2)), "float64", (seed, 9), bias="trained", lora_bias=True)
@@ -48,7 +47,7 @@ def battery_conduct(subject: Any, profile: str, seed: int, level: str, only: str
 _DORA = {False: "dora, dropout", True: "dora full norm, dropout"}
 
 
-def laws_of(subject: Any, case: Case, u: float) -> dict[str, Law | None]:
+def laws_of(subject: Any, case: Case, u: Width) -> dict[str, Law | None]:
     """The laws by name, in the order of their numbers; None where one says nothing of this layer."""
     dry = case.undropped()
     biased, case = dry, without_bB(case)
@@ -98,7 +97,7 @@ def _fitting(law: Law) -> str | None:
 # ---- conduct -------------------------------------------------------------------------------------------------
 
 
-def _same(case: Case, got: dict[str, HostArray], want: dict[str, HostArray], u: float) -> str | None:
+def _same(case: Case, got: dict[str, HostArray], want: dict[str, HostArray], u: Width) -> str | None:
     return differs(got, want, bounds(case, u))
 
 
@@ -106,7 +105,7 @@ def _gradients(subject: Any, case: Case, gy: HostArray) -> dict[str, HostArray]:
     return by_name("backward", ask(subject, "backward", case, gy), ALL)
 
 
-def _forward_twice(subject: Any, case: Case, u: float) -> str | None:
+def _forward_twice(subject: Any, case: Case, u: Width) -> str | None:
     want, mine = answer(subject, case), case.copy()
     ask(subject, "forward", mine)
     y = by_name("forward", {"y": ask(subject, "forward", mine)}, ("y",))
@@ -138,7 +137,7 @@ def _other(case: Case, seed: int = 1) -> Case:
     return replace(case, **{k: moved(v) for k, v in case.arrays().items() if k != "mask"})  # type: ignore[arg-type]
 
 
-def _interleaved(subject: Any, case: Case, u: float) -> str | None:
+def _interleaved(subject: Any, case: Case, u: Width) -> str | None:
     cases = case, _other(case)
     want, mine = [answer(subject, one) for one in cases], [one.copy() for one in cases]
     ys = [by_name("forward", {"y": ask(subject, "forward", one)}, ("y",)) for one in mine]
@@ -187,7 +186,7 @@ def _gy_untouched(subject: Any, case: Case) -> str | None:
     return f"written to: {', '.join(changed)}" if changed else None
 
 
-def _eval(subject: Any, case: Case, u: float) -> str | None:
+def _eval(subject: Any, case: Case, u: Width) -> str | None:
     wet, dry = case.undropped(0.45), case.undropped()
     return _same(dry, answer(subject, wet), answer(subject, dry), u)
 
@@ -205,7 +204,7 @@ def _empty(subject: Any, case: Case) -> str | None:
     return None
 
 
-def _one_token(subject: Any, case: Case, u: float) -> str | None:
+def _one_token(subject: Any, case: Case, u: Width) -> str | None:
     """The first of several tokens gives the y and gx that it gives alone; in one shape as in another."""
     full = answer(subject, case)
     alone = resized(case, (1,))
@@ -226,7 +225,7 @@ def _one_token(subject: Any, case: Case, u: float) -> str | None:
     return f"{wrong} for x of shape {flat.x.shape}" if wrong else None
 
 
-def _permuted(subject: Any, case: Case, u: float) -> str | None:
+def _permuted(subject: Any, case: Case, u: Width) -> str | None:
     """Permuting tokens permutes y and gx, and leaves the other gradients."""
     N = prod(case.x.shape[:-1])
     order = np.random.default_rng(2).permutation(N)
@@ -240,7 +239,7 @@ def _permuted(subject: Any, case: Case, u: float) -> str | None:
     return _same(turned, answer(subject, turned), want | {k: turn(want[k]) for k in ("y", "x") if k in want}, u)
 
 
-def _padded(subject: Any, case: Case, u: float) -> str | None:
+def _padded(subject: Any, case: Case, u: Width) -> str | None:
     """Rows of zeros in A, columns of zeros in B, past both sides, with the same s: nothing else moves."""
     r, more = case.config.r, 1 + max(case.W.shape)
     alpha = case.config.lora_alpha * (more / r) ** (0.5 if case.config.use_rslora else 1.0)
@@ -256,7 +255,7 @@ def _padded(subject: Any, case: Case, u: float) -> str | None:
     return differs(got, want, bound)
 
 
-def _layouts(subject: Any, case: Case, u: float) -> str | None:
+def _layouts(subject: Any, case: Case, u: Width) -> str | None:
     def offset(value: HostArray) -> HostArray:
         room = np.full(value.size + 3, np.nan, value.dtype)
         room[3:] = value.reshape(-1)
@@ -283,7 +282,7 @@ def _layouts(subject: Any, case: Case, u: float) -> str | None:
     return None
 
 
-def _updated(subject: Any, case: Case, u: float) -> str | None:
+def _updated(subject: Any, case: Case, u: Width) -> str | None:
     """A step in new arrays, then one in place: a norm, a product or a transpose kept from before would show."""
     want = {name: value.copy() for name, value in case.arrays().items()}
     mine = case.copy()
