@@ -72,13 +72,8 @@ BATTERIES: dict[str, Battery] = {
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
-ANY_WIDTH = (
-    "lattice",
-    "generic",
-    "probes",
-    "schedule",
-    "embedding",
-)  # the others' bounds know one unit roundoff
+# The bounds of the rest know one unit roundoff, or are blind beside three of them, as the secant's are
+ANY_WIDTH = ("lattice", "generic", "probes", "schedule", "conduct", "embedding")
 
 
 def suited(profile: str, asked: str = "") -> dict[str, Battery]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds.worst import bounds
+from ..bounds.widths import Width, bounds, width
 from ..cases import UNIT, Case, HostArray, draw, under
 from ..conventions import spec_of
 from ..layers import plain
@@ -22,7 +22,6 @@ from .forms import same
 from .lattice import cast
 from .laws import Law, differs, hashes, lawful
 from .probes import draws
-from .secant import unit
 from .tensors import Crash, answer, ask, by_name, chosen, in_one_line
 
 EPS = UNIT["float64"]
@@ -31,7 +30,7 @@ ALL = ("x", "W", "A", "B", "m", "b", "bB")
 
 def battery_conduct(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:
     """Conduct over calls, layouts and updates, then merging, then the laws between a layer's tensors."""
-    spec, u, dtype = spec_of(subject), unit(PRECISIONS[profile]), PRECISIONS[profile].dtype
+    spec, u, dtype = spec_of(subject), width(PRECISIONS[profile]), PRECISIONS[profile].dtype
     kinds = ["lora, dropout"] + [kind for full, kind in _DORA.items() if full in spec.norm_gradient]
     for kind in kinds[: 2 if level == "quick" else 3]:
         drawn = draw("", kind, (5, 7, 3, (2, 2)), "float64", (seed, 9), bias="trained", lora_bias=True)
@@ -48,7 +47,7 @@ def battery_conduct(subject: Any, profile: str, seed: int, level: str, only: str
 _DORA = {False: "dora, dropout", True: "dora full norm, dropout"}
 
 
-def laws_of(subject: Any, case: Case, u: float) -> dict[str, Law | None]:
+def laws_of(subject: Any, case: Case, u: Width) -> dict[str, Law | None]:
     """The laws by name, in the order of their numbers; None where one says nothing of this layer."""
     dry = case.undropped()
     biased, case = dry, without_bB(case)
@@ -103,7 +102,7 @@ def _gradients(subject: Any, case: Case, gy: HostArray) -> dict[str, HostArray]:
     return by_name("backward", ask(subject, "backward", case, gy), ALL)
 
 
-def _forward_twice(subject: Any, case: Case, u: float) -> str | None:
+def _forward_twice(subject: Any, case: Case, u: Width) -> str | None:
     want, mine = answer(subject, case), case.copy()
     ask(subject, "forward", mine)
     y = by_name("forward", {"y": ask(subject, "forward", mine)}, ("y",))
@@ -135,7 +134,7 @@ def _other(case: Case, seed: int = 1) -> Case:
     return replace(case, **{k: moved(v) for k, v in case.arrays().items() if k != "mask"})  # type: ignore[arg-type]
 
 
-def _interleaved(subject: Any, case: Case, u: float) -> str | None:
+def _interleaved(subject: Any, case: Case, u: Width) -> str | None:
     cases = case, _other(case)
     want, mine = [answer(subject, one) for one in cases], [one.copy() for one in cases]
     ys = [by_name("forward", {"y": ask(subject, "forward", one)}, ("y",)) for one in mine]
@@ -146,7 +145,7 @@ def _interleaved(subject: Any, case: Case, u: float) -> str | None:
     return None
 
 
-def _bits(subject: Any, case: Case, u: float) -> str | None:
+def _bits(subject: Any, case: Case, u: Width) -> str | None:
     first = answer(subject, case)
     for _ in range(2):
         again = answer(subject, case)
@@ -190,12 +189,12 @@ def _untouched(subject: Any, case: Case) -> str | None:
     return None
 
 
-def _eval(subject: Any, case: Case, u: float) -> str | None:
+def _eval(subject: Any, case: Case, u: Width) -> str | None:
     wet, dry = case.undropped(0.45), case.undropped()
     return same(dry, answer(subject, wet), answer(subject, dry), u)
 
 
-def _updated(subject: Any, case: Case, u: float) -> str | None:
+def _updated(subject: Any, case: Case, u: Width) -> str | None:
     """A step in new arrays, then one in place: a norm, a product or a transpose kept from before would show."""
     want = {name: value.copy() for name, value in case.arrays().items()}
     mine = case.copy()

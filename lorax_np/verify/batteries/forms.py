@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds.worst import bounds
+from ..bounds.widths import Width, bounds
 from ..cases import PROFILES, UNIT, Case, HostArray, draw, under
 from ..conventions import spec_of
 from ..report import Check
@@ -45,7 +45,7 @@ def _viewed(subject: Any, case: Case, name: str, u: float) -> str | None:
     return None
 
 
-def same(case: Case, got: dict[str, HostArray], want: dict[str, HostArray], u: float) -> str | None:
+def same(case: Case, got: dict[str, HostArray], want: dict[str, HostArray], u: Width) -> str | None:
     """Where two answers to a case differ by more than both their roundings."""
     return differs(got, want, bounds(case, u))
 
@@ -64,7 +64,7 @@ def empty(subject: Any, case: Case) -> str | None:
     return None
 
 
-def one_token(subject: Any, case: Case, u: float) -> str | None:
+def one_token(subject: Any, case: Case, u: Width) -> str | None:
     """The first of several tokens gives the y and gx that it gives alone; in one shape as in another."""
     full = answer(subject, case)
     alone = resized(case, (1,))
@@ -85,7 +85,7 @@ def one_token(subject: Any, case: Case, u: float) -> str | None:
     return f"{wrong} for x of shape {flat.x.shape}" if wrong else None
 
 
-def stacked(subject: Any, case: Case, u: float) -> str | None:
+def stacked(subject: Any, case: Case, u: Width) -> str | None:
     """Leading axes only stack tokens: in one axis they give the same."""
     flat = resized(case, (prod(case.x.shape[:-1]),))
     limit, want = bounds(flat, u), answer(subject, case)
@@ -95,7 +95,7 @@ def stacked(subject: Any, case: Case, u: float) -> str | None:
     return differs(answer(subject, flat), want, limit)
 
 
-def permuted(subject: Any, case: Case, u: float) -> str | None:
+def permuted(subject: Any, case: Case, u: Width) -> str | None:
     """Permuting tokens permutes y and gx, and leaves the other gradients."""
     N = prod(case.x.shape[:-1])
     order = np.random.default_rng(2).permutation(N)
@@ -109,7 +109,7 @@ def permuted(subject: Any, case: Case, u: float) -> str | None:
     return same(turned, answer(subject, turned), want | {k: turn(want[k]) for k in ("y", "x") if k in want}, u)
 
 
-def padded(subject: Any, case: Case, u: float) -> str | None:
+def padded(subject: Any, case: Case, u: Width) -> str | None:
     """Rows of zeros in A, columns of zeros in B, past both sides, with the same s: nothing else moves."""
     r, more = case.config.r, 1 + max(case.W.shape)
     alpha = case.config.lora_alpha * (more / r) ** (0.5 if case.config.use_rslora else 1.0)
@@ -125,7 +125,7 @@ def padded(subject: Any, case: Case, u: float) -> str | None:
     return differs(got, want, bound)
 
 
-def layouts(subject: Any, case: Case, u: float) -> str | None:
+def layouts(subject: Any, case: Case, u: Width) -> str | None:
     """The same numbers in memory of another layout give the same."""
 
     def repeated(value: HostArray) -> HostArray:

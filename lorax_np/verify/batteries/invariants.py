@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds.worst import bounds, merged_bounds
+from ..bounds.widths import Width, bounds, merged_bounds, roundoff
 from ..cases import UNIT, Case, HostArray
 from .laws import differs
 from .secant import norms
@@ -40,7 +40,7 @@ def _off(left: HostArray, right: HostArray, bound: HostArray) -> str | None:
     return f"off by {off.max():.3g}, {(off / np.maximum(bound, 1e-300)).max():.2g} × the bound"
 
 
-def gauge(subject: Any, case: Case, u: float) -> str | None:
+def gauge(subject: Any, case: Case, u: Width) -> str | None:
     """Both factors see the same gradient by z-space: BᵀgB = gA Aᵀ, with any mask, under DoRA too."""
     gA, gB = _wide(subject, case, "A", "B")  # (lattice.12)
     A, B, bound = case.A.astype(np.float64), case.B.astype(np.float64), bounds(case, u)
@@ -49,7 +49,7 @@ def gauge(subject: Any, case: Case, u: float) -> str | None:
     return _off(B.T @ gB, gA @ A.T, error)
 
 
-def turned(subject: Any, case: Case, u: float) -> str | None:
+def turned(subject: Any, case: Case, u: Width) -> str | None:
     """T permutes ranks and scales by powers of two, so that TA and BT⁻¹ have no error."""
     r = case.A.shape[0]
     order, scale = np.random.default_rng(3).permutation(r), 2.0 ** (np.arange(r) % 5 - 2)
@@ -63,7 +63,7 @@ def turned(subject: Any, case: Case, u: float) -> str | None:
     return differs(got, want, bounds(turned, u))
 
 
-def scaled(subject: Any, case: Case, u: float) -> str | None:
+def scaled(subject: Any, case: Case, u: Width) -> str | None:
     """y is affine in s: two values of it give the derivative, without bB, which s multiplies too."""
     plain_case = replace(case, bB=None, config=replace(case.config, lora_bias=False))
     c = plain_case.config
@@ -76,7 +76,7 @@ def scaled(subject: Any, case: Case, u: float) -> str | None:
     return _off(np.array([left]), np.array([(B * gB).sum()]), np.array([error]))
 
 
-def magnitude(subject: Any, case: Case, u: float) -> str | None:
+def magnitude(subject: Any, case: Case, u: Width) -> str | None:
     """Without a mask y less what stands outside k is linear in m, row by row."""
     y, gm = _wide(subject, case, "y", "m")  # (lattice.14)
     G, bound, m = case.gy.astype(np.float64), bounds(case, u), np.asarray(case.m, dtype=np.float64)
@@ -88,7 +88,7 @@ def magnitude(subject: Any, case: Case, u: float) -> str | None:
     return _off(m * gm, (G * (y - b)).sum(axis=axes), error)
 
 
-def tangent(subject: Any, case: Case, u: float) -> str | None:
+def tangent(subject: Any, case: Case, u: Width) -> str | None:
     """Where W = 0, V = s·BA is linear in B's rows: a gradient through the norm is at a right angle to them."""
     bare = replace(case, W=np.zeros_like(case.W))
     if case.scales_bias:  # which B does not reach
@@ -108,7 +108,7 @@ def _merge(subject: Any, case: Case) -> dict[str, HostArray]:
     return by_name("merge", ask(subject, "merge", case.copy()), ("W", "b"))
 
 
-def merged(subject: Any, case: Case, u: float) -> str | None:
+def merged(subject: Any, case: Case, u: Width) -> str | None:
     """x W'ᵀ + b', in float64, is the forward without dropout."""
     got, y = _merge(subject, case), answer(subject, case)["y"].astype(np.float64)
     error, x = merged_bounds(case, u), case.x.astype(np.float64)
@@ -120,7 +120,7 @@ def merged(subject: Any, case: Case, u: float) -> str | None:
     return None if (off <= bound).all() else f"y differs by {off.max():.3g}"
 
 
-def unmerged(subject: Any, case: Case, u: float) -> str | None:
+def unmerged(subject: Any, case: Case, u: Width) -> str | None:
     """W and b come back within three times the roundings of merging: once in, and no more than twice out."""
     whole = _merge(subject, case)
     given = {name: value.copy() for name, value in whole.items()}
@@ -129,7 +129,9 @@ def unmerged(subject: Any, case: Case, u: float) -> str | None:
     update = abs(case.scaling) * np.abs(case.B.astype(np.float64)) @ np.abs(case.A.astype(np.float64))
     size = np.abs(case.W.astype(np.float64)) + update
     count = case.A.shape[0] + 16
-    bound = {"W": 3 * (merged_bounds(case, u)["W"] / k + count * u * size)}
+    bound = {"W": 3 * (merged_bounds(case, u)["W"] / k + count * roundoff(u) * size)}
     if case.b is not None:
-        bound["b"] = 3 * (merged_bounds(case, u)["b"] + 16 * u * np.abs(whole["b"].astype(np.float64)))
+        bound["b"] = 3 * (
+            merged_bounds(case, u)["b"] + 16 * roundoff(u) * np.abs(whole["b"].astype(np.float64))
+        )
     return differs(got, {name: getattr(case, name) for name in bound}, {k: v / 2 for k, v in bound.items()})

@@ -26,6 +26,11 @@ def lawful(id: str, battery: str, kind: str, law: str, run: Law) -> Check:
     return Check(id, battery, kind, law, "fail" if wrong else "pass", note=wrong or "")
 
 
+def floating(value: HostArray) -> bool:
+    """Whether these are floating numbers; bfloat16 are, which NumPy does not know for such."""
+    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
+
+
 def differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[str, HostArray]) -> str | None:
     """Where two answers to one question differ by more than both their roundings."""
     for name, value in want.items():
@@ -33,7 +38,7 @@ def differs(got: dict[str, HostArray], want: dict[str, HostArray], bound: dict[s
             continue  # nobody asked for it
         if name not in got or got[name].shape != value.shape:
             return f"{name}: expected shape {value.shape}, got {got[name].shape if name in got else 'none'}"
-        if got[name].dtype.kind != "f" or value.dtype.kind != "f":
+        if not (floating(got[name]) and floating(value)):
             return f"{name}: expected floating numbers, got {got[name].dtype}"
         if value.shape != bound[name].shape:
             return f"{name}: expected shape {bound[name].shape}, got {value.shape}"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..bounds.worst import bounds
+from ..bounds.widths import Width, bounds, width
 from ..cases import ALPHAS, DROPS, UNIT, Case, HostArray, draw, under
 from ..conventions import Spec, spec_of
 from ..layers.plain import whole
@@ -64,11 +64,6 @@ class Secant:
     through: float
     limit: float
     through_limit: float
-
-
-def unit(precision: Precision) -> float:
-    """The largest roundoff that a product's factors, its sums and what is stored meet."""
-    return max(precision.operand, precision.accumulate, precision.store)
 
 
 def points(profile: str, seed: int, spec: Spec) -> list[Case]:
@@ -171,7 +166,7 @@ def secants(
 ) -> Iterator[Secant]:
     """Compare a gradient with differences of y along `count` gaussian directions in one argument."""
     rng = np.random.default_rng((*seed, GRADIENTS.index(name)))
-    u, G = unit(precision), case.gy.astype(np.float64)
+    u, G = width(precision), case.gy.astype(np.float64)
     at = bounds(replace(case, norm_gradient=case.m is not None), u)  # the wider, where the norm is in question
     theta = getattr(case, name)
     size = float(np.sqrt(np.mean(np.square(theta.astype(np.float64))))) or 1.0
@@ -224,7 +219,7 @@ def norms(case: Case) -> tuple[HostArray, HostArray]:
     return V, np.sqrt((V * V).sum(axis=1))
 
 
-def _still(case: Case, end: Case, u: float) -> float:
+def _still(case: Case, end: Case, u: Width) -> float:
     """How far the rounding of the moved m takes ⟨gy, y⟩: k is still only to within one roundoff."""
     k = np.asarray(case.m, dtype=np.float64) / norms(case)[1]
     off = np.abs(np.asarray(end.m, dtype=np.float64) / norms(end)[1] - k) + 64 * UNIT["float64"] * np.abs(k)
@@ -237,7 +232,7 @@ def _reach(case: Case) -> HostArray:
     return np.asarray(np.abs(wide.gy.reshape(-1, len(wide.W)) * whole(wide)).sum(axis=0))
 
 
-def _through_norm(subject: Any, case: Case, rate: HostArray, u: float) -> tuple[float, float]:
+def _through_norm(subject: Any, case: Case, rate: HostArray, u: Width) -> tuple[float, float]:
     """⟨gm, rate⟩ as the subject's own forward has it, and the error of that: y is affine in m."""
     m = np.asarray(case.m, dtype=np.float64)
     ends = [replace(case, m=(m + sign * rate / 2).astype(case.x.dtype)) for sign in (1, -1)]

@@ -12,6 +12,7 @@ from ..cases import MIDDLE, PROFILES, SMALL, UNIT, Case, HostArray, grid
 from ..conventions import spec_of
 from ..pages.heat import shrink
 from ..report import Check, Verdict
+from ..subjects.torch_arrays import to_array
 from ..truths import exact, truth
 
 EPS = UNIT["float64"]  # of the float64 truths
@@ -66,7 +67,7 @@ def by_name(method: str, found: Any, names: tuple[str, ...]) -> dict[str, HostAr
 def _to_numpy(value: Any) -> HostArray:
     """An array of any library as a NumPy array of its own."""
     if hasattr(value, "detach"):  # torch
-        value = value.detach().cpu().numpy()
+        value = to_array(value)
     elif not isinstance(value, np.ndarray) and hasattr(value, "get"):  # CuPy
         value = value.get()
     elif not isinstance(value, np.ndarray) and hasattr(value, "to_device"):  # the array standard
