@@ -195,12 +195,12 @@ class OneBuffer(Reference):
 
 
 FAULTS = {
-    WritesToGy: "backward writes to nothing, gy included",
-    WritesToX: "no argument is written to",
+    WritesToGy: "nothing that is given is written to",
+    WritesToX: "nothing that is given is written to",
     Restless: "three runs give the same bits",
     NoTokens: "zero tokens in any shape",
     DropsAlways: "without a mask nothing is dropped, whatever p is",
-    Flat: "transposed, offset and repeated arrays",
+    Flat: "strided, transposed, offset and repeated arrays",
     NormKept: "updates of the parameters are seen",
     RankOfFour: "rank past both sides",
     FirstAxis: "leading axes only stack tokens",
