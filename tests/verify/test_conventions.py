@@ -367,3 +367,16 @@ def test_generic_judges_the_reference_in_float64_by_equations_of_its_own():
     ]
     assert len(found) > 100
     assert {check.verdict for check in found} == {"pass"}
+
+
+def test_every_form_of_a_report_tells_it(tmp_path):
+    report = lx.verify.verify(Follows(own=Spec(dora="scaled_bias")), "fp32", level="quick")
+    formula = "dora=scaled_bias, y = k∘(xWᵀ + b + Q) (torchtune)"
+    assert "right under another convention: dora=scaled_bias\n  y = k∘(xWᵀ + b + Q) (torchtune)\n" in str(
+        report
+    )
+    assert all(len(line) <= 80 for line in str(report).splitlines())
+    assert f"right under another convention: `{formula}`" in report.to_markdown()
+    report.to_html(tmp_path / "page.html")
+    assert formula in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert report.to_dict()["cause"]["other"] == {"dora": "scaled_bias"}

@@ -110,14 +110,21 @@ class Diagnosis:
             found = [*found[: room - 1], f"  and {len(found) - room + 1} more tensors"]
         return [_fit(flat(line)) for line in out + found]
 
+    @property
+    def elsewhere(self) -> str:
+        """The conventions under which the subject is right, and the formula of a form of DoRA; or nothing."""
+        formula = DORA.get(self.other.get("dora", ""))
+        said = f", {formula[0]} ({formula[1]})" if formula else ""
+        return ", ".join(spelled(self.other)) + said
+
     def _elsewhere(self) -> list[str]:
         """What a subject that is right by another convention is told."""
         if not self.other:
             return []
-        formula = DORA[self.other["dora"]] if "dora" in self.other else ("", "")
-        out = [f"right under another convention: {', '.join(spelled(self.other))}"]
-        out += [f"  {formula[0]} ({formula[1]})"] if formula[0] else []
-        return [*out, "  " + " ".join(f"--convention {shlex.quote(word)}" for word in spelled(self.other))]
+        words = " ".join(f"--convention {shlex.quote(word)}" for word in spelled(self.other))
+        names, _, formula = self.elsewhere.partition(", y = ")
+        out = [f"right under another convention: {names}"] + [f"  y = {formula}"] * bool(formula)
+        return [*out, f"  {words}"]
 
     def _named(self) -> list[str]:
         out = []

@@ -56,7 +56,8 @@ def _named(told: Explained) -> Iterator[str]:
 
 def _evidence(cause: Any, *, why: bool) -> Iterator[str]:
     """Which part, on which layers alone, what each wrong tensor is made of, the smallest layer."""
-    facts = [
+    facts = [("Right under", text(cause.elsewhere))] if cause.other else []
+    facts += [
         ("Wrong part", f"<b>{text(cause.branch.part)}</b>" + (f": {text(cause.branch.why)}" if why else ""))
     ]
     facts += [("Only with", text(cause.only))] if cause.only else []

@@ -103,7 +103,8 @@ def _cause(report: Report) -> Iterator[str]:
         alike = "one of these, whose answers are the same: " if len(members) > 1 else ""
         compare = f", compare {code(f'({name.line})')} in {code(name.file)}" if name.line else ""
         yield f"{rank} {alike}{' or '.join(members[:NAMED])}{rest}{compare}"
-    lines = [f"wrong part: {code(f'{cause.branch.part}: {cause.branch.why}')}"]
+    lines = [f"right under another convention: {code(cause.elsewhere)}"] if cause.other else []
+    lines += [f"wrong part: {code(f'{cause.branch.part}: {cause.branch.why}')}"]
     lines += [f"only with {code(cause.only)}"] if cause.only else []
     lines += [code(str(finding)) for finding in cause.findings]
     lines += [f"smallest layer: {code(cause.case)}"] if cause.case else []
