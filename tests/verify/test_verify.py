@@ -635,6 +635,7 @@ def test_json_round_trips(reference, tmp_path):
         assert data["diagnosis"] == report.diagnosis
         assert (data["cause"] is None) == (report.exit_code == 0)
         fields = ["id", "battery", "kind", "tensor", "verdict", "ratio", "at", "got", "want", "note", "map"]
+        fields.append("grade")
         assert all(list(check) == fields for check in data["checks"])
 
 
