@@ -273,10 +273,10 @@ def test_masks_of_peft_s_own_dropout_are_read():
     class Own(Peft):
         draws_mask = True
 
-        def _layer(self, case):
+        def layer(self, case):
             if case.mask is not None:
                 raise NotImplementedError("it draws its own")
-            layer, parameters = super()._layer(case)
+            layer, parameters = super().layer(case)
             return layer.train(), parameters
 
     torch.manual_seed(3)

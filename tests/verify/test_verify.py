@@ -742,7 +742,13 @@ def test_an_interrupted_run_says_so(isolation, tmp_path):
     command += ["--json", str(folder / "report.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASLEEP": str(asleep)}
     with subprocess.Popen(
-        command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=HERE,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
     ) as run:
         until = time.monotonic() + 30
         while not (asleep.exists() and asleep.read_text()) and time.monotonic() < until:

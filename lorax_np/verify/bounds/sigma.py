@@ -76,7 +76,7 @@ def _prepare(case: Case, precision: Precision) -> Any:
     t.W, t.A, t.B, t.b, t.bB, t.m = (v.get(name) for name in ("W", "A", "B", "b", "bB", "m"))
     t.x, t.G = (v[name].reshape(-1, v[name].shape[-1]) for name in ("x", "gy"))
     t.mask, t.other, t.out = (
-        None if mask is None else mask.astype(np.float64).reshape(len(t.x), -1)
+        None if mask is None else mask.astype(np.float64).reshape(len(t.x), mask.shape[-1])
         for mask in (case.input_mask, case.product_mask, case.output_mask)
     )
     t.xd = t.x if t.mask is None else t.x * t.mask

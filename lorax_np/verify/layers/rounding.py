@@ -170,7 +170,7 @@ def _evaluate(  # the whole layer, line by line: a stored array is q(...), a pro
     q, at, dora = machine.stored, machine.matmul, "m" in v
     W, A, B, s = v["W"], v["A"], v["B"], machine.constant(case.scaling)
     mask, other, out = (
-        None if value is None else value.astype(np.float64).reshape(len(x), -1)
+        None if value is None else value.astype(np.float64).reshape(len(x), value.shape[-1])
         for value in (case.input_mask, case.product_mask, case.output_mask)
     )
     xd = x if mask is None else q(x * mask)
