@@ -80,8 +80,8 @@ def test_peft_keeps_the_laws():
     from lorax_np.verify.subjects.peft_layer import Peft
 
     class Moded(Peft):
-        def _layer(self, case):
-            layer, parameters = super()._layer(case)
+        def layer(self, case):
+            layer, parameters = super().layer(case)
             return layer.train(case.mask is not None), parameters
 
     checks = run(Moded(), level="quick")
