@@ -5,7 +5,7 @@
 Each case draws sizes, rank, leading axes, scales of 10^±3, dropout, biases, rank stabilisation and DoRA, with
 weights that nearly cancel too, conventions, and one order of evaluation; it is computed in the profile's
 arithmetic, emulated, and compared with a truth in wider arithmetic (fp64: long doubles, where there are any).
-z is the error in deviations: a tensor with z > 8 is a false alarm, or one over the hard ceiling (*over*).
+z is the error in deviations: z > 8 of an entry or of a slope is a false alarm; *over*, past the hard ceiling.
 Interrupted, it prints what it has. A case is reproduced by `--only PROFILE:NUMBER`.
 """
 
@@ -195,7 +195,7 @@ class Tally:
             self.cases += 1
             for name, (z, _, share, size, squares, lean) in result.items():
                 self.entries += size
-                self.alarms += z > THRESHOLD
+                self.alarms += (z > THRESHOLD) + (lean > THRESHOLD)
                 self.over += share > 1
                 self.worst[name] = max(self.worst[name], z)
                 self.share = max(self.share, share)

@@ -1,20 +1,27 @@
 """An error that all entries of a tensor share, found below the noise of each.  Derivation: specs/bounds.md."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..cases import Case, HostArray
+from ..layers.plain import run
 from ..precision import Precision
 from .sigma import replay
 
+STEP = 2.0**-24  # of s, relative: what float32 rounds it by, at most
 
-def slope(got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0) -> tuple[float, float]:
+
+def slope(
+    got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0, repeats: float = 1.0
+) -> tuple[float, float]:
     """The relative error that all entries have in common, by weighted least squares, and its z.
 
     got, want, sigma : arrays of one shape, and the standard deviation of each entry, 0 where none counts
     shared : a relative deviation that honest entries have in common, as of a constant that is rounded once
+    repeats : how many entries have one error, on average
 
     Returns the slope, 0.001 where everything is a thousandth too large, and how many deviations that is from 0.
 
@@ -32,7 +39,7 @@ def slope(got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0
     found = float(error @ scaled) / size  # (bounds.36)
     left = error - found * scaled
     noise = min(1.0, (1 + float(left @ left)) / len(left))  # (bounds.37), of σ² used up
-    return found, float(found / np.sqrt(noise / size + shared * shared))
+    return found, float(found / np.sqrt(repeats * noise / size + shared * shared))
 
 
 def slopes(
@@ -43,7 +50,7 @@ def slopes(
     got, want : y and gradients by name, as the subject gave them and as they are, in wider arithmetic
     """
     t, variances = replay(case, precision)
-    found = {}
+    by_s, found = _by_scale(case), {}
     for name, value in got.items():
         sigma = np.sqrt(variances[name]).reshape(value.shape)
         truth = np.asarray(want[name], dtype=np.float64)
@@ -55,7 +62,33 @@ def slopes(
             + 2 * t.u.sum
             + (precision.accumulate * _lengths(t, name)) ** 2 / 4 * (t.u.drift > 0)
         )
-        found[name] = slope(value, truth, sigma, float(np.sqrt(shared)))
+        if size:
+            shared += t.u.sum * float(np.sum(weight * by_s[name]) / size) ** 2  # (bounds.55)
+        found[name] = slope(value, truth, sigma, float(np.sqrt(shared)), _repeats(t, name))
+    return found
+
+
+def _by_scale(case: Case) -> dict[str, HostArray]:
+    """The derivative of every tensor by ln s, from the equations at either side of s."""
+    wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
+    ends = []
+    for step in (STEP, -STEP):
+        config = replace(case.config, lora_alpha=case.config.lora_alpha * (1 + step))
+        y, found = run(replace(case, config=config, **wide), wide["gy"])
+        ends.append({"y": y, **found})
+    return {name: (ends[0][name] - ends[1][name]) / (2 * STEP) for name in ends[0]}
+
+
+def _repeats(t: Any, name: str) -> float:
+    """How many entries of a product of one column and one row have factors of the same significands."""
+    one_token = t.N == 1 and name in ("W", "A", "B")
+    sides = {"W": (t.G, t.x), "A": (t.xd,), "B": (t.G,)} if one_token else {}
+    sides |= {"y": (t.x, t.W)} if t.d_in == 1 else {}
+    sides |= {"x": (t.G, t.W)} if t.d_out == 1 else {}
+    found = 1.0
+    for side in sides.get(name, ()):
+        _, counts = np.unique(np.frexp(side[side != 0])[0], return_counts=True)
+        found *= float((counts**2).sum() / max(counts.sum(), 1))  # (bounds.57)
     return found
 
 
@@ -148,4 +181,8 @@ def _alike(t: Any, weight: HostArray, u: Any) -> float:
     own = t.y0 + t.k * t.L + ((t.k - 1) * t.P if t.dora else 0.0)
     step = 4 * np.sqrt(3 * u.store) * np.abs(bias + fixed)
     steady = (own.std(axis=0) < step) * np.square(columns * (np.abs(bias) + np.abs(fixed)))
-    return float(u.store * (2 * np.square(columns * fixed) + steady).sum())  # (bounds.44)
+    place = np.sqrt(3 * u.store) * np.abs(own)
+    lost = sum(abs(float((weight * (np.abs(part) < place) * part).sum())) for part in (bias, fixed))
+    return float(
+        u.store * (2 * np.square(columns * fixed) + steady).sum() + lost * lost
+    )  # (bounds.44), (bounds.56)
