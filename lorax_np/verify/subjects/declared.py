@@ -8,15 +8,7 @@ import numpy as np
 from ..cases import Case, HostArray
 from ..conventions import Spec, spec_of
 
-TURNED = (
-    "run",
-    "forward",
-    "backward",
-    "merge",
-    "unmerge",
-    "init",
-    "accumulate",
-)  # what takes or gives matrices
+TURNED = "run", "forward", "backward", "merge", "unmerge", "init", "accumulate"  # take or give matrices
 
 
 class Declared:
@@ -29,6 +21,8 @@ class Declared:
     def __getattr__(self, name: str) -> Any:
         if name == "backward" and self.spec.gradients == ():
             return lambda case, gy: {}
+        if name == "merges" and self.spec.transposed:
+            raise AttributeError("merges: only the one that is turned")
         method = getattr(self._subject, name)
         return getattr(self, f"_{name}") if name in TURNED and self.spec.transposed else method
 
