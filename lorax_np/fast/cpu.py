@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, HostArray, compute_dtype, dtype_name, namespace_of, on_device, to_host
-from ..errors import ConfigError, DtypeError
-from ..params import Adapter, Linear, Parts, check_backward, check_forward
+from ..params import Adapter, Linear
 from ..random import DropoutKey
 from ..shapes import rows
 from . import gpu
 from .buffers import empty
+from .checks import Dropout, checked, checked_backward
 from .gemm import gemm
 from .norms import Norms, row_norms
 from .weights import add_product, back_through, product, row_blocks, through, to
-
-Dropout = Array | tuple[float, int, int, int]
 
 
 class DoraSaved(NamedTuple):
@@ -60,7 +58,7 @@ def lora_linear_forward(
     """
     if on_device(x):
         return gpu.forward(x, base, adapter, scaling=scaling, dropout=dropout)
-    s, drop = _check(x, base, adapter, scaling, dropout)
+    s, drop = checked(x, base, adapter, scaling, dropout, _check_numpy)
     lead, narrow, wide = x.shape[:-1], dtype_name(x), compute_dtype(x)
     X, W, b = _rows(x), to_host(base.W), adapter.b if adapter.b is not None else base.b
     if adapter.A is None or adapter.B is None:
@@ -103,7 +101,7 @@ def lora_linear_backward(
     if isinstance(saved, gpu.GpuSaved):
         how: Any = {"scaling": scaling, "norm_gradient": norm_gradient, "need_gx": need_gx}
         return gpu.backward(gy, saved, base, adapter, **how)
-    s = _check_backward(gy, saved, base, adapter, scaling)
+    s = checked_backward(gy, saved, FastSaved, base, adapter, scaling)
     lead, narrow, wide = saved.x.shape[:-1], dtype_name(gy), compute_dtype(gy)
     X, G, W = _rows(saved.x), _rows(gy), to_host(base.W)
     gb = None if adapter.b is None else to(np.sum(to(G, wide), axis=0), dtype_name(adapter.b))
@@ -353,32 +351,6 @@ def _host(value: Array | None, dtype: str) -> Any:
 def _shaped(value: HostArray | None, narrow: str, lead: tuple[int, ...]) -> Any:
     """Rows of tokens as their caller knows them: rounded once, and with the leading axes again."""
     return None if value is None else to(value, narrow).reshape(*lead, value.shape[1])
-
-
-def _check(x: Array, base: Linear, adapter: Adapter, scaling: float, dropout: Any) -> tuple[float, Any]:
-    """Check all arguments together; return the scaling, and a mask or its key or nothing."""
-    drop = dropout
-    if isinstance(dropout, tuple):
-        if not 1 <= len(dropout) <= len(DropoutKey._fields):
-            raise ConfigError(f"dropout: expected (p, seed, step, site), got {len(dropout)} numbers")
-        drop = DropoutKey(*dropout).checked()
-    keyed = isinstance(drop, DropoutKey)
-    s = check_forward(x, base, adapter, scaling, None if keyed else drop)
-    _check_numpy(x)
-    for name, value in (("x", x), ("W", base.W), ("A", adapter.A), ("B", adapter.B), ("b", base.b)):
-        if value is not None and dtype_name(value) == "complex128":
-            raise DtypeError(f"{name}: expected real arrays in the fast engine, got complex128")
-    if keyed and adapter.A is None:
-        raise ConfigError("dropout: expected None beside an adapter without A, which drops nothing, got one")
-    return s, None if keyed and drop.scale == 1 else drop
-
-
-def _check_backward(gy: Array, saved: FastSaved, base: Linear, adapter: Adapter, scaling: float) -> float:
-    if not isinstance(saved, FastSaved):
-        raise TypeError(f"saved: expected what fast.lora_linear_forward returned, got {type(saved).__name__}")
-    mask = None if isinstance(saved.dropout, DropoutKey) else saved.dropout
-    z = None if saved.z is None else saved.z.reshape(*saved.x.shape[:-1], saved.z.shape[1])
-    return check_backward(gy, Parts(saved.x, mask, z, saved.dora is not None), base, adapter, scaling)
 
 
 def _check_numpy(x: Array) -> None:

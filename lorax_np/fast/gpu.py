@@ -6,7 +6,6 @@ into what is stored: with float16 or bfloat16 a sum of two products is rounded t
 Nothing in a step waits for the device; `capture` makes one graph of it.
 """
 
-from dataclasses import fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ import numpy as np
 
 from ..backend import Array, all_finite, cast, compute_dtype, copy, dtype_name, namespace_of, on_device
 from ..errors import ConfigError, DtypeError
-from ..params import Adapter, Linear, Parts, check_backward, check_direction, check_forward, check_pair
+from ..params import Adapter, Linear, check_direction, check_pair
 from ..random import LANES, DropoutKey, kept_lanes
 from ..shapes import rows
+from .checks import Dropout, checked, checked_backward
 from .gpu_kernels import COLUMNS, SOURCE, THREADS, name_of
 from .gpu_kernels import LANES as OF_A_BLOCK
 
-Dropout = Array | tuple[float, int, int, int]
 Device = Any  # an array on the device
 
 # cuBLAS's own numbers: element types, and in which arithmetic products of them are added up
@@ -58,7 +57,7 @@ def forward(
 
     at : (1,) uint64 on the device, which stands in for the step of `dropout`; for whoever captures a graph
     """
-    s, drop = _check(x, base, adapter, scaling, dropout)
+    s, drop = checked(x, base, adapter, scaling, dropout, _check_device)
     X, lead, narrow = _rows(x), x.shape[:-1], dtype_name(x)
     b = adapter.b if adapter.b is not None else base.b
     if adapter.A is None or adapter.B is None:
@@ -108,7 +107,7 @@ def backward(
     need_gx: bool = True,
 ) -> tuple[Any, Adapter]:
     """fast.lora_linear_backward for arrays on a device; arguments, results and errors as there."""
-    s = _check_backward(gy, saved, base, adapter, scaling)
+    s = checked_backward(gy, saved, GpuSaved, base, adapter, scaling)
     X, G, W, lead, narrow = _rows(saved.x), _rows(gy), base.W, saved.x.shape[:-1], dtype_name(gy)
     gb = None if adapter.b is None else cast(_column_sums(G), dtype_name(adapter.b))
     if adapter.A is None or adapter.B is None or saved.z is None:
@@ -434,32 +433,9 @@ def _rows(x: Any) -> Device:
     return _contiguous(rows(x))
 
 
-def _check(x: Any, base: Linear, adapter: Adapter, scaling: float, dropout: Any) -> tuple[float, Any]:
-    """Check all arguments together; return the scaling, and a mask or its key or nothing."""
-    drop = dropout
-    if isinstance(dropout, tuple):
-        if not 1 <= len(dropout) <= len(DropoutKey._fields):
-            raise ConfigError(f"dropout: expected (p, seed, step, site), got {len(dropout)} numbers")
-        drop = DropoutKey(*dropout).checked()
-    keyed = isinstance(drop, DropoutKey)
-    s = check_forward(x, base, adapter, scaling, None if keyed else drop)
+def _check_device(x: Array) -> None:
     if not on_device(x):
         raise TypeError(f"x: expected an array on a device, got one of {namespace_of(x=x).__name__}")
-    parts = ((f.name, getattr(record, f.name)) for record in (base, adapter) for f in fields(record))
-    for name, value in (("x", x), *parts):
-        if value is not None and dtype_name(value) == "complex128":
-            raise DtypeError(f"{name}: expected real arrays in the fast engine, got complex128")
-    if keyed and adapter.A is None:
-        raise ConfigError("dropout: expected None beside an adapter without A, which drops nothing, got one")
-    return s, None if keyed and drop.scale == 1 else drop
-
-
-def _check_backward(gy: Any, saved: Any, base: Linear, adapter: Adapter, scaling: float) -> float:
-    if not isinstance(saved, GpuSaved):
-        raise TypeError(f"saved: expected what fast.lora_linear_forward returned, got {type(saved).__name__}")
-    mask = None if isinstance(saved.dropout, DropoutKey) else saved.dropout
-    z = None if saved.z is None else saved.z.reshape(*saved.x.shape[:-1], saved.z.shape[1])
-    return check_backward(gy, Parts(saved.x, mask, z, saved.dora is not None), base, adapter, scaling)
 
 
 # ---- one step as a graph ----------------------------------------------------------------------------------
