@@ -39,7 +39,8 @@ def slope(
     found = float(error @ scaled) / size  # (bounds.36)
     left = error - found * scaled
     noise = min(1.0, (1 + float(left @ left)) / len(left))  # (bounds.37), of σ² used up
-    return found, float(found / np.sqrt(repeats * noise / size + shared * shared))
+    gone = float(np.square(scaled[np.abs(scaled) < 2]).sum()) / size  # (bounds.58)
+    return found, float(found / np.sqrt(repeats * noise / size + shared**2 + gone**2))
 
 
 def slopes(
@@ -174,15 +175,16 @@ def _lost(t: Any) -> HostArray:
 
 
 def _alike(t: Any, weight: HostArray, u: Any) -> float:
-    """What a column of y shares: s·bB, and the last rounding where entries differ by less than its step."""
+    """What a column of y shares: s·bB, the last rounding of entries that are alike, and that of a bias."""
     bias = np.zeros(t.d_out) if t.b is None else t.b
     fixed = np.zeros(t.d_out) if t.bB is None else t.s * t.bB
     columns = np.abs(weight.sum(axis=0))
     own = t.y0 + t.k * t.L + ((t.k - 1) * t.P if t.dora else 0.0)
     step = 4 * np.sqrt(3 * u.store) * np.abs(bias + fixed)
     steady = (own.std(axis=0) < step) * np.square(columns * (np.abs(bias) + np.abs(fixed)))
-    place = np.sqrt(3 * u.store) * np.abs(own)
-    lost = sum(abs(float((weight * (np.abs(part) < place) * part).sum())) for part in (bias, fixed))
+    unit, size = np.sqrt(3 * u.store), np.abs(own + bias + fixed)
+    place = 2 * unit * 2.0 ** np.floor(np.log2(np.where(size > 0, size, 1.0)))  # of y's last digit
+    lost = sum(abs(float((weight * (np.rint(part / place) * place - part)).sum())) for part in (bias, fixed))
     return float(
         u.store * (2 * np.square(columns * fixed) + steady).sum() + lost * lost
     )  # (bounds.44), (bounds.56)
