@@ -8,20 +8,18 @@ import numpy as np
 
 from ..cases import Case, HostArray
 from ..layers.plain import run
+from ..layers.rounding import to_bits
 from ..precision import Precision
 from .sigma import replay
 
 STEP = 2.0**-24  # of s, relative: what float32 rounds it by, at most
 
 
-def slope(
-    got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0, repeats: float = 1.0
-) -> tuple[float, float]:
+def slope(got: HostArray, want: HostArray, sigma: HostArray, shared: float = 0.0) -> tuple[float, float]:
     """The relative error that all entries have in common, by weighted least squares, and its z.
 
     got, want, sigma : arrays of one shape, and the standard deviation of each entry, 0 where none counts
     shared : a relative deviation that honest entries have in common, as of a constant that is rounded once
-    repeats : how many entries have one error, on average
 
     Returns the slope, 0.001 where everything is a thousandth too large, and how many deviations that is from 0.
 
@@ -40,7 +38,7 @@ def slope(
     left = error - found * scaled
     noise = min(1.0, (1 + float(left @ left)) / len(left))  # (bounds.37), of σ² used up
     gone = float(np.square(scaled[np.abs(scaled) < 2]).sum()) / size  # (bounds.58)
-    return found, float(found / np.sqrt(repeats * noise / size + shared**2 + gone**2))
+    return found, float(found / np.sqrt(noise / size + shared**2 + gone**2))
 
 
 def slopes(
@@ -65,7 +63,7 @@ def slopes(
         )
         if size:
             shared += t.u.sum * float(np.sum(weight * by_s[name]) / size) ** 2  # (bounds.55)
-        found[name] = slope(value, truth, sigma, float(np.sqrt(shared)), _repeats(t, name))
+        found[name] = slope(value, truth, sigma, float(np.sqrt(shared)))
     return found
 
 
@@ -80,17 +78,14 @@ def _by_scale(case: Case) -> dict[str, HostArray]:
     return {name: (ends[0][name] - ends[1][name]) / (2 * STEP) for name in ends[0]}
 
 
-def _repeats(t: Any, name: str) -> float:
-    """How many entries of a product of one column and one row have factors of the same significands."""
-    one_token = t.N == 1 and name in ("W", "A", "B")
-    sides = {"W": (t.G, t.x), "A": (t.xd,), "B": (t.G,)} if one_token else {}
-    sides |= {"y": (t.x, t.W)} if t.d_in == 1 else {}
-    sides |= {"x": (t.G, t.W)} if t.d_out == 1 else {}
-    found = 1.0
-    for side in sides.get(name, ()):
-        _, counts = np.unique(np.frexp(side[side != 0])[0], return_counts=True)
-        found *= float((counts**2).sum() / max(counts.sum(), 1))  # (bounds.57)
-    return found
+def _single(t: Any, name: str, weight: HostArray) -> float:
+    """What Σ weight∘error is where entries are single products, of one token or feature: no draw, but known."""
+    of_one = {"W": t.N, "y": t.d_in, "x": t.d_out}.get(name) == 1
+    if not of_one or (name == "W" and t.dora):
+        return 0.0
+    value = t.G.T @ t.x if name == "W" else t.y0 if name == "y" else t.G @ t.W
+    bits = round(-np.log2(np.sqrt(3 * t.u.store)))
+    return float((weight * (to_bits(value, bits) - value)).sum())  # (bounds.57)
 
 
 def _rounds_back(t: Any) -> float:
@@ -122,11 +117,12 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
 
     rows = near = np.zeros(t.d_out)  # what a relative error of each k, or k − 1, does to Σ weight∘value
     row = t.Mk + 3 * t.gV
-    variance = 0.0
+    variance = _single(t, name, weight) ** 2
+    direct: HostArray | float = 0.0  # what A does to gk, in gm
     if t.scaled and name == "b":
         rows = weight * t.Gk.sum(axis=0)
     if name == "y":
-        variance = both * triple(s * weight * t.k * out, t.xd, t.A.T, t.B.T)
+        variance += both * triple(s * weight * t.k * out, t.xd, t.A.T, t.B.T)
         variance += u.operand * pair(weight, t.x, t.W.T)
         variance += _alike(t, weight, u)
         if t.dora:
@@ -134,30 +130,35 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
             rows = (weight * t.k * (t.P + t.L)).sum(axis=0)
             near = (weight * c * t.P).sum(axis=0)
     elif name == "x":
-        variance = both * triple(s * weight * mask, t.Go, t.B, t.A) + u.operand * pair(weight, t.G, t.W)
+        variance += both * triple(s * weight * mask, t.Go, t.B, t.A) + u.operand * pair(weight, t.G, t.W)
         if t.dora:
             variance += both * pair(weight * other, t.G * c, t.W)
             back, update = t.G.T @ (weight * other), (t.G * out).T @ (weight * mask)
             rows = t.k * (back * t.W + update * (t.V - t.W)).sum(axis=1)
             near = c * (back * t.W).sum(axis=1)
     elif name == "A":
-        variance = both * triple(s * weight, t.B.T, t.Go.T, t.xd)
+        variance += both * triple(s * weight, t.B.T, t.Go.T, t.xd)
         rows = s * ((t.B @ weight) * row).sum(axis=1)
     elif name == "B":
-        variance = both * triple(s * weight, t.Go.T, t.xd, t.A.T)
+        variance += both * triple(s * weight, t.Go.T, t.xd, t.A.T)
         rows = s * ((weight @ t.A) * row).sum(axis=1)
     elif name == "W":
-        variance = u.operand * pair(weight, t.G.T, t.x)
+        variance += u.operand * pair(weight, t.G.T, t.x)
         if t.dora:
             variance += both * pair(c[:, None] * weight, t.G.T, t.xp)
             rows, near = (weight * (t.Mp + 3 * t.gV)).sum(axis=1), c * (weight * t.M).sum(axis=1)
     elif name == "m":
         G = t.G * (weight / t.n)
         if t.alike:
-            variance = both * pair(G, t.xd, t.V.T)
+            variance += both * pair(G, t.xd, t.V.T)
         else:
-            variance = both * (pair(G, t.xp, t.W.T) + pair(G * out, t.xd, (t.V - t.W).T))
+            variance += both * (pair(G, t.xp, t.W.T) + pair(G * out, t.xd, (t.V - t.W).T))
         variance += float(weight @ (_lost(t) / t.n)) ** 2
+        rows = weight * t.gm
+        direct = s * t.B.T @ ((weight / t.n)[:, None] * ((t.G * out).T @ t.xd))
+    if t.dora:  # A, rounded, in every row's norm
+        through = s * t.B.T @ ((rows / t.n**2)[:, None] * t.V)
+        variance += both * float(np.square((direct - through) * t.A).sum())  # (bounds.59)
     if t.full and name in ("A", "B", "W"):
         onto = weight if name == "W" else s * (t.B @ weight if name == "A" else weight @ t.A)
         by_row = (onto * t.V).sum(axis=1)
