@@ -79,13 +79,14 @@ def _by_scale(case: Case) -> dict[str, HostArray]:
 
 
 def _single(t: Any, name: str, weight: HostArray) -> float:
-    """What Σ weight∘error is where entries are single products, of one token or feature: no draw, but known."""
-    of_one = {"W": t.N, "y": t.d_in, "x": t.d_out}.get(name) == 1
-    if not of_one or (name == "W" and t.dora):
+    """What Σ weight∘error is in entries that are one product, all others being 0: no draw, but known."""
+    factors = {"y": (t.x, t.W.T), "x": (t.G, t.W)} | ({} if t.dora else {"W": (t.G.T, t.x)})
+    if name not in factors:
         return 0.0
-    value = t.G.T @ t.x if name == "W" else t.y0 if name == "y" else t.G @ t.W
+    X, Y = factors[name]
+    value, alone = X @ Y, (X != 0).astype(float) @ (Y != 0) == 1
     bits = round(-np.log2(np.sqrt(3 * t.u.store)))
-    return float((weight * (to_bits(value, bits) - value)).sum())  # (bounds.57)
+    return float((weight * alone * (to_bits(value, bits) - value)).sum())  # (bounds.57)
 
 
 def _rounds_back(t: Any) -> float:
