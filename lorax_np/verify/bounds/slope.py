@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case, HostArray
-from ..layers.plain import run
+from ..layers.plain import Step, run
 from ..layers.rounding import to_bits
 from ..precision import Precision
 from .sigma import replay
@@ -49,7 +49,7 @@ def slopes(
     got, want : y and gradients by name, as the subject gave them and as they are, in wider arithmetic
     """
     t, variances = replay(case, precision)
-    by_s, found = _by_scale(case), {}
+    by_s, by_mask, found = _by_scale(case), _by_mask(case, t), {}
     for name, value in got.items():
         sigma = np.sqrt(variances[name]).reshape(value.shape)
         truth = np.asarray(want[name], dtype=np.float64)
@@ -63,6 +63,7 @@ def slopes(
         )
         if size:
             shared += t.u.sum * float(np.sum(weight * by_s[name]) / size) ** 2  # (bounds.55)
+            shared += float(np.sum(weight * by_mask.get(name, 0.0)) / size) ** 2  # (bounds.60)
         found[name] = slope(value, truth, sigma, float(np.sqrt(shared)))
     return found
 
@@ -76,6 +77,22 @@ def _by_scale(case: Case) -> dict[str, HostArray]:
         y, found = run(replace(case, config=config, **wide), wide["gy"])
         ends.append({"y": y, **found})
     return {name: (ends[0][name] - ends[1][name]) / (2 * STEP) for name in ends[0]}
+
+
+def _by_mask(case: Case, t: Any) -> dict[str, HostArray]:
+    """What every tensor changes by where each product with the mask is rounded, as all who store it do."""
+    if case.mask is None:
+        return {}
+    bits = round(-np.log2(np.sqrt(3 * t.u.store)))
+    wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
+    steps: Mapping[str, Step] = {
+        "xd": lambda t: to_bits(t.x * t.keep, bits),
+        "Q": lambda t: to_bits(t.L * t.out, bits),
+        "gu": lambda t: t.s * to_bits(t.Gk * t.out, bits),
+    }
+    ends = [run(replace(case, **wide), wide["gy"], changed) for changed in (steps, None)]
+    rounded, plain = ({"y": y, **found} for y, found in ends)
+    return {name: rounded[name] - plain[name] for name in plain}
 
 
 def _single(t: Any, name: str, weight: HostArray) -> float:
