@@ -68,6 +68,34 @@ def slopes(
     return found
 
 
+def redrawn(case: Case, seed: int = 0) -> Case:
+    """The same layer at other numbers: entries of each array in another order, times 1/2 to 1, and k as it was.
+
+    What all entries of a tensor share by an accident of roundings is not found there again; a wrong scale is.
+    """
+    rng = np.random.default_rng((seed, 62))
+    other: dict[str, Any] = {}
+    for name in ("x", "gy", "W", "A", "B", "b", "bB"):
+        value = getattr(case, name)
+        if value is not None:
+            moved = rng.permutation(value.astype(np.float64).ravel()) * rng.uniform(0.5, 1.0, value.size)
+            other[name] = moved.reshape(value.shape).astype(value.dtype)
+    if case.m is not None:
+        n, now = (_norms(one) for one in (case, replace(case, **other)))
+        other["m"] = (case.m.astype(np.float64) * now / n).astype(case.m.dtype)
+    return replace(case, **other)
+
+
+def counted(z: float, again: float) -> float:
+    """What counts of a slope's z: all of it where half as many deviations are found again, to the same side."""
+    return max(min(abs(z), 2 * again * float(np.sign(z))), 0.0)  # (bounds.61)
+
+
+def _norms(case: Case) -> HostArray:
+    W, A, B = (value.astype(np.float64) for value in (case.W, case.A, case.B))
+    return np.asarray(np.linalg.norm(W + case.scaling * B @ A, axis=1))
+
+
 def _by_scale(case: Case) -> dict[str, HostArray]:
     """The derivative of every tensor by ln s, from the equations at either side of s."""
     wide: Any = {name: value.astype(np.float64) for name, value in case.arrays().items()}
@@ -139,6 +167,9 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
     direct: HostArray | float = 0.0  # what A does to gk, in gm
     if t.scaled and name == "b":
         rows = weight * t.Gk.sum(axis=0)
+    small = {"y": [t.k * t.L, *([c * t.P] if t.dora else [])], "x": t.gx_terms[1:]}
+    if name in small:
+        variance += _swallowed(t, weight, t.y0 if name == "y" else t.gx_terms[0], small[name])
     if name == "y":
         variance += both * triple(s * weight * t.k * out, t.xd, t.A.T, t.B.T)
         variance += u.operand * pair(weight, t.x, t.W.T)
@@ -183,6 +214,15 @@ def _shared(t: Any, name: str, weight: HostArray) -> float:
         variance += float((t.c_var * np.square(by_row)).sum() + (by_row @ (_lost(t) * t.m / t.n**3)) ** 2)
         variance += float((t.gV_own * np.square(onto)).sum()) + both * float(np.square(onto * t.gV).sum())
     return variance + float((t.rho * rows * rows + 2 * u.store * near * near).sum())  # (bounds.43)
+
+
+def _swallowed(t: Any, weight: HostArray, first: HostArray, others: list[HostArray]) -> float:
+    """Σ weight∘error, squared, of terms that are below half of the last place of what they are added to."""
+    total = 0.0
+    for term in others:
+        gone = np.abs(term) < np.sqrt(3 * t.u.store) * np.abs(first)
+        total += abs(float((weight * gone * term).sum()))
+    return total**2  # (bounds.62)
 
 
 def _lost(t: Any) -> HostArray:
