@@ -155,7 +155,8 @@ def _progress(where: str) -> Callable[[str], None]:
 
 def _show(found: Found, tables: Sequence[str], *, quick: bool) -> list[goals.Goal]:
     print(table.render(found, tables))
-    rows = goals.goals(found)
+    whole = set(COMMANDS["goals"]) <= set(tables)
+    rows = [row for row in goals.goals(found) if whole or row.figure is not None]
     if not quick:
         print("\n" + goals.render(rows))
         return rows

@@ -14,7 +14,6 @@ from .cases import SCALING, Arrays, Case
 
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 STORED = 8  # intermediates that an engine may store between the input and a result
-NEAR = 1e-3  # of the typical |gx of the branch|: a smaller one does not tell a mask
 DEVIATIONS = 6.0  # of a binomial share
 
 
@@ -56,30 +55,16 @@ def results(case: Case, t: Truth, mask: np.ndarray | None) -> Arrays:
     return found
 
 
-def read_mask(case: Case, t: Truth, got: Arrays) -> tuple[np.ndarray, str]:
-    """The mask that an engine drew for itself, read off its results, and what is wrong with it, or "".
+def own_mask(case: Case, got: Arrays) -> tuple[np.ndarray, str]:
+    """The mask that an engine drew for itself, of which it tells the entries kept; what is wrong, or "".
 
-    gx = gy W + (gy M)∘mask tells an entry wherever gy M is not small; there y tells it, entry by entry. An
-    engine that drops otherwise than by 0 and 1/(1 − p), or with another p, is not the layer that was asked for.
+    An engine that kept others than it says, or scaled them otherwise than by 1/(1 − p), has wrong results.
     """
-    kept = 1 / (1 - case.p)
-    near = NEAR * sqrt(float(np.mean(t.gM * t.gM)))
-    clear = np.abs(t.gM) > near
-    ratio = (got["gx"] - t.gx0) / np.where(clear, t.gM, 1.0)
-    mask = np.where(clear & (ratio < kept / 2), 0.0, kept)
-    off = np.abs(ratio - mask) > 0.1
-    if np.any(off & clear):
-        return mask, f"gx: {np.count_nonzero(off & clear)} entries are dropped by neither 0 nor 1/(1 − p)"
-    token, feature = np.nonzero(~clear)
-    for start in range(0, len(token), 256):
-        at, of = token[start : start + 256], feature[start : start + 256]
-        step = (kept * t.v["x"][at, of])[:, None] * t.M[:, of].T  # what keeping the entry adds to its row of y
-        rest = got["y"][at] - t.y0[at] - (t.v["x"][at] * mask[at]) @ t.M.T
-        mask[at, of] = np.where((rest * step).sum(axis=1) < -0.5 * (step * step).sum(axis=1), 0.0, kept)
-    share, wanted = float(np.mean(mask > 0)), 1 - case.p
-    if abs(share - wanted) > DEVIATIONS * sqrt(case.p * wanted / mask.size) + 2.0**-17:
-        return mask, f"mask: {share:.4f} of the entries kept, expected {wanted:.4f}"
-    return mask, ""
+    kept = got["kept"]
+    share, wanted = float(np.mean(kept)), 1 - case.p
+    off = abs(share - wanted) > DEVIATIONS * sqrt(case.p * wanted / kept.size) + 2.0**-17
+    wrong = f"mask: {share:.4f} of the entries kept, expected {wanted:.4f}" if off else ""
+    return kept / (1 - case.p), wrong
 
 
 def allowed(case: Case, unit: float) -> dict[str, float]:
@@ -120,14 +105,12 @@ def faults(case: Case, want: Arrays, got: Arrays, unit: float) -> list[str]:
     return found
 
 
-def judge(
-    case: Case, t: Truth, got: Arrays, mask: np.ndarray | None, *, own_mask: bool, unit: float
-) -> list[str]:
+def judge(case: Case, t: Truth, got: Arrays, mask: np.ndarray | None, *, draws: bool, unit: float) -> list[str]:
     """Faults of an engine that was given `mask`, or drew its own, and stores with the given unit roundoff."""
-    if own_mask and case.p:
-        if "gx" not in got:
-            return ["gx: expected an array to read the mask from, got none"]
-        mask, wrong = read_mask(case, t, got)
+    if draws and case.p:
+        if "kept" not in got:
+            return ["kept: expected the entries that dropout kept, got none"]
+        mask, wrong = own_mask(case, got)
         if wrong:
             return [wrong]
     return faults(case, results(case, t, mask), got, unit)

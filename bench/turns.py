@@ -281,7 +281,7 @@ def judge_of(case: AnyCase, arrays: Arrays) -> Judge:
             asked = case._replace(norm_gradient=False)
         dtype = entry.options.get("dtype", case.dtype)
         unit = truth.UNIT["bfloat16" if "bfloat16" in dtype else "float32"]
-        return truth.judge(asked, prepared, got, mask, own_mask=entry.peft, unit=unit), {}
+        return truth.judge(asked, prepared, got, mask, draws=entry.peft, unit=unit), {}
 
     return judge
 

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     maker: str
     options: dict[str, Any]
     about: str
-    peft: bool = False  # it draws dropout for itself, so that the mask is read off its results; norm constant
+    peft: bool = False  # it draws dropout for itself, and its results tell what was kept; norm constant
     unit: str = ""  # the dtype whose roundoff its stored intermediates have; "" for the case's
 
 

@@ -13,7 +13,7 @@ from ..cases import SCALING, SEED, SITE, STEP, Arrays, Case, Merge
 from ..cases import Start as StartCase
 from . import Unavailable
 
-VERSIONS = {"numpy": np.__version__, "lorax_np": lx.__version__, "blas": lx.backend_info()["blas"]}
+VERSIONS = {"numpy": np.__version__, "lorax_np": lx.__version__}
 
 
 def _fast() -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cases import SCALING, Arrays, Case
+from ..cases import SCALING, SEED, Arrays, Case
 from ..cases import Merge as MergeCase
 from ..cases import Start as StartCase
 from . import BURST, Unavailable
@@ -87,11 +87,19 @@ class Peft(_Layer):
         self._both(self.x)
 
     def results(self) -> Arrays:
-        """With the gradient by x always, since that is where the mask is read."""
+        """With dropout also the entries it kept: those that reach gx with W = 0 and the generator set back."""
         x = self.x.detach().clone().requires_grad_(True)
+        torch.manual_seed(SEED)
         y, found = self._both(x)
         named = zip(("gx", *(f"g{name}" for name in self.parameters)), found, strict=True)
-        return {"y": _numpy(y), **{name: _numpy(value) for name, value in named}}
+        results = {"y": _numpy(y), **{name: _numpy(value) for name, value in named}}
+        if self.case.p:
+            weight = self.layer.get_base_layer().weight
+            W, weight.data = weight.data, torch.zeros_like(weight)
+            torch.manual_seed(SEED)
+            results["kept"] = _numpy(self._both(x)[1][0]) != 0
+            weight.data = W
+        return results
 
     def saved(self) -> int:
         kept: dict[int, int] = {}

@@ -29,9 +29,9 @@ TINY = (
 labels = pytest.mark.parametrize("case", TINY, ids=lambda c: c.label)
 
 
-def faults(case, got, *, own_mask=False, unit=2.0**-24):
+def faults(case, got, *, draws=False, unit=2.0**-24):
     arrays = cases.draw(case)
-    return truth.judge(case, truth.prepare(case, arrays), got, cases.mask(case), own_mask=own_mask, unit=unit)
+    return truth.judge(case, truth.prepare(case, arrays), got, cases.mask(case), draws=draws, unit=unit)
 
 
 @pytest.fixture
@@ -73,30 +73,21 @@ def test_another_mask_is_refused(reference, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [TINY[1], TINY[4]], ids=["LoRA", "DoRA"])
-def test_a_mask_that_an_engine_drew_is_read_off_its_results(case):
-    """Entries where the branch's gradient tells nothing are told by y."""
-    arrays = cases.draw(case)
-    t = truth.prepare(case, arrays)
-    hidden = t._replace(gM=t.gM.copy())
-    hidden.gM[::3, 5] = 0.0
-    mask = np.where(np.random.default_rng(1).random(t.gM.shape) < 0.3, 0.0, 1 / 0.7)
-    got = truth.results(case, hidden, mask)
-    found, wrong = truth.read_mask(case, hidden, got)
-    assert (wrong, np.array_equal(found > 0, mask > 0)) == ("", True)
-    assert truth.judge(case, hidden, got, None, own_mask=True, unit=2.0**-24) == []
-
-
-def test_dropout_that_is_none_is_refused():
-    case = TINY[1]
+def test_an_engine_that_draws_its_own_mask_is_held_to_the_one_it_tells(case):
     t = truth.prepare(case, cases.draw(case))
-    rng = np.random.default_rng(1)
-    for mask, word in (
-        (np.where(rng.random(t.gM.shape) < 0.5, 0.0, 1 / 0.7), "of the entries kept"),
-        (np.where(rng.random(t.gM.shape) < 0.3, 0.0, 1.0), "neither 0 nor"),
-        (np.where(rng.random(t.gM.shape) < 0.3, 0.2, 1 / 0.7), "neither 0 nor"),
-    ):
-        (fault,) = truth.judge(case, t, truth.results(case, t, mask), None, own_mask=True, unit=2.0**-24)
-        assert word in fault
+    kept = np.random.default_rng(1).random(t.gM.shape) >= case.p
+
+    def judged(mask, **told):
+        return truth.judge(case, t, {**truth.results(case, t, mask), **told}, None, draws=True, unit=2.0**-24)
+
+    assert judged(kept / (1 - case.p), kept=kept) == []
+    few = np.random.default_rng(1).random(t.gM.shape) >= 0.5
+    other = kept.copy()
+    other[3, 5] = not other[3, 5]
+    assert "of the entries kept, expected 0.7000" in judged(few / (1 - case.p), kept=few)[0]
+    for mask in (kept * 1.0, other / (1 - case.p), np.where(kept, 1 / (1 - case.p), 0.2)):
+        assert judged(mask, kept=kept)[0].startswith("y: expected an error of at most")
+    assert judged(kept / (1 - case.p)) == ["kept: expected the entries that dropout kept, got none"]
 
 
 def test_a_wrong_engine_is_not_timed(monkeypatch, capsys):
@@ -420,7 +411,7 @@ for p in (0.0, 0.3):
     arrays = cases.draw(case)
     got = Triton(case, arrays, device="cpu").results()
     mask, t = cases.mask(case), truth.prepare(case, arrays)
-    found = truth.judge(case, t, got, mask, own_mask=False, unit=2.0**-24)
+    found = truth.judge(case, t, got, mask, draws=False, unit=2.0**-24)
     if found:
         raise SystemExit(str(found))
 """
