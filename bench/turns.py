@@ -277,11 +277,11 @@ def judge_of(case: AnyCase, arrays: Arrays) -> Judge:
     def judge(name: str, got: Arrays) -> tuple[list[str], dict[str, float]]:
         entry = ENGINES[name]
         asked = case
-        if entry.peft:
+        if entry.maker == "Peft":  # which holds DoRA's norm constant
             asked = case._replace(norm_gradient=False)
         dtype = entry.options.get("dtype", case.dtype)
         unit = truth.UNIT["bfloat16" if "bfloat16" in dtype else "float32"]
-        return truth.judge(asked, prepared, got, mask, draws=entry.peft, unit=unit), {}
+        return truth.judge(asked, prepared, got, mask, draws=entry.draws, unit=unit), {}
 
     return judge
 

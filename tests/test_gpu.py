@@ -7,7 +7,7 @@ import pytest
 
 import lorax_np as lx
 from lorax_np.backend import namespace
-from lorax_np.fast import gpu
+from lorax_np.fast import gpu, gpu_arrays, gpu_graph
 from lorax_np.random import DropoutKey
 from lorax_np.verify import subjects
 from lorax_np.verify.verdict import verify
@@ -38,6 +38,11 @@ def test_masks_are_the_same_bits(cupy):
         )
 
 
+# CuPy 14 says that it cannot be sure to see each wait; what it sees would still be one
+waits = pytest.mark.filterwarnings("ignore:cupyx.allow_synchronize:UserWarning")
+
+
+@waits
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_step_never_waits_for_the_host(cupy, dora, dtype):
@@ -93,13 +98,13 @@ def test_the_fast_plans_masks_are_the_same_bits(cupy):
         assert np.array_equal(
             gpu._dropped(ones, drop, "float32", "float32", None).get(), want.astype("float32")
         )
-        gpu._add_dropped(ones, cupy.ones(count, dtype="float32"), drop, None)
-        assert np.array_equal(ones.get(), 1.0 + want)
+        gpu._dropped(ones, drop, "float32", "float32", None, into=ones)
+        assert np.array_equal(ones.get(), want.astype("float32"))
 
 
 def random_layer(cupy, dtype, dora):
     rng = np.random.default_rng(0)
-    kind = gpu.dtype_of(dtype)
+    kind = gpu_arrays.dtype_of(dtype)
 
     def draw(*shape):
         return cupy.asarray(rng.standard_normal(shape).astype(kind))
@@ -108,6 +113,7 @@ def random_layer(cupy, dtype, dora):
     return x, gy, base, lx.Adapter(draw(16, 70), draw(50, 16), m=draw(50) if dora else None)
 
 
+@waits
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("drop", [None, (0.3, 1, 2, 3)])
@@ -120,12 +126,13 @@ def test_a_fast_step_never_waits_for_the_host(cupy, dtype, dora, drop):
             gpu.backward(gy, saved, base, adapter, scaling=0.7, norm_gradient=dora)
 
 
+@waits
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("drop", [None, (0.3, 9, 0, 4)])
 def test_a_captured_step_computes_what_a_step_does(cupy, dora, drop):
     cupyx = importlib.import_module("cupyx")
     x, gy, base, adapter = random_layer(cupy, "float32", dora)
-    graph = gpu.Captured(x, gy, base, adapter, scaling=0.7, dropout=drop, norm_gradient=True)
+    graph = gpu_graph.Captured(x, gy, base, adapter, scaling=0.7, dropout=drop, norm_gradient=True)
     for step in (0, 3, 2**63):
         x, gy = x * 1.5, gy * 0.5
         with cupyx.allow_synchronize(False):

@@ -35,13 +35,13 @@ class Entry(NamedTuple):
     maker: str
     options: dict[str, Any]
     about: str
-    peft: bool = False  # it draws dropout for itself, and its results tell what was kept; norm constant
+    draws: bool = False  # it draws dropout for itself, and its results tell what was kept
     unit: str = ""  # the dtype whose roundoff its stored intermediates have; "" for the case's
 
 
 ENGINES: dict[str, Entry] = {
-    "peft": Entry("by_torch", "Peft", {}, "PEFT's layer, eager", peft=True),
-    "compiled": Entry("by_torch", "Peft", {"compile": True}, "the same under torch.compile", peft=True),
+    "peft": Entry("by_torch", "Peft", {}, "PEFT's layer, eager", draws=True),
+    "compiled": Entry("by_torch", "Peft", {"compile": True}, "the same under torch.compile", draws=True),
     "torch base": Entry("by_torch", "Base", {}, "the frozen products alone, torch"),
     "numpy base": Entry("by_numpy", "Base", {}, "the frozen products alone, NumPy's BLAS"),
     "mkl base": Entry("by_numpy", "Base", {"blas": "mkl"}, "the frozen products alone, MKL"),
@@ -54,9 +54,9 @@ ENGINES: dict[str, Entry] = {
         "by_numpy", "Fast", {"blas": "numpy"}, "lorax_np.fast on NumPy's matmul, and additions"
     ),
     "fast mkl": Entry("by_numpy", "Fast", {"blas": "mkl"}, "lorax_np.fast on MKL"),
-    "peft bf16": Entry("by_torch", "Peft", {"dtype": "bfloat16"}, "PEFT's layer in bfloat16", peft=True),
+    "peft bf16": Entry("by_torch", "Peft", {"dtype": "bfloat16"}, "PEFT's layer in bfloat16", draws=True),
     "torch base bf16": Entry("by_torch", "Base", {"dtype": "bfloat16"}, "the frozen products, torch, bfloat16"),
-    "peft f32": Entry("by_torch", "Peft", {"dtype": "float32"}, "PEFT's layer in float32", peft=True),
+    "peft f32": Entry("by_torch", "Peft", {"dtype": "float32"}, "PEFT's layer in float32", draws=True),
     "fast bf16": Entry(
         "by_numpy", "Fast", {"dtype": "bfloat16", "blas": "openblas"}, "lorax_np.fast, all stored in bfloat16"
     ),
@@ -77,12 +77,12 @@ ENGINES: dict[str, Entry] = {
     "start niter 4": Entry("by_numpy", "Start", {"niter": 4}, "lorax_np, pissa_niter_4"),
     "start niter 16": Entry("by_numpy", "Start", {"niter": 16}, "lorax_np, pissa_niter_16"),
     "start exact": Entry("by_numpy", "Start", {}, "lorax_np, pissa"),
-    "gpu peft": Entry("by_torch", "Peft", {"device": "cuda"}, "PEFT's layer on the device", peft=True),
+    "gpu peft": Entry("by_torch", "Peft", {"device": "cuda"}, "PEFT's layer on the device", draws=True),
     "gpu compiled": Entry(
-        "by_torch", "Peft", {"device": "cuda", "compile": True}, "the same under torch.compile", peft=True
+        "by_torch", "Peft", {"device": "cuda", "compile": True}, "the same under torch.compile", draws=True
     ),
     "gpu torch base": Entry("by_torch", "Base", {"device": "cuda"}, "the frozen products alone, torch"),
-    "gpu triton": Entry("by_triton", "Triton", {}, "a LoRA layer fused by hand in Triton"),
+    "gpu triton": Entry("by_triton", "Triton", {}, "a LoRA layer fused by hand in Triton", draws=True),
     "gpu reference": Entry("by_cupy", "Reference", {}, "lorax_np's reference on CuPy"),
     "gpu fast": Entry("by_cupy", "Fast", {}, "lorax_np.fast on CuPy"),
     "gpu fast graph": Entry("by_cupy", "Fast", {"graph": True}, "the same, one captured graph a step"),

@@ -6,7 +6,7 @@ import numpy as np
 
 import lorax_np as lx
 from lorax_np.backend import namespace
-from lorax_np.fast import gpu
+from lorax_np.fast import gpu, gpu_graph
 
 from ..cases import SCALING, SEED, SITE, STEP, Arrays, Case
 from . import BURST, Unavailable, by_numpy
@@ -26,10 +26,9 @@ def _library() -> Any:
 class Reference(by_numpy.Reference):
     """lx.lora_linear_forward and its backward on CuPy's arrays. Masks are made on the host, and moved."""
 
-    burst = BURST
-
     def __init__(self, case: Case, arrays: Arrays, *, dtype: str = "") -> None:
         self.xp = _library()
+        self.burst = 1 if case.p and type(self) is Reference else BURST  # a mask from the host takes its time
         super().__init__(case, arrays, dtype=dtype)
 
     def given(self, value: np.ndarray, dtype: str) -> Any:
@@ -59,7 +58,7 @@ class Fast(Reference):
         self.graph = None
         if graph:
             how: dict[str, Any] = {"norm_gradient": case.norm_gradient, "need_gx": case.need_gx}
-            self.graph = gpu.Captured(
+            self.graph = gpu_graph.Captured(
                 self.x, self.gy, self.base, self.adapter, scaling=SCALING, dropout=self._dropout(), **how
             )
 

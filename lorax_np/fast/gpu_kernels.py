@@ -1,14 +1,16 @@
 """CUDA source of what cuBLAS does not do: dropout by counter, DoRA's row norms, sums over tokens, short passes.
 
-Not run on a GPU: compiled for several by NVRTC, and each kernel run as C++ on the CPU, by the tests.
+The tests compile each kernel for several devices by NVRTC, and run it as C++ on the CPU.
 The words of a mask are those of specs/dropout.md, (dropout.3) to (dropout.6); 1/(1 − p) rides on products.
 No header is used, so that compiling needs nothing but NVRTC.
 """
 
 CTYPES = {"float32": "float", "float64": "double", "float16": "half16", "bfloat16": "brain16"}
 THREADS = 256  # of a block
-LANES = 16  # entries of one Philox block, which one thread writes
+ENTRIES = 16  # that one thread writes: those of one Philox block
 COLUMNS = 32  # that a block of column_sums adds up
+STRIPES = 16  # of tokens, each added up by blocks of its own
+ROWS = 8  # whose norms one block takes, so that what it reads of A serves them all
 
 SOURCE = r"""
 typedef unsigned long long u64;
@@ -86,41 +88,27 @@ template <class T> __device__ inline void store(T* to, const T* from, int count,
 
 __device__ inline bool aligned(const void* at) { return ((u64)at & 15u) == 0; }
 
+// this thread's 16 entries: where they start, how many there are, and whether they lie whole
+#define MINE \
+  u64 start = 16 * (blockIdx.x * (u64)blockDim.x + threadIdx.x); \
+  if (start >= count) return; \
+  int some = count - start < 16 ? (int)(count - start) : 16;
+#define FITS(p) (some == 16 && aligned(p))
+
 // out = x where the mask keeps it, else 0, in the dtype of out; 16 entries a thread
 template <class X, class Q>
 __global__ void keep(Q* out, const X* x, u64 count, KEY) {
-  u64 block = blockIdx.x * (u64)blockDim.x + threadIdx.x, start = 16 * block;
-  if (start >= count) return;
-  int some = count - start < 16 ? (int)(count - start) : 16;
+  MINE
   alignas(16) X in[16];
   alignas(16) Q to[16];
   u64 w[4];
-  load(x + start, in, some, some == 16 && aligned(x));
-  philox(block, seed, site, at ? *at : step, c2, c3, w);
+  load(x + start, in, some, FITS(x));
+  philox(start / 16, seed, site, at ? *at : step, c2, c3, w);
   for (int i = 0; i < some; ++i) {
     u32 lane = (u32)(w[i / 4] >> (16 * (i % 4))) & 0xffffu;
     if (lane >= dropped) narrow(wide(in[i]), to[i]); else narrow(0.0f, to[i]);
   }
-  store(out + start, to, some, some == 16 && aligned(out));
-}
-
-// out += t where the mask keeps it, rounded once
-template <class Y, class T>
-__global__ void add_kept(Y* out, const T* t, u64 count, KEY) {
-  u64 block = blockIdx.x * (u64)blockDim.x + threadIdx.x, start = 16 * block;
-  if (start >= count) return;
-  int some = count - start < 16 ? (int)(count - start) : 16;
-  alignas(16) Y sum[16];
-  alignas(16) T in[16];
-  u64 w[4];
-  load(out + start, sum, some, some == 16 && aligned(out));
-  load(t + start, in, some, some == 16 && aligned(t));
-  philox(block, seed, site, at ? *at : step, c2, c3, w);
-  for (int i = 0; i < some; ++i) {
-    u32 lane = (u32)(w[i / 4] >> (16 * (i % 4))) & 0xffffu;
-    if (lane >= dropped) narrow(wide(sum[i]) + wide(in[i]), sum[i]);
-  }
-  store(out + start, sum, some, some == 16 && aligned(out));
+  store(out + start, to, some, FITS(out));
 }
 
 // ---- passes over tokens -----------------------------------------------------------------------------------
@@ -128,54 +116,81 @@ __global__ void add_kept(Y* out, const T* t, u64 count, KEY) {
 // out += t, rounded once
 template <class Y, class T>
 __global__ void add(Y* out, const T* t, u64 count) {
-  u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  if (i < count) narrow(wide(out[i]) + wide(t[i]), out[i]);
+  MINE
+  alignas(16) Y sum[16];
+  alignas(16) T in[16];
+  load(out + start, sum, some, FITS(out));
+  load(t + start, in, some, FITS(t));
+  for (int i = 0; i < some; ++i) narrow(wide(sum[i]) + wide(in[i]), sum[i]);
+  store(out + start, sum, some, FITS(out));
 }
 
 // out = k∘p + b by columns; b may be absent
 template <class P, class Y, class K>
 __global__ void by_columns(Y* out, const P* p, const K* k, const K* b, u64 count, u32 width) {
-  u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  u32 column = (u32)(i % width);
-  narrow(k[column] * wide(p[i]) + (b ? b[column] : (K)0), out[i]);
+  MINE
+  alignas(16) P in[16];
+  alignas(16) Y to[16];
+  u32 column = (u32)(start % width);
+  load(p + start, in, some, FITS(p));
+  for (int i = 0; i < some; ++i) {
+    narrow(k[column] * wide(in[i]) + (b ? b[column] : (K)0), to[i]);
+    if (++column == width) column = 0;
+  }
+  store(out + start, to, some, FITS(out));
 }
 
 // y += c∘P + k∘Q by columns, rounded once; P += Q, which the backward reads      (dora.7), (dora.10)
 template <class Y, class K>
 __global__ void magnify(Y* y, K* P, const K* Q, const K* c, const K* k, u64 count, u32 width) {
-  u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  u32 column = (u32)(i % width);
-  K p = P[i], q = Q[i];
-  narrow(wide(y[i]) + (c[column] * p + k[column] * q), y[i]);
-  P[i] = p + q;
+  MINE
+  alignas(16) Y sum[16];
+  alignas(16) K p[16], q[16];
+  u32 column = (u32)(start % width);
+  load(y + start, sum, some, FITS(y));
+  load(P + start, p, some, FITS(P));
+  load(Q + start, q, some, FITS(Q));
+  for (int i = 0; i < some; ++i) {
+    narrow(wide(sum[i]) + (c[column] * p[i] + k[column] * q[i]), sum[i]);
+    p[i] += q[i];
+    if (++column == width) column = 0;
+  }
+  store(y + start, sum, some, FITS(y));
+  store(P + start, p, some, FITS(P));
 }
 
 // ---- sums, in float64 and in one order --------------------------------------------------------------------
 
-// sums over tokens of g, or of g∘p, by columns                                   (linear.5), (dora.10)
+// sums of g, or of g∘p, by columns over each stripe of tokens                    (linear.5), (dora.10)
 template <class G, class P>
-__global__ void column_sums(double* out, const G* g, const P* p, u32 tokens, u32 width) {
+__global__ void column_sums(double* parts, const G* g, const P* p, u32 tokens, u32 width, u32 stripes) {
   __shared__ double part[256];
-  u32 column = blockIdx.x * 32 + threadIdx.x % 32, step = blockDim.x / 32;
+  u32 stripe = blockIdx.x % stripes, column = blockIdx.x / stripes * 32 + threadIdx.x % 32;
+  u32 lines = blockDim.x / 32, step = lines * stripes;
   double sum = 0;
   if (column < width)
-    for (u32 t = threadIdx.x / 32; t < tokens; t += step) {
+    for (u32 t = stripe * lines + threadIdx.x / 32; t < tokens; t += step) {
       u64 at = (u64)t * width + column;
       sum += (double)wide(g[at]) * (p ? (double)wide(p[at]) : 1.0);
     }
   part[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x >= 32 || column >= width) return;
-  for (u32 i = 1; i < step; ++i) sum += part[threadIdx.x + 32 * i];
-  out[column] = sum;
+  for (u32 i = 1; i < lines; ++i) sum += part[threadIdx.x + 32 * i];
+  parts[(u64)stripe * width + column] = sum;
 }
 
-template <class C> __device__ inline C entry(C w, const C* a, const C* b, u32 d_in, u32 r) {
-  C update = 0;
-  for (u32 q = 0; q < r; ++q) update += b[q] * a[(u64)q * d_in];
-  return w + update;
+// entries j of rows of W + BA, 8 of them, which share what is read of A
+template <class W, class C>
+__device__ inline void entries(C v[8], const W* w, const C* a, const C* b, int rows, u32 d_in, u32 r, u32 j) {
+  for (int i = 0; i < 8; ++i) v[i] = i < rows ? (C)wide(w[(u64)i * d_in + j]) : (C)0;
+  C update[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (u32 q = 0; q < r; ++q) {
+    C along = a[(u64)q * d_in + j];
+    for (int i = 0; i < 8; ++i)
+      if (i < rows) update[i] += b[(u64)i * r + q] * along;
+  }
+  for (int i = 0; i < 8; ++i) v[i] += update[i];
 }
 
 __device__ inline double reduced(double mine, double* part, bool largest) {
@@ -193,25 +208,32 @@ __device__ inline double reduced(double mine, double* part, bool largest) {
   return all;
 }
 
-// n = ‖W + BA‖ of one row a block, s having gone into B; NaN for a row of zeros.  (dora.1) to (dora.3)
+// n = ‖W + BA‖ of 8 rows a block, s having gone into B; NaN for a row of zeros.  (dora.1) to (dora.3)
 template <class W, class C>
-__global__ void row_norms(double* n, const W* w, const C* a, const C* b, u32 d_in, u32 r) {
+__global__ void row_norms(double* n, const W* w, const C* a, const C* b, u32 d_out, u32 d_in, u32 r) {
   __shared__ double part[256];
-  const W* row = w + (u64)blockIdx.x * d_in;
-  const C* up = b + (u64)blockIdx.x * r;
-  double top = 1.0, sum = 0;
+  u32 first = blockIdx.x * 8;
+  int rows = d_out - first < 8 ? (int)(d_out - first) : 8;
+  C v[8];
+  double top[8], sum[8];
+  w += (u64)first * d_in;
+  b += (u64)first * r;
+  for (int i = 0; i < 8; ++i) { top[i] = sizeof(C) == 8 ? 0.0 : 1.0; sum[i] = 0; }
   if (sizeof(C) == 8) {  // squares of float32 neither overflow nor vanish in float64
-    double mine = 0;
-    for (u32 j = threadIdx.x; j < d_in; j += blockDim.x)
-      mine = fmax(mine, fabs((double)entry((C)wide(row[j]), a + j, up, d_in, r)));
-    top = reduced(mine, part, true);
+    for (u32 j = threadIdx.x; j < d_in; j += blockDim.x) {
+      entries(v, w, a, b, rows, d_in, r, j);
+      for (int i = 0; i < 8; ++i) top[i] = fmax(top[i], fabs((double)v[i]));
+    }
+    for (int i = 0; i < 8; ++i) top[i] = reduced(top[i], part, true);
   }
   for (u32 j = threadIdx.x; j < d_in; j += blockDim.x) {
-    double v = (double)entry((C)wide(row[j]), a + j, up, d_in, r) / top;
-    sum += v * v;
+    entries(v, w, a, b, rows, d_in, r, j);
+    for (int i = 0; i < 8; ++i) sum[i] += (double)v[i] / top[i] * ((double)v[i] / top[i]);
   }
-  sum = reduced(sum, part, false);
-  if (threadIdx.x == 0) n[blockIdx.x] = sum > 0 ? top * sqrt(sum) : 0.0 / sum;
+  for (int i = 0; i < 8; ++i) {
+    double all = reduced(sum[i], part, false);
+    if (threadIdx.x == 0 && i < rows) n[first + i] = all > 0 ? top[i] * sqrt(all) : 0.0 / all;
+  }
 }
 """
 
@@ -228,6 +250,6 @@ def name_of(kernel: str, *dtypes: str) -> str:
 def every_kernel() -> tuple[str, ...]:
     """Each kernel for each combination of dtypes that the plan may ask for."""
     kinds, wide = tuple(CTYPES), ("float32", "float64")
-    names = [name_of(k, a, b) for k in ("keep", "add_kept", "add", "column_sums") for a in kinds for b in kinds]
+    names = [name_of(k, a, b) for k in ("keep", "add", "column_sums") for a in kinds for b in kinds]
     names += [name_of("by_columns", a, b, c) for a in kinds for b in kinds for c in wide]
     return tuple(names + [name_of(k, a, b) for k in ("magnify", "row_norms") for a in kinds for b in wide])

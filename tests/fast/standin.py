@@ -110,7 +110,12 @@ def note(act, *values):
 
 
 def _operators():
-    for name in ("add", "sub", "mul", "truediv", "matmul", "eq", "ne", "gt", "ge", "or_"):
+    def matmul(a, b):
+        refused_in_a_graph()
+        return operator.matmul(a, b)
+
+    ndarray.__matmul__ = lambda self, other: done(matmul, self, other)
+    for name in ("add", "sub", "mul", "truediv", "eq", "ne", "gt", "ge", "or_"):
         function, name = getattr(operator, name), name.strip("_")
         setattr(ndarray, f"__{name}__", lambda self, other, f=function: done(f, self, other))
         setattr(
@@ -141,13 +146,26 @@ def at(address, dtype, step, lines):
     return np.frombuffer(raw, dtype=dtype).reshape(lines, step).T
 
 
-def gemm_ex(
+def refused_in_a_graph():
+    if tape is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")  # CuPy's
+
+
+def gemm_ex(*arguments):
+    """What CuPy offers."""
+    refused_in_a_graph()
+    if arguments[0] != "handle":
+        raise AssertionError("cuBLAS: CuPy's own handle was expected")
+    product(*arguments)
+
+
+def product(
     handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, algorithm
 ):
     """out = alpha·op(a) op(b) + beta·out by columns, added up in the compute type and rounded once."""
     kind = {68: np.float32, 70: np.float64}[compute]
     legal = {68: {(0, 0), (2, 2), (14, 14), (2, 0), (14, 0)}, 70: {(1, 1)}}[compute]
-    if a_type != b_type or (a_type, c_type) not in legal or algorithm != -1 or handle != "handle":
+    if a_type != b_type or (a_type, c_type) not in legal or algorithm != -1:
         raise AssertionError(f"cuBLAS has no product of types {a_type}, {b_type} into {c_type}")
     scalar = ctypes.c_float if compute == 68 else ctypes.c_double
     alpha, beta = (scalar.from_address(address).value for address in (alpha, beta))
@@ -167,6 +185,54 @@ def gemm_ex(
     act()
     if tape is not None:
         tape.append(act)
+
+
+GEMM_EX = "handle ta tb m n k alpha A A_type lda B B_type ldb beta C C_type ldc compute algorithm"
+
+
+class Library:
+    """libcublas as C sees it: functions of C types, on pointers, which a graph may hold."""
+
+    def __init__(self):
+        self.made, self.ended, self.stream, self.space = 0, 0, None, None
+        size, at, word = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+        c = [at if name in ("handle", "alpha", "A", "B", "beta", "C") else word for name in GEMM_EX.split()]
+        self.cublasCreate_v2 = ctypes.CFUNCTYPE(word, ctypes.POINTER(at))(self._create)
+        self.cublasDestroy_v2 = ctypes.CFUNCTYPE(word, at)(self._end)
+        self.cublasSetStream_v2 = ctypes.CFUNCTYPE(word, at, at)(self._on)
+        self.cublasSetWorkspace_v2 = ctypes.CFUNCTYPE(word, at, at, size)(self._with)
+        self.cublasGemmEx = ctypes.CFUNCTYPE(word, *c)(self._gemm)
+        self.failure = None
+
+    def _create(self, handle):
+        self.made += 1
+        handle[0] = HANDLE
+        return 0
+
+    def _end(self, handle):
+        self.ended += 1
+        return 0
+
+    def _on(self, handle, stream):
+        self.stream = handle, stream
+        return 0
+
+    def _with(self, handle, space, size):
+        self.space = handle, space, size
+        return 0
+
+    def _gemm(self, *arguments):
+        try:
+            if arguments[0] != HANDLE or self.stream != (HANDLE, STREAM) or self.space[2] < 32 << 20:
+                return 1
+            product(*arguments)
+        except BaseException as error:  # which ctypes would print and forget
+            self.failure = error
+            return 14
+        return 0
+
+
+HANDLE, STREAM = 4242, 77
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -237,6 +303,8 @@ def call(function, name, grid, block, arguments):
 
 class Stream:
     current: ClassVar[list] = []
+
+    ptr = STREAM
 
     def __init__(self, non_blocking=False):
         self.waited = 0
@@ -327,7 +395,7 @@ def module():
         setattr(cupy, name, partial(reduced, getattr(np, name)))
     cupy.all = lambda x: bool(np.all(x.host))  # asked by checks alone, which wait on purpose
     cupy.cuda = SimpleNamespace(
-        cublas=SimpleNamespace(gemmEx=gemm_ex),
+        cublas=SimpleNamespace(gemmEx=gemm_ex, getVersion=lambda handle: 130202),
         get_cublas_handle=lambda: "handle",
         get_current_stream=lambda: (Stream.current or [home])[-1],
         Stream=Stream,

@@ -13,7 +13,7 @@ import standin
 
 import lorax_np as lx
 from lorax_np.backend import cast
-from lorax_np.fast import gpu, gpu_kernels
+from lorax_np.fast import gpu, gpu_arrays, gpu_kernels, gpu_products
 from lorax_np.random import DropoutKey
 
 WORD = np.dtype(ml_dtypes.bfloat16)
@@ -71,8 +71,9 @@ def test_a_fault_does_not_compile(nvrtc):
 
 def test_every_kernel_of_the_plan_is_listed():
     """So that NVRTC sees all that a step may ask for."""
-    source = Path(gpu.__file__).read_text(encoding="utf-8")
-    asked = set(re.findall(r'(?:_run|name_of)\("(\w+)"', source))
+    files = (gpu, gpu_arrays, gpu_products)
+    source = "".join(Path(file.__file__).read_text(encoding="utf-8") for file in files)
+    asked = set(re.findall(r'(?:run|name_of)\("(\w+)"', source))
     assert asked == {name.partition("<")[0] for name in gpu_kernels.every_kernel()}
     assert asked == set(re.findall(r"__global__ void (\w+)", gpu_kernels.SOURCE))
 
@@ -84,16 +85,16 @@ def test_every_kernel_of_the_plan_is_listed():
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 4099])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_masks_are_the_same_bits(cupy, dtype, count, p):
-    """(dropout.3) to (dropout.6): keep writes x where the mask is not 0, add_kept adds there only."""
+    """(dropout.3) to (dropout.6): x where the mask is not 0, into an array of its own or where x lies."""
     words = {"seed": 2**63 + 1, "step": 5, "site": 2**64 - 1, "c2": 2**33, "c3": 9}
     mask = lx.dropout_mask(count, p, **words) != 0
     drop = DropoutKey(p, words["seed"], words["step"], words["site"], words["c2"], words["c3"])
-    ones = cupy.asarray(np.ones(count, gpu.dtype_of(dtype)))
+    ones = cupy.asarray(np.ones(count, gpu_arrays.dtype_of(dtype)))
     out = gpu._dropped(ones, drop, "float32", "float32", None).host
     assert np.array_equal(out, mask.astype(np.float32))
-    total = cupy.asarray(np.ones(count, gpu.dtype_of(dtype)))
-    gpu._add_dropped(total, ones, drop, None)
-    assert np.array_equal(total.host.astype(float), 1.0 + mask)
+    there = gpu._dropped(ones, drop, dtype, "float32", None, into=ones)
+    assert there is ones
+    assert np.array_equal(ones.host.astype(float), mask.astype(float))
 
 
 def test_each_lane_is_kept_from_its_threshold_on(cupy):
@@ -128,7 +129,7 @@ def test_the_step_may_stand_on_the_device(cupy):
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), WORD], ids=str)
 def test_every_stored_number_widens_as_numpy_does(cupy, dtype):
     values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
-    got = gpu._column_sums(standin.ndarray(values[None, :])).host
+    got = gpu_arrays.column_sums(standin.ndarray(values[None, :])).host
     with np.errstate(invalid="ignore"):  # NaN that signals
         want = values.astype(np.float64)
     np.testing.assert_array_equal(got, want)
@@ -152,9 +153,8 @@ def test_numbers_are_rounded_once(cupy, dtype, given):
     out = standin.ndarray(np.zeros(values.shape, dtype))
     one = cupy.asarray(np.ones(1, given))
     many = standin.ndarray(values)
-    gpu._run(
-        "by_columns", values.size, (out, many, one, 0, np.uint64(values.size), np.uint32(1)), many, out, one
-    )
+    arguments = out, many, one, 0, np.uint64(values.size), np.uint32(1)
+    gpu_arrays.run("by_columns", out, arguments, many, out, one)
     np.testing.assert_array_equal(out.host.astype(np.float64), want.astype(np.float64))
 
 
@@ -167,19 +167,19 @@ def test_sums_over_tokens(cupy, tokens, width):
     rng = np.random.default_rng(0)
     g, p = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
     for other, want in ((None, g.astype(float)), (cupy.asarray(p), g.astype(float) * p)):
-        got = gpu._column_sums(cupy.asarray(g), other).host
+        got = gpu_arrays.column_sums(cupy.asarray(g), other).host
         np.testing.assert_allclose(
             got, want.sum(axis=0), rtol=0, atol=tokens * 2.0**-52 * np.abs(want).max(initial=0)
         )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 2), (3, 300, 9), (2, 256, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 2), (9, 300, 9), (16, 256, 1)])
 def test_row_norms(cupy, dtype, shape):
     """(dora.1) to (dora.3), against float64; each entry of V is a sum of r + 1 rounded terms."""
     d_out, d_in, r = shape
     rng = np.random.default_rng(0)
-    kind = gpu.dtype_of(dtype)
+    kind = gpu_arrays.dtype_of(dtype)
     W, A, B = (rng.standard_normal(s).astype(kind) for s in ((d_out, d_in), (r, d_in), (d_out, r)))
     got = gpu.row_norms(*(cupy.asarray(v) for v in (W, A, B)), 0.7).host
     V, size = (
@@ -198,3 +198,25 @@ def test_row_norms_of_extreme_rows(cupy):
         A, B = np.zeros((1, 2), dtype), np.zeros((4, 1), dtype)
         got = gpu.row_norms(*(cupy.asarray(v) for v in (W, A, B)), 1.0).host
         np.testing.assert_allclose(got, [huge * np.sqrt(2), 5 * tiny, np.nan, np.nan], rtol=1e-6)
+
+
+# ---- short passes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 16), (5, 33), (40, 70)])
+def test_passes_by_columns(cupy, shape):
+    """Threads of 16 entries begin in any column; float64 is exact here."""
+    rng = np.random.default_rng(0)
+    y, P, Q = (rng.integers(-9, 9, shape).astype(np.float64) for _ in range(3))
+    c, k = (rng.integers(-9, 9, shape[1]).astype(np.float64) for _ in range(2))
+    there = [cupy.asarray(v) for v in (y, P, Q, c, k)]
+    arguments = (*there, np.uint64(y.size), np.uint32(shape[1]))
+    gpu_arrays.run("magnify", there[0], arguments, there[0], there[4])
+    assert np.array_equal(there[0].host, y + c * P + k * Q)
+    assert np.array_equal(there[1].host, P + Q)
+    gpu_arrays.run(
+        "by_columns", there[0], (there[0], there[2], there[4], there[3], *arguments[5:]), *there[:2], there[4]
+    )
+    assert np.array_equal(there[0].host, k * Q + c)
+    gpu_arrays.run("add", there[0], (there[0], there[1], arguments[5]), *there[:2])
+    assert np.array_equal(there[0].host, k * Q + c + P + Q)

@@ -1,5 +1,7 @@
 """The plan for a GPU on a stand-in for CuPy: judged by the harness, and never reading a value on the host."""
 
+import contextlib
+import gc
 import sys
 
 import numpy as np
@@ -8,7 +10,7 @@ import standin
 
 import lorax_np as lx
 from lorax_np.backend import cast
-from lorax_np.fast import gpu, gpu_kernels
+from lorax_np.fast import gpu, gpu_arrays, gpu_graph, gpu_kernels, gpu_products
 from lorax_np.verify import subjects
 from lorax_np.verify.verdict import verify
 
@@ -268,14 +270,14 @@ def test_a_value_read_on_the_host_is_seen(cupy):
 )
 def test_a_fault_in_the_mask_is_seen(cupy, monkeypatch, right, wrong):
     assert right in gpu_kernels.SOURCE
-    monkeypatch.setattr(gpu, "SOURCE", gpu_kernels.SOURCE.replace(right, wrong))
-    gpu._kernel.cache_clear()
+    monkeypatch.setattr(gpu_arrays, "SOURCE", gpu_kernels.SOURCE.replace(right, wrong))
+    gpu_arrays.kernel_of.cache_clear()
     host, device = layer(cupy)
     drop = (0.5, 3, 5, 7, 11, 13)
     mask = lx.dropout_mask(host[0].shape, 0.5, 3, 5, 7, c2=11, c3=13)
     y, _ = lx.lora_linear_forward(host[0], host[2], host[3], mask=mask, **HOW)
     got = gpu.forward(device[0], device[2], device[3], dropout=drop, **HOW)[0].host
-    gpu._kernel.cache_clear()
+    gpu_arrays.kernel_of.cache_clear()
     off = np.abs(got - y).max() / np.abs(y).max()
     assert off > 1e-3 or (right == "lane >= dropped" and off < 1e-3)  # one lane of 65536: see the bits test
 
@@ -283,12 +285,19 @@ def test_a_fault_in_the_mask_is_seen(cupy, monkeypatch, right, wrong):
 # ---- a graph -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def cublas(monkeypatch):
+    library = standin.Library()
+    monkeypatch.setattr(gpu_products, "library_of", lambda lib: library)
+    return library
+
+
 @pytest.mark.parametrize("drop", [None, (0.3, 9, 0, 4)])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_captured_step_computes_what_a_step_does(cupy, dora, drop):
+def test_a_captured_step_computes_what_a_step_does(cupy, cublas, dora, drop):
     """With new inputs, parameters changed in place, and a mask for each step."""
     _, (x, gy, base, adapter) = layer(cupy, dora=dora)
-    graph = gpu.Captured(x, gy, base, adapter, dropout=drop, norm_gradient=True, **HOW)
+    graph = gpu_graph.Captured(x, gy, base, adapter, dropout=drop, norm_gradient=True, **HOW)
     rng = np.random.default_rng(5)
     for step in (0, 3, 2**63):
         x, gy = (cupy.asarray(rng.standard_normal(v.shape).astype("float32")) for v in (x, gy))
@@ -299,10 +308,46 @@ def test_a_captured_step_computes_what_a_step_does(cupy, dora, drop):
         got = {"y": y, **named(gx, g)}
         assert all(np.array_equal(got[name].host, want[name]) for name in want)
     assert graph.stream.waited == 3
+    assert cublas.failure is None
+    del graph
+    gc.collect()
+    assert cublas.made == cublas.ended == 1
 
 
-def test_a_graph_refuses_other_shapes(cupy):
+def test_products_in_a_graph_go_by_a_handle_of_its_own(cupy, cublas, monkeypatch):
+    """CuPy's refuse to be captured, and what cuBLAS refuses is said."""
     _, (x, gy, base, adapter) = layer(cupy)
-    graph = gpu.Captured(x, gy, base, adapter, **HOW)
+    monkeypatch.setattr(gpu_graph, "products_by", lambda cublas: contextlib.nullcontext())
+    try:
+        with pytest.raises(NotImplementedError, match="during stream capture"):
+            gpu_graph.Captured(x, gy, base, adapter, **HOW)
+    finally:
+        standin.tape = None
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(gpu_products, "library_of", lambda lib: cublas)
+    monkeypatch.setattr(gpu_products, "WORKSPACE", 5)
+    with pytest.raises(lx.BackendError, match="cuBLAS: expected cublasGemmEx to succeed, got status 1"):
+        gpu_graph.Captured(x, gy, base, adapter, **HOW)
+
+
+def test_where_cublas_is_not_found_is_said(cupy, monkeypatch):
+    asked = []
+
+    def none(name):
+        asked.append(name)
+        raise OSError
+
+    monkeypatch.setattr(gpu_products.ctypes, "CDLL", none)
+    with pytest.raises(
+        lx.BackendError, match=r"expected one of libcublas\.so\.13, cublas64_13\.dll to capture"
+    ):
+        gpu_products.library_of(cupy)
+    assert asked == ["libcublas.so.13", "cublas64_13.dll"]
+
+
+def test_a_graph_refuses_other_shapes(cupy, cublas):
+    _, (x, gy, base, adapter) = layer(cupy)
+    graph = gpu_graph.Captured(x, gy, base, adapter, **HOW)
     with pytest.raises(lx.ConfigError, match=r"x: expected \(2, 19, 70\) float32, set by the capture, got"):
         graph(cupy.asarray(np.ones((3, 70), np.float32)), gy)
