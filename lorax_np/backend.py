@@ -56,25 +56,29 @@ def namespace_of(**arrays: Array | None) -> Namespace:
     >>> namespace_of(x=np.ones(3), b=None).__name__
     'numpy'
     """
-    found = {name: _library(name, value) for name, value in arrays.items() if value is not None}
-    first, *rest = found.items()
-    for other in rest:
-        if other[1] is not first[1]:
-            raise TypeError(
-                "arrays must share one library, got "
-                + ", ".join(f"{name} in {xp.__name__}" for name, xp in (first, other))
-            )
-    return first[1]
+    found: Namespace = None
+    for name, value in arrays.items():
+        if value is not None:
+            xp = _library(name, value)
+            if found is None:
+                first, found = name, xp
+            elif xp is not found:
+                raise TypeError(
+                    f"arrays must share one library, got {first} in {found.__name__}, {name} in {xp.__name__}"
+                )
+    return found
 
 
 def _library(name: str, value: Any) -> Namespace:
     kind = type(value)
+    if kind is np.ndarray:
+        return np
     if isinstance(value, np.ndarray):
         if isinstance(value, (np.matrix, np.ma.MaskedArray)):
             raise TypeError(f"{name}: expected a plain array, got {kind.__module__}.{kind.__qualname__}")
         return np
     if kind.__module__.partition(".")[0] == "cupy":
-        return importlib.import_module("cupy")
+        return sys.modules.get("cupy") or importlib.import_module("cupy")
     if hasattr(value, "__array_namespace__") and not isinstance(value, np.generic):
         return value.__array_namespace__()
     raise TypeError(

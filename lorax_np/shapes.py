@@ -1,6 +1,6 @@
 """Sizes of named axes, checked together, and leading axes folded into one."""
 
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
@@ -28,12 +28,17 @@ def axes(**arrays: Named) -> dict[str, Any]:
         if array is None and not words.startswith("?"):
             raise TypeError(f"{name}: expected an array, got None")
     namespace_of(**{name: array for name, (array, _) in arrays.items()})
+    shapes = ((name, words, tuple(array.shape)) for name, (array, words) in arrays.items() if array is not None)
+    return dict(_sizes(*shapes))
+
+
+@lru_cache(maxsize=1024)  # a step asks for the same few again and again
+def _sizes(*shapes: tuple[str, str, tuple[int, ...]]) -> dict[str, Any]:
+    """The size of each axis, of names, words and shapes."""
     sizes: dict[str, Any] = {}
     setter: dict[str, str] = {}
-    for name, (array, words) in arrays.items():
-        if array is None:
-            continue
-        shape, (names, fixed) = tuple(array.shape), _parsed(words)
+    for name, words, shape in shapes:
+        names, fixed = _parsed(words)
         lead = len(shape) - len(fixed)
         good = lead >= 0 if "..." in names else lead == 0
         here: dict[str, Any] = dict(zip(fixed, shape[max(lead, 0) :], strict=False))

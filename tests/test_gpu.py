@@ -98,8 +98,9 @@ def test_the_fast_plans_masks_are_the_same_bits(cupy):
         assert np.array_equal(
             gpu._dropped(ones, drop, "float32", "float32", None).get(), want.astype("float32")
         )
-        gpu._dropped(ones, drop, "float32", "float32", None, into=ones)
-        assert np.array_equal(ones.get(), want.astype("float32"))
+        gx, xd = gpu._both_dropped(ones, 3 * ones, drop, "float32", "float32", None)
+        assert np.array_equal(gx.get(), want.astype("float32"))
+        assert np.array_equal(xd.get(), 3 * want.astype("float32"))
 
 
 def random_layer(cupy, dtype, dora):

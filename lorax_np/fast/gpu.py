@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, all_finite, cast, compute_dtype, copy, dtype_name, namespace_of, on_device
-from ..errors import ConfigError, DtypeError
-from ..params import Adapter, Linear, check_direction, check_pair
+from ..backend import Array, cast, compute_dtype, dtype_name, namespace_of, on_device
+from ..params import Adapter, Linear
 from ..random import LANES, DropoutKey, kept_lanes
 from ..shapes import rows
 from .checks import Dropout, checked, checked_backward
@@ -67,7 +66,7 @@ def forward(
         xd = _dropped(X, drop, stored, low, at)
         product(xd, A.T, z, factor)  # (dropout.1), (lora.1)
         del xd
-        b = b if bB is None else _sum(b, s * cast(bB, low))
+        b = b if bB is None else added(b, s * cast(bB, low))
         y = _biased(X, base.W, b, narrow)
         product(z, B.T, y, s, 0.0 if b is None else 1.0)
         product(X, base.W.T, y, 1.0, 1.0)  # (lora.2) to (linear.7)
@@ -131,19 +130,22 @@ def backward(
     drop, at = saved.dropout, saved.at
     factor = float(np.dtype(low).type(drop.scale)) if isinstance(drop, DropoutKey) else 1.0
     gx = None
-    if need_gx:
-        if drop is None:
-            gx = empty(G, X.shape, narrow)
-            product(gz, A, gx)
-        else:
-            t = empty(G, X.shape, stored if c is None else low)
-            if c is not None:
-                product(_times(G, c), W, t, factor)  # (dora.14)
-            product(gz, A, t, factor, 0.0 if c is None else 1.0)
-            gx = _dropped(t, drop, narrow, low, at, into=t)  # (dropout.2)
-            del t
-        product(G if k is None or drop is not None else _times(G, k), W, gx, 1.0, 1.0)  # (lora.9), (linear.8)
-    product(gz.T, _dropped(X, drop, stored, low, at), gA, factor)  # (lora.8)
+    if not need_gx:
+        xd = _dropped(X, drop, stored, low, at)
+    elif drop is None:
+        gx, xd = empty(G, X.shape, narrow), cast(X, stored)
+        product(gz, A, gx)  # (lora.9)
+        product(G if k is None else _times(G, k), W, gx, 1.0, 1.0)  # (linear.8)
+    else:
+        t = empty(G, X.shape, stored if c is None else low)
+        if c is not None:
+            product(_times(G, c), W, t, factor)  # (dora.14)
+        product(gz, A, t, factor, 0.0 if c is None else 1.0)
+        gx, xd = _both_dropped(t, X, drop, stored, low, at)  # (dropout.1), (dropout.2)
+        del t
+        product(G, W, gx, 1.0, 1.0)
+    product(gz.T, xd, gA, factor)  # (lora.8)
+    del xd
     if norm_gradient and gm is not None and saved.dora is not None:
         e = cast(-(gm * cast(adapter.m, "float64")) / saved.dora.n / saved.dora.n, low)[:, None]  # (dora.12)
         _add_norm_gradient(gA, gB, e, W, cast(adapter.A, low), cast(adapter.B, low), s)
@@ -155,42 +157,6 @@ def backward(
         b=gb,
         bB=None if gbB is None else cast(gbB, theirs),
     )
-
-
-def merge_into(base: Linear, adapter: Adapter, *, scaling: float) -> Linear:
-    """fast.merge_into for arrays on a device; arguments, results and errors as there.
-
-    The sum is formed beside W, in float32 or float64, looked at by the host, and only then written.
-    """
-    s = check_pair(base, adapter, scaling)
-    if not on_device(base.W):
-        raise TypeError(f"W: expected an array on a device, got one of {namespace_of(W=base.W).__name__}")
-    for name, value in (("W", base.W), ("A", adapter.A), ("m", adapter.m), ("b", base.b)):
-        if value is not None and dtype_name(value) == "complex128":
-            raise DtypeError(f"{name}: expected real arrays in the fast engine, got complex128")
-    W: Any = base.W
-    V, b = None, base.b if adapter.b is None else adapter.b
-    if adapter.A is not None and adapter.B is not None:
-        both = "float64" if "float64" in (dtype_name(W), dtype_name(adapter.A)) else "float32"
-        V = copy(contiguous(cast(W, both)))
-        product(cast(adapter.B, both), cast(adapter.A, both), V, s, 1.0)  # (merge.1)
-        if adapter.m is not None:
-            check_direction(V)
-            n = row_norms(W, adapter.A, adapter.B, s)
-            V *= cast(cast(adapter.m, "float64") / n, both)[:, None]  # (merge.2)
-        V = cast(V, dtype_name(W))
-    if adapter.bB is not None:
-        b = cast(
-            _sum(b, s * cast(adapter.bB, "float64")), dtype_name(W if base.b is None else base.b)
-        )  # (merge.3)
-    elif b is not None and base.b is not None:
-        b = cast(b, dtype_name(base.b))
-    for name, value in (("W", V), ("b", b)):
-        if value is not None and not all_finite(value):
-            raise ConfigError(f"{name}: expected finite numbers once merged, got NaN or infinity")
-    if V is not None:
-        W[...] = V
-    return Linear(W, b)
 
 
 def row_norms(W: Array, A: Array, B: Array, scaling: float) -> Any:
@@ -259,26 +225,33 @@ def _quotients(m: Any, n: Device, low: str) -> tuple[Device, Device]:
     return cast(m / n, low), cast((m - n) / n, low)
 
 
-def _sum(b: Any, more: Any) -> Any:
+def added(b: Any, more: Any) -> Any:
+    """The sum of two biases, of which the first may be absent."""
     return more if b is None else cast(b, dtype_name(more)) + more
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------
 
 
-def _dropped(X: Device, drop: Any, dtype: str, low: str, at: Any, into: Device | None = None) -> Device:
-    """x∘mask without the factor 1/(1 − p) of a key, in a dtype; x itself where nothing changes.
-
-    into : an array, x itself perhaps, that is written where it has that dtype
-    """
+def _dropped(X: Device, drop: Any, dtype: str, low: str, at: Any) -> Device:
+    """x∘mask without the factor 1/(1 − p) of a key, in a dtype; x itself where nothing changes."""
     if drop is None:
         return cast(X, dtype)
     if not isinstance(drop, DropoutKey):
         return cast(cast(X, low) * cast(_rows(drop), low), dtype)
-    X = contiguous(X)
-    out = empty(X, X.shape, dtype) if into is None or dtype_name(into) != dtype else into
+    out = empty(X, X.shape, dtype)
     run("keep", out, (out, X, count_of(X), *_key(drop, at)), X, out)
     return out
+
+
+def _both_dropped(t: Device, X: Device, drop: Any, stored: str, low: str, at: Any) -> tuple[Device, Device]:
+    """t∘mask in x's dtype, where t lies if it has that, and x∘mask in the dtype that products read."""
+    narrow = dtype_name(X)
+    if not isinstance(drop, DropoutKey):
+        return _dropped(t, drop, narrow, low, at), _dropped(X, drop, stored, low, at)
+    gx, xd = t if dtype_name(t) == narrow else empty(t, t.shape, narrow), empty(X, X.shape, stored)
+    run("keep_both", gx, (gx, t, xd, X, count_of(X), *_key(drop, at)), t, X, xd)
+    return gx, xd
 
 
 def _key(drop: DropoutKey, at: Any) -> tuple[Any, ...]:

@@ -79,7 +79,8 @@ template <class T> __device__ inline void load(const T* from, T* to, int count, 
   if (whole)
     for (int i = 0; i < 16; i += N) *(Pack<T, N>*)(to + i) = *(const Pack<T, N>*)(from + i);
   else
-    for (int i = 0; i < count; ++i) to[i] = from[i];
+    for (int i = 0; i < 16; ++i)  // all loops over entries are of 16, so that the entries stay in registers
+      if (i < count) to[i] = from[i];
 }
 
 template <class T> __device__ inline void store(T* to, const T* from, int count, bool whole) {
@@ -95,6 +96,15 @@ __device__ inline bool aligned(const void* at) { return ((u64)at & 15u) == 0; }
   int some = count - start < 16 ? (int)(count - start) : 16;
 #define FITS(p) (some == 16 && aligned(p))
 
+// the numbers of `in` that the mask keeps, else 0, where w holds its words
+template <class X, class Q>
+__device__ inline void masked(Q* to, const X* in, const u64 w[4], u32 dropped) {
+  for (int i = 0; i < 16; ++i) {
+    u32 lane = (u32)(w[i / 4] >> (16 * (i % 4))) & 0xffffu;
+    if (lane >= dropped) narrow(wide(in[i]), to[i]); else narrow(0.0f, to[i]);
+  }
+}
+
 // out = x where the mask keeps it, else 0, in the dtype of out; 16 entries a thread
 template <class X, class Q>
 __global__ void keep(Q* out, const X* x, u64 count, KEY) {
@@ -104,11 +114,25 @@ __global__ void keep(Q* out, const X* x, u64 count, KEY) {
   u64 w[4];
   load(x + start, in, some, FITS(x));
   philox(start / 16, seed, site, at ? *at : step, c2, c3, w);
-  for (int i = 0; i < some; ++i) {
-    u32 lane = (u32)(w[i / 4] >> (16 * (i % 4))) & 0xffffu;
-    if (lane >= dropped) narrow(wide(in[i]), to[i]); else narrow(0.0f, to[i]);
-  }
+  masked(to, in, w, dropped);
   store(out + start, to, some, FITS(out));
+}
+
+// the same of two arrays under one mask, which is made once: gx of t, and xd of x
+template <class T, class X, class Q>
+__global__ void keep_both(X* gx, const T* t, Q* xd, const X* x, u64 count, KEY) {
+  MINE
+  alignas(16) T from[16];
+  alignas(16) X in[16], to[16];
+  alignas(16) Q kept[16];
+  u64 w[4];
+  load(t + start, from, some, FITS(t));
+  load(x + start, in, some, FITS(x));
+  philox(start / 16, seed, site, at ? *at : step, c2, c3, w);
+  masked(to, from, w, dropped);
+  masked(kept, in, w, dropped);
+  store(gx + start, to, some, FITS(gx));
+  store(xd + start, kept, some, FITS(xd));
 }
 
 // ---- passes over tokens -----------------------------------------------------------------------------------
@@ -121,7 +145,7 @@ __global__ void add(Y* out, const T* t, u64 count) {
   alignas(16) T in[16];
   load(out + start, sum, some, FITS(out));
   load(t + start, in, some, FITS(t));
-  for (int i = 0; i < some; ++i) narrow(wide(sum[i]) + wide(in[i]), sum[i]);
+  for (int i = 0; i < 16; ++i) narrow(wide(sum[i]) + wide(in[i]), sum[i]);
   store(out + start, sum, some, FITS(out));
 }
 
@@ -133,7 +157,7 @@ __global__ void by_columns(Y* out, const P* p, const K* k, const K* b, u64 count
   alignas(16) Y to[16];
   u32 column = (u32)(start % width);
   load(p + start, in, some, FITS(p));
-  for (int i = 0; i < some; ++i) {
+  for (int i = 0; i < 16; ++i) {
     narrow(k[column] * wide(in[i]) + (b ? b[column] : (K)0), to[i]);
     if (++column == width) column = 0;
   }
@@ -150,7 +174,7 @@ __global__ void magnify(Y* y, K* P, const K* Q, const K* c, const K* k, u64 coun
   load(y + start, sum, some, FITS(y));
   load(P + start, p, some, FITS(P));
   load(Q + start, q, some, FITS(Q));
-  for (int i = 0; i < some; ++i) {
+  for (int i = 0; i < 16; ++i) {
     narrow(wide(sum[i]) + (c[column] * p[i] + k[column] * q[i]), sum[i]);
     p[i] += q[i];
     if (++column == width) column = 0;
@@ -180,15 +204,21 @@ __global__ void column_sums(double* parts, const G* g, const P* p, u32 tokens, u
   parts[(u64)stripe * width + column] = sum;
 }
 
-// entries j of rows of W + BA, 8 of them, which share what is read of A
+// entries j of 8 rows of W + BA, which share what is read of A; `up` holds B's in shared memory where r allows
+#define R_SHARED 64
 template <class W, class C>
-__device__ inline void entries(C v[8], const W* w, const C* a, const C* b, int rows, u32 d_in, u32 r, u32 j) {
-  for (int i = 0; i < 8; ++i) v[i] = i < rows ? (C)wide(w[(u64)i * d_in + j]) : (C)0;
+__device__ inline void entries(
+    C v[8], const W* w, const C* a, const C* b, const Pack<C, 8>* up, int rows, u32 d_in, u32 r, u32 j) {
   C update[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int i = 0; i < 8; ++i) v[i] = i < rows ? (C)wide(w[(u64)i * d_in + j]) : (C)0;
   for (u32 q = 0; q < r; ++q) {
     C along = a[(u64)q * d_in + j];
-    for (int i = 0; i < 8; ++i)
-      if (i < rows) update[i] += b[(u64)i * r + q] * along;
+    if (up) {
+      Pack<C, 8> of = up[q];
+      for (int i = 0; i < 8; ++i) update[i] += of.v[i] * along;
+    } else {
+      for (int i = 0; i < rows; ++i) update[i] += b[(u64)i * r + q] * along;
+    }
   }
   for (int i = 0; i < 8; ++i) v[i] += update[i];
 }
@@ -212,22 +242,28 @@ __device__ inline double reduced(double mine, double* part, bool largest) {
 template <class W, class C>
 __global__ void row_norms(double* n, const W* w, const C* a, const C* b, u32 d_out, u32 d_in, u32 r) {
   __shared__ double part[256];
+  __shared__ Pack<C, 8> shared[R_SHARED];
   u32 first = blockIdx.x * 8;
   int rows = d_out - first < 8 ? (int)(d_out - first) : 8;
   C v[8];
   double top[8], sum[8];
   w += (u64)first * d_in;
   b += (u64)first * r;
+  const Pack<C, 8>* up = r <= R_SHARED ? shared : 0;
+  if (up)
+    for (u32 e = threadIdx.x; e < 8 * r; e += blockDim.x)
+      shared[e / 8].v[e % 8] = (int)(e % 8) < rows ? b[(u64)(e % 8) * r + e / 8] : (C)0;
+  __syncthreads();
   for (int i = 0; i < 8; ++i) { top[i] = sizeof(C) == 8 ? 0.0 : 1.0; sum[i] = 0; }
   if (sizeof(C) == 8) {  // squares of float32 neither overflow nor vanish in float64
     for (u32 j = threadIdx.x; j < d_in; j += blockDim.x) {
-      entries(v, w, a, b, rows, d_in, r, j);
+      entries(v, w, a, b, up, rows, d_in, r, j);
       for (int i = 0; i < 8; ++i) top[i] = fmax(top[i], fabs((double)v[i]));
     }
     for (int i = 0; i < 8; ++i) top[i] = reduced(top[i], part, true);
   }
   for (u32 j = threadIdx.x; j < d_in; j += blockDim.x) {
-    entries(v, w, a, b, rows, d_in, r, j);
+    entries(v, w, a, b, up, rows, d_in, r, j);
     for (int i = 0; i < 8; ++i) sum[i] += (double)v[i] / top[i] * ((double)v[i] / top[i]);
   }
   for (int i = 0; i < 8; ++i) {
@@ -251,5 +287,7 @@ def every_kernel() -> tuple[str, ...]:
     """Each kernel for each combination of dtypes that the plan may ask for."""
     kinds, wide = tuple(CTYPES), ("float32", "float64")
     names = [name_of(k, a, b) for k in ("keep", "add", "column_sums") for a in kinds for b in kinds]
+    stored = [(x, q) for x in kinds for q in dict.fromkeys((x, *wide))]
+    names += [name_of("keep_both", t, x, q) for x, q in stored for t in dict.fromkeys((q, *wide))]
     names += [name_of("by_columns", a, b, c) for a in kinds for b in kinds for c in wide]
     return tuple(names + [name_of(k, a, b) for k in ("magnify", "row_norms") for a in kinds for b in wide])

@@ -22,7 +22,7 @@ from ..backend import (
 )
 from ..errors import ConfigError, DtypeError
 from ..params import Adapter, Linear, check_direction, check_pair
-from . import gpu
+from . import gpu_merging
 from .gemm import gemm
 from .norms import row_norms
 from .weights import product, row_blocks, to
@@ -50,7 +50,7 @@ def merge_into(base: Linear, adapter: Adapter, *, scaling: float) -> Linear:
     (True, [[1.5, 0.5], [0.5, 1.5]])
     """
     if on_device(base.W):
-        return gpu.merge_into(base, adapter, scaling=scaling)
+        return gpu_merging.merge_into(base, adapter, scaling=scaling)
     s = check_pair(base, adapter, scaling)
     W, b = _writable(base, adapter), _bias(base, adapter, s)
     if adapter.A is None or adapter.B is None:

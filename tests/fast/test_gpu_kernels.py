@@ -85,16 +85,17 @@ def test_every_kernel_of_the_plan_is_listed():
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 4099])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_masks_are_the_same_bits(cupy, dtype, count, p):
-    """(dropout.3) to (dropout.6): x where the mask is not 0, into an array of its own or where x lies."""
+    """(dropout.3) to (dropout.6): x where the mask is not 0, alone or of two arrays at once."""
     words = {"seed": 2**63 + 1, "step": 5, "site": 2**64 - 1, "c2": 2**33, "c3": 9}
     mask = lx.dropout_mask(count, p, **words) != 0
     drop = DropoutKey(p, words["seed"], words["step"], words["site"], words["c2"], words["c3"])
     ones = cupy.asarray(np.ones(count, gpu_arrays.dtype_of(dtype)))
     out = gpu._dropped(ones, drop, "float32", "float32", None).host
     assert np.array_equal(out, mask.astype(np.float32))
-    there = gpu._dropped(ones, drop, dtype, "float32", None, into=ones)
-    assert there is ones
-    assert np.array_equal(ones.host.astype(float), mask.astype(float))
+    gx, xd = gpu._both_dropped(ones, cupy.asarray(3 * ones.host), drop, "float32", "float32", None)
+    assert gx is ones
+    assert np.array_equal(gx.host.astype(float), mask)
+    assert np.array_equal(xd.host, 3.0 * mask)
 
 
 def test_each_lane_is_kept_from_its_threshold_on(cupy):
@@ -174,7 +175,7 @@ def test_sums_over_tokens(cupy, tokens, width):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 2), (9, 300, 9), (16, 256, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 2), (9, 300, 9), (16, 256, 1), (9, 300, 64), (9, 300, 65)])
 def test_row_norms(cupy, dtype, shape):
     """(dora.1) to (dora.3), against float64; each entry of V is a sum of r + 1 rounded terms."""
     d_out, d_in, r = shape

@@ -10,7 +10,7 @@ import standin
 
 import lorax_np as lx
 from lorax_np.backend import cast
-from lorax_np.fast import gpu, gpu_arrays, gpu_graph, gpu_kernels, gpu_products
+from lorax_np.fast import gpu, gpu_arrays, gpu_graph, gpu_kernels, gpu_merging, gpu_products
 from lorax_np.verify import subjects
 from lorax_np.verify.verdict import verify
 
@@ -206,7 +206,7 @@ def test_a_merge_in_place(cupy, dtype, dora):
     """Within a rounding of the product, and one of what is stored."""
     (_, _, base, adapter), device = layer(cupy, dora=dora, biases=True, dtype=dtype)
     want = lx.merge(base, adapter, scaling=0.7)
-    merged = gpu.merge_into(*device[2:], scaling=0.7)
+    merged = gpu_merging.merge_into(*device[2:], scaling=0.7)
     assert merged.W is device[2].W
     assert_close({"W": merged.W.host, "b": merged.b.host}, {"W": want.W, "b": want.b}, SUM)
 
@@ -219,10 +219,10 @@ def test_what_a_merge_refuses_is_not_written(cupy):
         pytest.raises(lx.ConfigError, match="W: expected finite numbers once merged"),
         np.errstate(all="ignore"),
     ):
-        gpu.merge_into(base, huge, scaling=10.0)
+        gpu_merging.merge_into(base, huge, scaling=10.0)
     assert np.array_equal(base.W.host, before)
     with pytest.raises(TypeError, match="W: expected an array on a device"):
-        gpu.merge_into(lx.Linear(before), lx.Adapter(adapter.A.host, adapter.B.host), scaling=1.0)
+        gpu_merging.merge_into(lx.Linear(before), lx.Adapter(adapter.A.host, adapter.B.host), scaling=1.0)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
