@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .verify import Report
 
 BAD_USAGE, CRASHED, INTERRUPTED, UNREAD = 2, 3, 130, 141
+ENGINES = "reference", "fast"  # the subjects that compute where they are told to
 EXTRAS = {  # module: (extra, what it adds)
     "ml_dtypes": ("bf16", "bfloat16 as a storage dtype"),
     "mkl": ("mkl", "MKL behind the products of lx.fast"),
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--json", metavar="FILE", help="write the report as JSON; - for standard output, without a table"
     )
-    verify.add_argument("--backend", choices=("numpy", "cupy", "auto"), help="where the reference computes")
+    verify.add_argument("--backend", choices=("numpy", "cupy", "auto"), help="where reference or fast computes")
     verify.add_argument("--html", metavar="FILE", help="write the report as one page for a browser")
     verify.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
     verify.add_argument("--markdown", metavar="FILE", help="write the report for a pull request")
@@ -139,8 +140,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from .verify.pages.markdown import to_markdown
     from .verify.report import SCHEMA, to_text
 
-    if arguments.backend and arguments.subject != "reference":
-        raise ConfigError(f"--backend: expected the subject reference beside it, got {arguments.subject}")
+    if arguments.backend and arguments.subject not in ENGINES:
+        raise ConfigError(f"--backend: expected the subject reference or fast, got {arguments.subject}")
     for name in ("json", "html", "junit", "markdown"):
         path = Path(getattr(arguments, name) or "-")
         if path.is_dir() or not path.resolve().parent.is_dir():
@@ -175,7 +176,7 @@ def _judged(arguments: argparse.Namespace) -> "list[Report]":
 
     changed(arguments.convention, Spec())  # refused before anything is loaded
     try:
-        xp = namespace(arguments.backend) if arguments.subject == "reference" else None
+        xp = namespace(arguments.backend) if arguments.subject in ENGINES else None
     except BackendError as error:
         raise BackendError(str(error).replace("xp:", "--backend:", 1)) from None
     reports: list[Report] = []

@@ -66,26 +66,9 @@ def test_a_step_never_waits_for_the_host(cupy, dora, dtype):
 # ---- the fast plan on the device ----------------------------------------------------------------------------
 
 
-class FastOnDevice:
-    """The plan for a device as a subject: starts and merges are the engine's."""
-
-    spec = subjects.Spec(norm_gradient=(False, True), strided=True)
-
-    def __init__(self, xp):
-        self.xp, self.records = xp, subjects.reference(xp)._records
-
-    def run(self, case, gy):
-        x, base, adapter, mask = self.records(case)
-        y, saved = gpu.forward(x, base, adapter, scaling=case.scaling, dropout=mask)
-        how = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
-        gx, g = gpu.backward(self.xp.asarray(gy), saved, base, adapter, **how)
-        found = {"x": gx, "A": g.A, "B": g.B, "m": g.m, "b": g.b, "bB": g.bB}
-        return y.get(), {name: value.get() for name, value in found.items() if value is not None}
-
-
 @pytest.mark.parametrize("profile", ["fp32", "fp64", "bf16", "fp16"])
 def test_the_fast_plan_on_the_device_passes_the_harness(cupy, profile):
-    report = verify(FastOnDevice(cupy), profile)
+    report = verify(subjects.fast(cupy), profile)
     assert report.passed, str(report)
 
 

@@ -51,6 +51,10 @@ class ndarray:  # CuPy's name
     T = property(lambda self: ndarray(self.host.T))
     data = property(lambda self: SimpleNamespace(ptr=self.host.ctypes.data))
 
+    def get(self):
+        """The host's copy, for whoever asks for one by name."""
+        return self.host.copy()
+
     def reshape(self, *shape):
         return view(self.host.reshape(*shape), self.host)
 

@@ -40,7 +40,7 @@ def load(name: str, xp: Any = None) -> Any:
     if name == "reference":
         return reference(xp)
     if name == "fast":
-        return fast()
+        return fast(xp)
     if name == "peft":
         return peft()
     found = _attribute(name) if ":" in name else _registered(name)
@@ -90,11 +90,11 @@ def reference(xp: Any = None) -> Any:
     return Reference(xp)
 
 
-def fast() -> Any:
-    """The fast engine, lx.fast."""
+def fast(xp: Any = None) -> Any:
+    """The fast engine, lx.fast, on NumPy, or on a device with CuPy as the given library."""
     from .engine import Fast
 
-    return Fast()
+    return Fast(xp)
 
 
 def peft(config: Any = None, *, autocast_adapter_dtype: bool = True, safe_merge: bool = False) -> Any:

@@ -19,6 +19,7 @@ from ... import (
     torch_generator,
     unmerge,
 )
+from ...backend import copy
 from ..cases import Case
 from ..conventions import Spec
 
@@ -72,13 +73,14 @@ class Reference:
 
 
 class Fast(Reference):
-    """lx.fast: its forward, its backward and its merge; starts and unmerging are the reference's."""
+    """lx.fast on NumPy or CuPy: forward, backward and merge; starts and unmerging are the reference's."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
 
     def run(self, case: Case, gy: Any) -> tuple[Any, dict[str, Any]]:
         """y and all gradients but W's, which the fast engine does not offer."""
         x, base, adapter, mask = self._records(case)
+        gy = gy if self.xp is np else self.xp.asarray(gy)
         y, saved = fast.lora_linear_forward(x, base, adapter, scaling=case.scaling, dropout=mask)
         how: Any = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
         gx, g = fast.lora_linear_backward(gy, saved, base, adapter, **how)
@@ -88,5 +90,5 @@ class Fast(Reference):
     def merge(self, case: Case) -> dict[str, Any]:
         """The merged weight and bias, merged in place into a copy."""
         _, base, adapter, _ = self._records(case)
-        linear = fast.merge_into(Linear(np.array(base.W), base.b), adapter, scaling=case.scaling)
+        linear = fast.merge_into(Linear(copy(base.W), base.b), adapter, scaling=case.scaling)
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
