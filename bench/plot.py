@@ -13,6 +13,10 @@ Series = dict[str, list[float | None]]  # engine: a ratio for each case, None wh
 COLOURS = "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e"
 
 
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+LONGEST = 2.5  # times the yardstick; longer bars are cut, and their number says so
+
+
 def colour_of(engine: str) -> str:
     """One colour for an engine, in every table."""
     return COLOURS[list(ENGINES).index(engine) % len(COLOURS)]
@@ -59,7 +63,12 @@ def _png(tables: list[tuple[str, list[str], Series]], path: Path) -> None:
         for i, (engine, values) in enumerate(series.items()):
             at = [case * (len(series) + 1) + i for case in range(len(cases))]
             colour = colour_of(engine)
-            ax.barh(at, [value or 0 for value in values], color=colour, label=engine, height=0.9)
+            ax.barh(at, [min(value or 0, LONGEST) for value in values], color=colour, label=engine, height=0.9)
+            for y, value in zip(at, values, strict=True):
+                if value is not None:
+                    words = f"{value:.2f}{' (bar cut)' if value > LONGEST else ''}"
+                    ax.text(min(value, LONGEST) + 0.02, y, words, fontsize=6, va="center", bbox=BEHIND)
+        ax.set_xlim(0, LONGEST + 0.4)
         ax.axvline(1.0, color="black", linewidth=1)
         ax.set_yticks(
             [c * (len(series) + 1) + (len(series) - 1) / 2 for c in range(len(cases))], cases, fontsize=7
@@ -85,7 +94,7 @@ def svg(tables: list[tuple[str, list[str], Series]]) -> str:
                 value = values[at]
                 if value is None:
                     continue
-                colour, width = colour_of(engine), min(value, 2.5) * scale
+                colour, width = colour_of(engine), min(value, LONGEST) * scale
                 out.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{bar - 1}" fill="{colour}"/>')
                 out.append(f'<text x="{left + width + 4:.1f}" y="{y + 9}">{value:.2f} {escape(engine)}</text>')
                 y += bar

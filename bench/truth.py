@@ -18,34 +18,39 @@ DEVIATIONS = 6.0  # of a binomial share
 
 
 class Truth(NamedTuple):
-    """The products of a case in float64: M is the branch's own matrix, delta or what DoRA makes of it."""
+    """What no mask changes of a case, in float64; DoRA's matrices are None where there is no DoRA."""
 
     v: Arrays
     y0: np.ndarray  # x Wᵀ
     gx0: np.ndarray  # gy W
-    M: np.ndarray  # (d_out, d_in), y = y0 + xd Mᵀ
-    gM: np.ndarray  # gy M, the branch's gradient before the mask
-    V: np.ndarray
-    n: np.ndarray
+    gbranch: np.ndarray  # the branch's gradient by xd
+    M: np.ndarray | None = None  # (d_out, d_in)  what DoRA makes of the branch, y = y0 + xd Mᵀ
+    V: np.ndarray | None = None
+    n: np.ndarray | None = None
 
 
 def prepare(case: Case, arrays: Arrays) -> Truth:
     """The parts of the truth that no mask changes."""
     v = {name: value.astype(np.float64) for name, value in arrays.items()}
+    y0, gx0 = v["x"] @ v["W"].T, v["gy"] @ v["W"]
+    if not case.dora:
+        return Truth(v, y0, gx0, SCALING * (v["gy"] @ v["B"]) @ v["A"])
     V = v["W"] + SCALING * v["B"] @ v["A"]
     n = np.sqrt((V * V).sum(axis=1))
-    M = (v["m"] / n)[:, None] * V - v["W"] if case.dora else V - v["W"]
-    return Truth(v, v["x"] @ v["W"].T, v["gy"] @ v["W"], M, v["gy"] @ M, V, n)
+    M = (v["m"] / n)[:, None] * V - v["W"]
+    return Truth(v, y0, gx0, v["gy"] @ M, M, V, n)
 
 
 def results(case: Case, t: Truth, mask: np.ndarray | None) -> Arrays:
     """y, gx, gA, gB and gm by the formula, in float64."""
     v, xd = t.v, t.v["x"] if mask is None else t.v["x"] * mask
-    found = {"y": t.y0 + xd @ t.M.T, "gx": t.gx0 + (t.gM if mask is None else t.gM * mask)}
-    k = (v["m"] / t.n)[None, :] if case.dora else 1.0
+    z = xd @ v["A"].T
+    found = {"y": t.y0 + (SCALING * z @ v["B"].T if t.M is None else xd @ t.M.T)}
+    found["gx"] = t.gx0 + (t.gbranch if mask is None else t.gbranch * mask)
+    k = 1.0 if t.n is None else (v["m"] / t.n)[None, :]
     gu = SCALING * k * v["gy"]
-    found |= {"gA": (gu @ v["B"]).T @ xd, "gB": gu.T @ (xd @ v["A"].T)}
-    if case.dora:
+    found |= {"gA": (gu @ v["B"]).T @ xd, "gB": gu.T @ z}
+    if t.V is not None:
         gk = (v["gy"] * (xd @ t.V.T)).sum(axis=0)
         found["gm"] = gk / t.n
         if case.norm_gradient:

@@ -134,8 +134,7 @@ class Triton:
         kind = getattr(torch, case.dtype)
         self.v = {name: torch.from_numpy(a).to(device, kind) for name, a in arrays.items()}
         large = device == "cuda" and case.dtype == "bfloat16"
-        wide = 256 if case.tokens >= 2048 else 128
-        self.tiles = {"BM": 128, "BN": wide, "BK": 64} if large else {"BM": 32, "BN": 32, "BK": 32}
+        self.tiles = {"BM": 128, "BN": 128, "BK": 64} if large else {"BM": 32, "BN": 32, "BK": 32}
         self.launch = {"num_warps": 8, "num_stages": 3} if large else {}
         self.dropout = {"R": case.r, "DROP": bool(case.p)}
 

@@ -13,7 +13,8 @@ Device = Any  # an array on the device
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Device:
     """An array beside `like`, of whatever lies there."""
-    return namespace_of(like=like).empty(shape, dtype=dtype_of(dtype))
+    lib = namespace_of(like=like)
+    return lib.empty(shape, dtype=dtype_of(dtype))
 
 
 @cache
@@ -28,7 +29,8 @@ def dtype_of(name: str) -> Any:
 
 def contiguous(x: Any) -> Device:
     """X itself, or a copy without gaps."""
-    return namespace_of(x=x).ascontiguousarray(x)
+    lib = namespace_of(x=x)
+    return lib.ascontiguousarray(x)
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------

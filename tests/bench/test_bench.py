@@ -76,13 +76,13 @@ def test_another_mask_is_refused(reference, monkeypatch):
 @pytest.mark.parametrize("case", [TINY[1], TINY[4]], ids=["LoRA", "DoRA"])
 def test_an_engine_that_draws_its_own_mask_is_held_to_the_one_it_tells(case):
     t = truth.prepare(case, cases.draw(case))
-    kept = np.random.default_rng(1).random(t.gM.shape) >= case.p
+    kept = np.random.default_rng(1).random(t.gbranch.shape) >= case.p
 
     def judged(mask, **told):
         return truth.judge(case, t, {**truth.results(case, t, mask), **told}, None, draws=True, unit=2.0**-24)
 
     assert judged(kept / (1 - case.p), kept=kept) == []
-    few = np.random.default_rng(1).random(t.gM.shape) >= 0.5
+    few = np.random.default_rng(1).random(t.gbranch.shape) >= 0.5
     other = kept.copy()
     other[3, 5] = not other[3, 5]
     assert "of the entries kept, expected 0.7000" in judged(few / (1 - case.p), kept=few)[0]

@@ -19,7 +19,6 @@ from ... import (
     torch_generator,
     unmerge,
 )
-from ...backend import copy
 from ..cases import Case
 from ..conventions import Spec
 
@@ -90,5 +89,5 @@ class Fast(Reference):
     def merge(self, case: Case) -> dict[str, Any]:
         """The merged weight and bias, merged in place into a copy."""
         _, base, adapter, _ = self._records(case)
-        linear = fast.merge_into(Linear(copy(base.W), base.b), adapter, scaling=case.scaling)
+        linear = fast.merge_into(Linear(self.xp.array(base.W), base.b), adapter, scaling=case.scaling)
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
