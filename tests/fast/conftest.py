@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from lorax_np.fast import cpu, norms, weights
+from lorax_np.fast import cpu_branch, cpu_dora, norms, weights
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of the fewest rows there may be, so that small layers have several and a tail."""
+    """Blocks of the fewest rows and features there may be, so that small layers have several and a tail."""
     monkeypatch.setattr(weights, "ENTRIES", 1)
+    monkeypatch.setattr(cpu_dora, "FEATURES", 3)
 
 
 @pytest.fixture
@@ -19,5 +20,5 @@ def poisoned(monkeypatch):
     def empty(shape, dtype):
         return np.full(shape, np.nan, dtype)
 
-    for module in (cpu, norms, weights):
+    for module in (cpu_branch, cpu_dora, norms, weights):
         monkeypatch.setattr(module, "empty", empty)

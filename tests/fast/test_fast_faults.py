@@ -8,7 +8,7 @@ from test_fast_layer import test_a_weight_changed_in_place_never_meets_a_norm_of
 from test_fast_layer import test_mixed_dtypes_round_where_the_reference_does as mixed
 
 import lorax_np as lx
-from lorax_np.fast import buffers, cpu, norms, weights
+from lorax_np.fast import buffers, cpu, cpu_branch, cpu_dora, norms, weights
 from lorax_np.verify.batteries import BATTERIES
 from lorax_np.verify.cases import Case
 from lorax_np.verify.layers import plain
@@ -73,12 +73,12 @@ def _gemm(change):
     """gemm with its arguments changed, in every file that calls it."""
 
     def plant(patch):
-        real = cpu.gemm
+        real = cpu_branch.gemm
 
         def wrong(a, b, out, alpha=1.0, beta=0.0):
             real(*change(a, b, out, alpha, beta))
 
-        for module in (cpu, norms, weights):
+        for module in (cpu_branch, cpu_dora, norms, weights):
             patch.setattr(module, "gemm", wrong)
 
     return plant
@@ -117,15 +117,18 @@ def _another_mask(real):
 PLAN = {
     "alpha forgotten": _gemm(lambda a, b, out, alpha, beta: (a, b, out, 1.0, beta)),
     "beta forgotten": _gemm(lambda a, b, out, alpha, beta: (a, b, out, alpha, 0.0)),
-    "the tail of rows left out": _step(cpu, "row_blocks", _blocks_without_tail),
-    "the factor 1/(1 − p) left out": _step(cpu, "_factor", lambda real: lambda drop, low: 1.0),
-    "the mask made again differs": _step(cpu.DropoutKey, "blocks", _another_mask),
-    "16 bits not rounded before the sum": _step(cpu, "_round", lambda real: lambda y, narrow: None),
-    "bias of B left out": _step(cpu, "_bias", lambda real: lambda b, bB, s, wide, narrow: b),
-    "n off by 1e-5": _step(cpu, "row_norms", _norms(n=lambda n: n * (1 + 1e-5))),
-    "T off in the full norm": _step(cpu, "row_norms", _norms(T=lambda T: T * 1.001)),
-    "the norm's gradient left out": _step(cpu, "_add_norm_gradient", lambda real: lambda *a: None),
-    "gk summed over half the tokens": _step(cpu, "_total", lambda real: lambda G, PQ: real(G[::2], PQ[::2])),
+    "the tail of rows left out": _step(cpu_branch, "row_blocks", _blocks_without_tail),
+    "the factor 1/(1 − p) left out": _step(cpu_branch, "factor_of", lambda real: lambda drop, low: 1.0),
+    "the mask made again differs": _step(cpu_branch.DropoutKey, "blocks", _another_mask),
+    "16 bits not rounded before the sum": _step(cpu_branch, "rounded", lambda real: lambda y, narrow: None),
+    "bias of B left out": _step(cpu, "biases", lambda real: lambda b, bB, s, wide, narrow: b),
+    "n off by 1e-5": _step(cpu_dora, "row_norms", _norms(n=lambda n: n * (1 + 1e-5))),
+    "T off in the full norm": _step(cpu_dora, "row_norms", _norms(T=lambda T: T * 1.001)),
+    "the norm's gradient left out": _step(cpu, "add_norm_gradient", lambda real: lambda *a: None),
+    "features beyond the first block left out": _step(
+        cpu_dora, "back_times", lambda real: lambda G, v, W, out: real(G[:, :3], v[:3], W[:3], out)
+    ),
+    "gk summed over half the tokens": _step(cpu, "total", lambda real: lambda G, PQ: real(G[::2], PQ[::2])),
     "squares of whole segments only": _step(
         norms, "_squares", lambda real: lambda W: real(W[:, : len(W[0]) // 2])
     ),
@@ -171,7 +174,7 @@ def test_a_cached_norm_is_refused(monkeypatch):
     """Keyed by where W lies, as a tempting cache would be: the test of a weight changed in place refuses it."""
     real, kept = norms.row_norms, {}
     monkeypatch.setattr(
-        cpu, "row_norms", lambda W, *rest: kept.setdefault(W.__array_interface__["data"], real(W, *rest))
+        cpu_dora, "row_norms", lambda W, *rest: kept.setdefault(W.__array_interface__["data"], real(W, *rest))
     )
     with pytest.raises(AssertionError):
         changed_in_place()
