@@ -1,12 +1,18 @@
 """Integers times powers of two that know how wide their partial sums can get; and the layer worked in them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import frexp, prod
 
 import numpy as np
 
 from ..cases import Case, HostArray
 
 ANY = 99  # the power of two that divides 0: none is too large
+WIDEST = 62  # bits of a number in units of 2^−shift: int64 holds it, and the proof itself does not overflow
+
+
+class TooWide(ArithmeticError):
+    """A number takes more bits than were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,63 +23,75 @@ class Dyadic:
     size : int64, in the same units: the sum of the absolute terms, which bounds every partial sum
     unit : int64, for each entry the exponent of a power of two of which all its terms are multiples
     bits : of the widest number met so far: log2(size/2^unit), at most                   (lattice.1)
+    most : bits that may be met. Raises TooWide for more, OverflowError for a size of WIDEST bits or more
     """
 
     value: HostArray
     size: HostArray
     unit: HostArray
     shift: int
-    before: int = 0
-    bits: int = field(init=False)
+    bits: int = 0
+    most: int = WIDEST
 
     def __post_init__(self) -> None:
-        """Measure the widest entry; the proof itself must not overflow."""
-        steps = self.size.astype(np.float64) * 2.0 ** (-self.shift - np.minimum(self.unit, ANY))
-        widest = float(steps.max(initial=0.0))
-        if float(self.size.max(initial=0)) >= 2.0**62:
-            raise OverflowError("size: expected less than 2**62 units")
-        object.__setattr__(self, "bits", max(self.before, int(np.floor(np.log2(max(widest, 0.5)))) + 1))
+        """Measure the widest entry."""
+        if float(self.size.max(initial=0)) >= 2.0**WIDEST:
+            raise OverflowError(f"size: expected less than 2**{WIDEST} units")
+        steps = np.ldexp(self.size.astype(np.float64), -self.shift - np.minimum(self.unit, ANY))
+        bits = max(self.bits, frexp(max(float(steps.max(initial=0.0)), 0.5))[1])
+        if bits > self.most:
+            raise TooWide(f"expected at most {self.most} bits, got {bits}")
+        object.__setattr__(self, "bits", bits)
 
     @classmethod
-    def of(cls, array: HostArray) -> "Dyadic":
+    def of(cls, array: HostArray, most: int = WIDEST) -> "Dyadic":
         """Take floats as they are. Raises ValueError where one is no multiple of 2^−30."""
         wide = np.asarray(array, dtype=np.float64)
-        shift = next((e for e in range(31) if np.all(wide * 2.0**e == np.rint(wide * 2.0**e))), None)
-        if shift is None:
+        if not np.isfinite(wide).all():
+            raise ValueError("array: expected finite numbers")
+        fraction, exponent = np.frexp(wide)
+        whole = np.ldexp(fraction, 53).astype(np.int64)  # the number is whole·2^(exponent − 53)
+        low = np.frexp((whole & -whole).astype(np.float64))[1]  # one more than the place of the lowest bit set
+        unit = np.where(whole == 0, ANY, exponent + low.astype(np.int64) - 54)
+        shift = max(0, -int(unit.min(initial=0)))
+        if shift > 30:
             raise ValueError("array: expected multiples of 2**-30")
-        value = (wide * 2.0**shift).astype(np.int64)
-        low = value & -value  # the lowest bit that is set
-        unit = np.where(value == 0, ANY, np.log2(np.maximum(low, 1)).astype(np.int64) - shift)
-        return cls(value, np.abs(value), unit, shift)
+        value = np.ldexp(wide, shift).astype(np.int64)
+        return cls(value, np.abs(value), unit, shift, most=most)
 
     def float(self) -> HostArray:
         """The numbers themselves."""
         return self.value * 2.0**-self.shift
 
-    def _with(self, change: str, *arguments: object) -> "Dyadic":
-        value, size, unit = (
-            getattr(np, change)(part, *arguments) for part in (self.value, self.size, self.unit)
-        )
-        return Dyadic(value, size, unit, self.shift, self.bits)
+    def _then(self, by: "Dyadic", value: HostArray, size: HostArray, unit: HostArray, shift: int) -> "Dyadic":
+        """What comes of two, which may be as wide as both may."""
+        return Dyadic(value, size, unit, shift, max(self.bits, by.bits), min(self.most, by.most))
+
+    def _seen(self, change: str, *arguments: object) -> "Dyadic":
+        """The same entries in another shape: there is nothing new to measure."""
+        seen = object.__new__(Dyadic)
+        parts = {part: getattr(getattr(self, part), change)(*arguments) for part in ("value", "size", "unit")}
+        seen.__dict__.update(self.__dict__ | parts)
+        return seen
 
     @property
     def T(self) -> "Dyadic":
         """Transposed."""
-        return self._with("transpose")
+        return self._seen("transpose")
 
     def rows(self) -> "Dyadic":
         """Leading axes folded into one."""
         shape = self.value.shape
-        return self._with("reshape", (int(np.prod(shape[:-1])), shape[-1]))
+        return self._seen("reshape", prod(shape[:-1]), shape[-1])
 
     def column(self) -> "Dyadic":
         """(d,) as (d, 1)."""
-        return self._with("expand_dims", 1)
+        return self._seen("reshape", -1, 1)
 
     def __mul__(self, other: "Dyadic") -> "Dyadic":
         """Entry by entry."""
         parts = self.value * other.value, self.size * other.size, self.unit + other.unit
-        return Dyadic(*parts, shift=self.shift + other.shift, before=max(self.bits, other.bits))
+        return self._then(other, *parts, shift=self.shift + other.shift)
 
     def __add__(self, other: "Dyadic") -> "Dyadic":
         """Entry by entry; the terms of both count."""
@@ -84,27 +102,29 @@ class Dyadic:
             a * self.size + b * other.size,
             np.minimum(self.unit, other.unit),
         )
-        return Dyadic(*parts, shift=shift, before=max(self.bits, other.bits))
+        return self._then(other, *parts, shift=shift)
 
     def __matmul__(self, other: "Dyadic") -> "Dyadic":
         """A product of matrices: sizes multiply as absolute values do, units are the least of a sum's terms."""
         least = (self.unit[:, :, None] + other.unit[None]).min(axis=1, initial=2 * ANY)
         parts = self.value @ other.value, self.size @ other.size, least
-        return Dyadic(*parts, shift=self.shift + other.shift, before=max(self.bits, other.bits))
+        return self._then(other, *parts, shift=self.shift + other.shift)
 
     def sum(self) -> "Dyadic":
         """Over the first axis."""
         parts = self.value.sum(axis=0), self.size.sum(axis=0), self.unit.min(axis=0, initial=2 * ANY)
-        return Dyadic(*parts, shift=self.shift, before=self.bits)
+        return self._then(self, *parts, shift=self.shift)
 
 
-def solve(case: Case) -> tuple[dict[str, HostArray], int]:
+def solve(case: Case, most: int = WIDEST) -> tuple[dict[str, HostArray], int]:
     """The exact answer, and how many bits the widest intermediate of any order of evaluation needs.
+
+    Raises TooWide at the first intermediate of more than `most` bits.
 
     Every sub-product that an implementation may form is formed here, in integers, together with the sum of its
     absolute terms and the power of two that divides them all.
     """
-    v = {name: Dyadic.of(value) for name, value in case.arrays().items()}
+    v = {name: Dyadic.of(value, most) for name, value in case.arrays().items()}
     W, A, B, s = v["W"], v["A"], v["B"], Dyadic.of(np.array(case.scaling))
     x, G = v["x"].rows(), v["gy"].rows()
     xd = x if case.input_mask is None else x * v["mask"].rows()
@@ -113,7 +133,7 @@ def solve(case: Case) -> tuple[dict[str, HostArray], int]:
     Go = G * out  # what reaches the update
     BA, GX = s * (B @ A), s * (Go.T @ xd)  # the other orders: (xd(BA)ᵀ), gyᵀxd first
     z, V = s * (xd @ A.T), W + BA
-    P, Q, y = xp @ W.T, (z @ B.T) * out, x @ W.T
+    Q, y = (z @ B.T) * out, x @ W.T
     if "b" in v and not case.scales_bias:
         y = y + v["b"]
     gx, gW, seen = G @ W, G.T @ x, [BA, GX, V]
@@ -125,7 +145,7 @@ def solve(case: Case) -> tuple[dict[str, HostArray], int]:
         if "bB" in v:
             y, found["bB"] = y + s * v["bB"] * out, s * Go.sum()
     else:
-        square, n = (V * V).T.sum(), np.sqrt((V.float() ** 2).sum(axis=1))
+        P, square, n = xp @ W.T, (V * V).T.sum(), np.sqrt((V.float() ** 2).sum(axis=1))
         k = Dyadic.of(case.m.astype(np.float64) / n)
         over = k + Dyadic.of(np.array(-1.0))
         gz, whole = s * ((Go * k) @ B), P + Q
