@@ -48,7 +48,8 @@ class Pair:
 
     def forward(self, inputs: Sequence[Any]) -> tuple[tuple[HostArray, ...], bool, Any]:
         """The outputs, whether f returned one bare array, and what it saved."""
-        found = self.f(*inputs)
+        with np.errstate(all="ignore"):  # what is not finite is judged, not warned of
+            found = self.f(*inputs)
         saved = None
         if self.has_saved:
             if not isinstance(found, tuple | list) or len(found) != 2:
@@ -68,7 +69,7 @@ class Pair:
         def f(value: HostArray) -> HostArray:
             inputs = [v.copy() if isinstance(v, np.ndarray) else v for v in held]
             inputs[k] = value.copy()
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
+            with warnings.catch_warnings():
                 warnings.simplefilter("error", np.exceptions.ComplexWarning)  # a dropped imaginary part
                 ys, _, _ = self.forward(inputs)
             kind = np.complex128 if any(y.dtype.kind == "c" for y in ys) else np.float64
@@ -126,7 +127,9 @@ class Pair:
         """One gradient for each input, as NumPy arrays of their own, None where there is none."""
         gys = [gy.copy() for gy in self.gys] if gys is None else gys
         gy = gys[0] if self.single else tuple(gys)
-        found = self.f_backward(gy, saved, *inputs) if self.has_saved else self.f_backward(gy, *inputs)
+        given = (gy, saved, *inputs) if self.has_saved else (gy, *inputs)
+        with np.errstate(all="ignore"):  # as in forward
+            found = self.f_backward(*given)
         found = list(found) if isinstance(found, tuple | list) else [found]
         if len(found) == len(self.floating) < len(inputs):  # only those that can have one
             by_input = dict(zip(self.floating, found, strict=True))
