@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
@@ -212,9 +212,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Bring every field to its canonical form, then check fields against each other: RULES."""
-        values, problems = read({name: (f.metadata["kind"], getattr(self, name)) for name, f in FIELDS.items()})
+        given = {name: getattr(self, name) for name in FIELDS}
+        said = {k: v for k, v in given.items() if k not in DEFAULTS or v is not DEFAULTS[k]}
+        values, problems = read({name: (FIELDS[name].metadata["kind"], value) for name, value in said.items()})
         for name, value in values.items():
             object.__setattr__(self, name, SETTLED.get(name, _same)(value))
+        values |= {k: v for k, v in given.items() if k not in said}  # canonical as they are
         for rule in RULES:
             names = rule.reads.split()
             if values.keys() >= set(names) and rule.broken(self):
@@ -295,6 +298,7 @@ class LoraConfig:
 
 
 FIELDS: Mapping[str, Field[Any]] = {f.name: f for f in fields(LoraConfig)}
+DEFAULTS: Mapping[str, Any] = {name: f.default for name, f in FIELDS.items() if f.default is not MISSING}
 TIERS: Mapping[str, Tier] = {name: f.metadata["tier"] for name, f in FIELDS.items() if name != "extra"}
 SETTLED: Mapping[str, Callable[[Any], Any]] = {
     "target_modules": _sorted,
