@@ -6,6 +6,11 @@ from importlib.util import find_spec
 import pytest
 from hypothesis import HealthCheck, settings
 
+# The products of tests are small, and workers share the cores: threads that wait for one another cost more than
+# they bring. NumPy reads this when it is loaded, after this file; workers and subjects' processes inherit it.
+for library in ("OPENBLAS", "MKL", "OMP"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=slow)
 settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=slow)
