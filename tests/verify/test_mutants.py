@@ -46,9 +46,6 @@ RIGHT = {
 SQUARE = ((6, 6, 6, (2, 3)), (6, 6, 3, (5,)), (5, 7, 7, (2,)), (4, 3, 6, (3, 3)))
 
 
-MEMORY: dict = {}  # of truths, which several tests need
-
-
 def probes():
     """Generic layers, and square ones, of every kind."""
     for i, shape in enumerate(SQUARE):
@@ -127,8 +124,7 @@ def test_equivalent_steps_are_right_to_the_bit_on_a_thousand_exact_layers():
 
 
 def test_equivalent_steps_are_refused_by_no_check():
-    with kill.remembered(MEMORY):
-        found = kill.kill_matrix(EQUIVALENT.values())
+    found = kill.kill_matrix(EQUIVALENT.values())
     assert {fault.id: found.killers(fault) for fault in found.faults} == {id: [] for id in EQUIVALENT}
 
 
@@ -183,7 +179,7 @@ def test_a_matrix_refuses_an_unknown_profile():
 @pytest.mark.parametrize("profile", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", RIGHT)
 def test_nothing_right_is_refused(name, profile):
-    with np.errstate(all="ignore"), kill.remembered(MEMORY):
+    with np.errstate(all="ignore"):
         wrong = {c: kill.refused(RIGHT[name](), battery, profile) for c, battery in BATTERIES.items()}
     assert not {check for check, letter in wrong.items() if letter in "KE"}
     if name == "whole":

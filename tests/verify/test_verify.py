@@ -21,32 +21,9 @@ from lorax_np.cli import main
 from lorax_np.verify.batteries import suited
 from lorax_np.verify.lines import WIDTH
 from lorax_np.verify.report import TENSORS, TRUTHS, write_json
-from lorax_np.verify.truths import exact, truth
 
 HERE, ROOT = Path(__file__).parent, Path(lx.__file__).parents[1]
 PROFILES = "fp32", "fp64"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def truths_once():
-    """Compute the truth of each case once: the subjects of this file are judged on the same ones."""
-
-    def remembered(compute):
-        known = {}
-
-        def recall(case):
-            arrays = tuple((name, value.tobytes()) for name, value in case.arrays().items())
-            key = case.id, case.x.dtype.name, case.scaling, case.norm_gradient, arrays
-            if key not in known:
-                known[key] = compute(case)
-            return known[key]
-
-        return recall
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "truth", remembered(exact.truth))
-        patch.setattr(truth, "gradients", remembered(truth.gradients))
-        yield
 
 
 @pytest.fixture(scope="module")
