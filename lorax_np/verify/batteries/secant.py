@@ -9,7 +9,7 @@ Derivation: specs/lattice.md.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import fsum
 from typing import Any, Literal
 
@@ -167,7 +167,7 @@ def secants(
     """Compare a gradient with differences of y along `count` gaussian directions in one argument."""
     rng = np.random.default_rng((*seed, GRADIENTS.index(name)))
     u, G = width(precision), case.gy.astype(np.float64)
-    at = bounds(replace(case, norm_gradient=case.m is not None), u)  # the wider, where the norm is in question
+    at = _explained(case, u)
     theta = getattr(case, name)
     size = float(np.sqrt(np.mean(np.square(theta.astype(np.float64))))) or 1.0
     for _ in range(count):
@@ -180,12 +180,18 @@ def secants(
         slope = total(g * delta)
         error = total(np.abs(delta) * at[name]) + 4 * UNIT["float64"] * total(np.abs(g * delta))
         for end, y in zip(ends, ys, strict=True):  # (lattice.7)
-            error += total(np.abs(G) * (bounds(end, u)["y"] + 4 * UNIT["float64"] * np.abs(y)))
+            error += total(np.abs(G) * (bounds(end, u, y_alone=True)["y"] + 4 * UNIT["float64"] * np.abs(y)))
             error += _still(case, end, u) if case.m is not None and name in THROUGH_NORM else 0.0
         beyond = (0.0, 0.0)
         if case.m is not None and name in THROUGH_NORM:
             beyond = _through_norm(subject, case, _rate(case, name, delta), u)
         yield Secant(rise, slope, beyond[0], error, beyond[1])
+
+
+@lru_cache(maxsize=4)  # one case after the other, each with all its gradients
+def _explained(case: Case, u: Width) -> dict[str, HostArray]:
+    """The bounds on every gradient; the wider, where the norm is in question."""
+    return bounds(replace(case, norm_gradient=case.m is not None), u)
 
 
 def _is_like(value: HostArray | None, other: HostArray | None) -> bool:
@@ -242,7 +248,7 @@ def _through_norm(subject: Any, case: Case, rate: HostArray, u: Width) -> tuple[
     off = np.abs(step - rate) + 64 * UNIT["float64"] * np.abs(rate)  # both ends are stored numbers
     error = float(off / n @ _reach(case))
     for end, y in zip(ends, ys, strict=True):
-        error += total(np.abs(G) * (bounds(end, u)["y"] + 4 * UNIT["float64"] * np.abs(y)))
+        error += total(np.abs(G) * (bounds(end, u, y_alone=True)["y"] + 4 * UNIT["float64"] * np.abs(y)))
     return total(G * ys[0]) - total(G * ys[1]), error  # (lattice.16)
 
 

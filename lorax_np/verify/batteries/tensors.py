@@ -71,6 +71,8 @@ def by_name(method: str, found: Any, names: tuple[str, ...]) -> dict[str, HostAr
 
 def _to_numpy(value: Any) -> HostArray:
     """An array of any library as a NumPy array of its own."""
+    if type(value) is np.ndarray:
+        return np.array(value)
     if hasattr(value, "detach"):  # torch
         value = to_array(value)
     elif not isinstance(value, np.ndarray) and hasattr(value, "get"):  # CuPy
@@ -200,8 +202,10 @@ def battery_complex(subject: Any, profile: str, seed: int, level: str, only: str
 
 def with_truth(case: Case, u: float) -> dict[str, HostArray]:
     """The bound on a subject's error, and on a float64 truth's, which rounds where it holds the norm still."""
-    of_truth = bounds(replace(case, norm_gradient=case.m is not None), EPS)
-    return {name: bound + of_truth[name] for name, bound in bounds(case, u).items()}
+    widest = replace(case, norm_gradient=case.m is not None)
+    of_truth = bounds(widest, EPS)
+    alike = u == EPS and widest.norm_gradient == case.norm_gradient
+    return {name: bound + of_truth[name] for name, bound in (of_truth if alike else bounds(case, u)).items()}
 
 
 def battery_merge(subject: Any, profile: str, seed: int, level: str, only: str) -> Iterator[list[Check]]:

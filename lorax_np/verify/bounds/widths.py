@@ -18,9 +18,12 @@ def roundoff(u: Width) -> float:
     return u if isinstance(u, float) else max(u.operand, u.accumulate, u.store)
 
 
-def bounds(case: Case, u: Width) -> dict[str, HostArray]:
-    """The most that roundings explain of y and each gradient: (verify.2) to (verify.10), or (bounds.38)."""
-    return worst.bounds(case, u) if isinstance(u, float) else ceiling.ceiling(case, u)
+def bounds(case: Case, u: Width, *, y_alone: bool = False) -> dict[str, HostArray]:
+    """The most that roundings explain of y and each gradient: (verify.2) to (verify.10), or (bounds.38).
+
+    y_alone : y is all that is looked at
+    """
+    return worst.bounds(case, u, y_alone=y_alone) if isinstance(u, float) else ceiling.ceiling(case, u)
 
 
 def merged_bounds(case: Case, u: Width) -> dict[str, HostArray]:

@@ -5,6 +5,7 @@ from specs/lora.md and specs/dora.md in another order than the engine's; with on
 """
 
 from collections.abc import Callable, Mapping
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ Step = Callable[[Any], Any]  # reads t.<earlier step>, and t.<array of the case>
 
 def rows(value: HostArray) -> HostArray:
     """Fold leading axes into one."""
-    return value.reshape(int(np.prod(value.shape[:-1])), value.shape[-1])
+    return value.reshape(prod(value.shape[:-1]), value.shape[-1])
 
 
 FORWARD: Mapping[str, Step] = {
