@@ -1,5 +1,6 @@
 """The bounds hold for right implementations in every order of evaluation, and refuse small errors."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -231,9 +232,10 @@ def test_complex_steps_equal_exact_arithmetic(i):
 def test_complex_steps_see_a_wrong_engine(monkeypatch):
     """A forward that conjugates has no derivative along a complex step: the truths then disagree."""
     case = draw("", "lora", SMALL[0], "float64", (1,))
-    right = truth.gradients(case)["A"]
+    gradients = inspect.unwrap(truth.gradients)  # as it is where nothing is remembered
+    right = gradients(case)["A"]
     forward = truth.lora_linear_forward
     monkeypatch.setattr(truth, "lora_linear_forward", lambda *a, **k: (np.conj(forward(*a, **k)[0]), None))
-    wrong = truth.gradients(case)["A"]
+    wrong = gradients(case)["A"]
     assert np.allclose(wrong, -right)
     assert (np.abs(wrong - right) > bounds(case, EPS)["A"]).all()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from multiprocessing import get_context
 from textwrap import wrap
 from typing import Any
@@ -245,6 +245,7 @@ def remembered(memory: Memory | None = None) -> Iterator[None]:
 
 
 def _remembering(name: str, function: Callable[[Case], Any], known: Memory) -> Callable[[Case], Any]:
+    @wraps(function)
     def remember(case: Case) -> Any:
         key = (name, *_key(case))
         if key not in known:
