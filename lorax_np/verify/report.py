@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -128,9 +128,7 @@ class Report:
             "notes": self.notes,
             "seconds": round(self.seconds, 3),
             "environment": {"lorax_np": __version__, "platform": platform.platform(), **backend_info()},
-            "checks": [
-                {name: _finite(value) for name, value in asdict(check).items()} for check in self.checks
-            ],
+            "checks": [{name: _finite(value) for name, value in vars(check).items()} for check in self.checks],
         }
 
     def to_json(self, path: str | Path) -> None:

@@ -229,13 +229,14 @@ class Comparison:
     def nearest(self) -> Match | None:
         """The fault that explains most of the wrong entries, where it explains more than half of them."""
         best: Match | None = None
-        for index in np.flatnonzero(self.in_use)[1:]:
-            hit = total = 0
-            for layer, got, r in zip(self.probes, self.answers, self.all, strict=True):
-                wrong = entries(layer, got.values, r.values[0]) > LIMIT
-                ours = entries(layer, got.values, r.values[index])
-                hit, total = hit + int((ours[wrong] <= LIMIT).sum()), total + int(wrong.sum())
-                hit -= int((ours[~wrong] > LIMIT).sum())
+        indices = np.flatnonzero(self.in_use)[1:]
+        hits, total = np.zeros(len(indices), int), 0
+        for layer, got, r in zip(self.probes, self.answers, self.all, strict=True):
+            wrong = entries(layer, got.values, r.values[0]) > LIMIT
+            ours = entries(layer, got.values, r.values[indices]) <= LIMIT  # (F, L)
+            hits += ours[:, wrong].sum(axis=1) - (~ours[:, ~wrong]).sum(axis=1)
+            total += int(wrong.sum())
+        for index, hit in zip(indices, hits.tolist(), strict=True):
             if total and hit > max(total / 2, best.share * total if best else 0):
                 best = Match((self.ids[index],), float(self.worst[index]), hit / total)
         return best

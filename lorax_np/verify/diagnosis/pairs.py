@@ -1,12 +1,13 @@
 """Two faults at once: which pairs of known faults explain what no single one does."""
 
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
 
 from ..report import RIGHT
 from .dictionary import LIMIT, Comparison, Match, distances, faults, replay
-from .probe_layers import Seen
+from .probe_layers import Key, Seen, probe
 
 CLEAR = 2 * LIMIT  # an effect this far from the truth is seen through the roundings of an answer
 
@@ -26,11 +27,7 @@ def _accepted(compared: Comparison, left: list[tuple[int, int]]) -> list[Match]:
     order = sorted(range(len(compared.probes)), key=lambda i: -_told_apart(compared, i))
     for i in order:
         layer, got = compared.probes[i], compared.answers[i]
-        rows = []
-        with np.errstate(all="ignore"):
-            for pair in left:
-                one, other = (faults()[compared.ids[f]].steps for f in pair)
-                rows.append(replay(layer, {**one, **other}))
+        rows = [_both(layer.key, *(compared.ids[f] for f in pair)) for pair in left]
         if not rows:
             return []
         z = distances(layer, got, np.stack([row.values for row in rows]), [row.forms for row in rows]).max(
@@ -41,6 +38,14 @@ def _accepted(compared: Comparison, left: list[tuple[int, int]]) -> list[Match]:
             worst[pair] = max(worst[pair], float(away))
         left = [pair for pair, away in zip(left, z, strict=True) if away <= LIMIT]
     return _classes(compared, sorted(left, key=lambda pair: worst[pair]), joint, worst, order)
+
+
+@lru_cache(maxsize=4096)  # at most some 30 MB; the same pairs come up at fault after fault
+def _both(key: Key, one: str, other: str) -> Seen:
+    """The replay of two faults at once on one probe."""
+    first, second = (faults()[id].steps for id in (one, other))
+    with np.errstate(all="ignore"):
+        return replay(probe(*key), {**first, **second})
 
 
 def _told_apart(compared: Comparison, i: int) -> int:

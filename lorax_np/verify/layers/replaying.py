@@ -42,7 +42,7 @@ class Replayer:
             if changed and name in changed:
                 setattr(t, name, changed[name](t))
                 moved.add(name)
-            elif moved and self.reads[name] & moved:
+            elif not moved.isdisjoint(self.reads[name]):
                 setattr(t, name, step(t))
                 moved.add(name)
         found = {
