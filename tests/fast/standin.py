@@ -5,15 +5,20 @@ cuBLAS works on addresses and steps, as the real one, and its kernels are the CU
 is done between begin_capture and end_capture is noted, and done again by launch, in the same memory.
 """
 
+import atexit
 import ctypes
+import hashlib
 import operator
+import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
+from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
@@ -266,20 +271,33 @@ class RawModule:
         return start
 
 
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid4().hex)  # the workers of a run know it, and nobody else
+SHARED = Path(tempfile.gettempdir()) / f"lorax_np_kernels_{RUN}"
+atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
+
+
 def build(code, names):
-    """Compile kernels, and return a C function for each."""
-    folder = Path(tempfile.mkdtemp(prefix="lorax_np_kernels_"))
+    """Compile kernels, or take what another worker of this run compiled, and return a C function for each."""
     ends = [
         f'extern "C" int k{i}(unsigned g, unsigned b, void** a, const int* s, int n) '
         f"{{ return launch({name}, g, b, a, s, n); }}"
         for i, name in enumerate(names)
     ]
-    source = folder / "kernels.cpp"
-    source.write_text("\n".join([f'#include "{SHIM}"', code, *ends]))
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
-    subprocess.run([COMPILER, *flags, str(source), "-o", str(folder / "kernels.so")], check=True)
-    library = ctypes.CDLL(str(folder / "kernels.so"))
-    shutil.rmtree(folder)
+    text = "\n".join([f'#include "{SHIM}"', code, *ends])
+    shared = SHARED / f"{hashlib.sha256(text.encode() + Path(SHIM).read_bytes()).hexdigest()}.so"
+    try:
+        library = ctypes.CDLL(str(shared))
+    except OSError:  # nobody compiled them, or who did has gone
+        folder = Path(tempfile.mkdtemp(prefix="lorax_np_kernels_"))
+        source, made = folder / "kernels.cpp", folder / "kernels.so"
+        source.write_text(text)
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+        subprocess.run([COMPILER, *flags, str(source), "-o", str(made)], check=True)
+        library = ctypes.CDLL(str(made))
+        with suppress(OSError):
+            SHARED.mkdir(mode=0o700, exist_ok=True)
+            made.rename(shared)  # whole, or not at all
+        shutil.rmtree(folder)
     return [getattr(library, f"k{i}") for i in range(len(names))]
 
 
