@@ -229,6 +229,13 @@ def test_complex_steps_equal_exact_arithmetic(i):
     print(f"at most {worst:.3f} of the bound")
 
 
+def test_y_alone_has_the_bound_that_it_has_among_all():
+    for case in grid("", SMALL, "fp64", Spec(norm_gradient=(False, True)), 0, "full"):
+        (name, alone), *rest = bounds(case, EPS, y_alone=True).items()
+        assert (name, rest) == ("y", [])
+        assert alone.tobytes() == bounds(case, EPS)["y"].tobytes()
+
+
 def test_complex_steps_see_a_wrong_engine(monkeypatch):
     """A forward that conjugates has no derivative along a complex step: the truths then disagree."""
     case = draw("", "lora", SMALL[0], "float64", (1,))

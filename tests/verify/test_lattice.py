@@ -96,6 +96,17 @@ def test_dyadic_numbers_count_their_bits():
     np.testing.assert_array_equal((one @ one.T).float(), [[5.25]])
     with pytest.raises(ValueError, match="multiples"):
         Dyadic.of(np.array([1e-12]))
+    with pytest.raises(ValueError, match="finite"):
+        Dyadic.of(np.array([1.0, np.inf]))
+
+
+@pytest.mark.parametrize("item", CASES[::12], ids=lambda item: item.case.id)
+def test_the_first_number_too_wide_ends_the_work(item):
+    want, bits = dyadic.solve(item.case, item.bits)
+    assert bits == item.bits
+    assert all(np.array_equal(value, item.want[name]) for name, value in want.items())
+    with pytest.raises(dyadic.TooWide, match=f"expected at most {bits - 1} bits, got {bits}"):
+        dyadic.solve(item.case, bits - 1)
 
 
 def test_a_case_that_needs_more_bits_is_not_drawn():
