@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, HostArray, all_finite, cast, compute_dtype, copy, dtype_name, from_host, to_host
+from .backend import Array, all_finite, cast, compute_dtype, copy, dtype_name, from_host, to_host
 from .config import LoraConfig, check_usable
 from .errors import ConfigError, DtypeError
 from .ops.dora import row_norm_forward
 from .ops.lora import delta_forward
 from .params import Adapter, Linear, check_direction
 from .random import skip, uniform
-
-OVERSAMPLING = 16  # columns that pissa_niter_k draws beyond r, and drops again; specs/decisions/pissa.md
+from .singular import Triples, largest, sketched
 
 
 def init_adapter(
@@ -54,7 +53,7 @@ def init_adapter(
     start = config.init_lora_weights
     pissa = isinstance(start, str) and start.startswith("pissa")
     if pissa:
-        U, S, Vh = _singular(base.W, r, str(start), rng)
+        U, S, Vh = _triples(base.W, r, str(start), rng)
         root = np.sqrt(S / s)
         A, B = root[:, None] * Vh, U * root  # (init.4), (init.5)
     elif start == "gaussian":
@@ -85,22 +84,12 @@ def _kaiming(fan_in: int) -> float:
     return sqrt(3.0) * (sqrt(2.0 / (1.0 + 5.0)) / sqrt(fan_in))
 
 
-def _singular(
-    W: Array, r: int, start: str, rng: np.random.Generator | None
-) -> tuple[HostArray, HostArray, HostArray]:
-    """The r largest singular triples of W: U : (d_out, r), S : (r,), Vh : (r, d_in)."""
+def _triples(W: Array, r: int, start: str, rng: np.random.Generator | None) -> Triples:
+    """The r largest singular triples of W, as the start's name wants them."""
     host = to_host(cast(W, compute_dtype(W)))
     if start == "pissa":
-        U, S, Vh = np.linalg.svd(host, full_matrices=False)
-        return U[:, :r], S[:r], Vh[:r]
-    columns = min(r + OVERSAMPLING, *host.shape)
-    draw = _drawn(rng).standard_normal((host.shape[1], columns)).astype(host.dtype)
-    Q = np.linalg.qr(host @ draw)[0]  # (init.6)
-    for _ in range(int(start.removeprefix("pissa_niter_"))):
-        Q = np.linalg.qr(host.T @ Q)[0]
-        Q = np.linalg.qr(host @ Q)[0]  # (init.7)
-    U, S, Vh = np.linalg.svd(Q.T @ host, full_matrices=False)  # (init.8)
-    return Q @ U[:, :r], S[:r], Vh[:r]
+        return largest(host, r)
+    return sketched(host, r, int(start.removeprefix("pissa_niter_")), _drawn(rng))
 
 
 def _residual(W: Array, A: Array, B: Array, s: float) -> Array:

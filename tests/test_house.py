@@ -27,7 +27,7 @@ FILES = {
 # Floor 0 imports in the order listed. A folder is one room, whose files may import each other.
 FLOORS = (
     ("errors.py", "kinds.py", "backend.py", "shapes.py", "tree.py", "random.py"),
-    ("ops/", "params.py", "config.py"),
+    ("ops/", "params.py", "config.py", "singular.py"),
     ("init.py", "layer.py", "fast/", "merge.py", "optim.py"),
     ("inject.py", "models/", "io/", "parallel.py"),
     ("train.py",),
