@@ -161,6 +161,8 @@ def _gpu(found: Found) -> Iterable[Goal]:
 
 def render(rows: list[Goal]) -> str:
     """One line a goal."""
+    if not rows:
+        return "goals: none of what was measured has one"
     wide = max(len(row.name) for row in rows) + 2
     lines = ["goals", f"{'':<{wide}}{'figure':>8}{'goal':>9}{'limit':>8}"]
     for row in rows:

@@ -280,7 +280,7 @@ def judge_of(case: AnyCase, arrays: Arrays) -> Judge:
         if entry.maker == "Peft":  # which holds DoRA's norm constant
             asked = case._replace(norm_gradient=False)
         dtype = entry.options.get("dtype", case.dtype)
-        unit = truth.UNIT["bfloat16" if "bfloat16" in dtype else "float32"]
+        unit = truth.UNIT[entry.unit or ("bfloat16" if "bfloat16" in dtype else "float32")]
         return truth.judge(asked, prepared, got, mask, draws=entry.draws, unit=unit), {}
 
     return judge

@@ -63,6 +63,13 @@ ENGINES: dict[str, Entry] = {
     "fast bf16 mkl": Entry(
         "by_numpy", "Fast", {"dtype": "bfloat16", "blas": "mkl"}, "the same with MKL's bfloat16 products"
     ),
+    "fast split3 mkl": Entry(
+        "by_numpy",
+        "Fast",
+        {"dtype": "float32", "blas": "mkl-split3"},
+        "lorax_np.fast in float32, large products by three of bfloat16",
+        unit="split3",
+    ),
     "merge peft": Entry("by_torch", "Merge", {}, "W += s(BA) as PEFT writes it"),
     "merge naive": Entry("by_numpy", "NaiveMerge", {}, "W + s(BA) in NumPy"),
     "merge reference": Entry("by_numpy", "ReferenceMerge", {}, "lorax_np.merge, in float64"),
@@ -100,7 +107,7 @@ BY_TABLE: dict[str, tuple[str, ...]] = {
     "rank": ("peft", "torch base", "numpy base", "reference", "fast"),
     "merge": ("merge peft", "merge naive", "merge reference", "merge fast", "merge fast mkl", "copy"),
     "PiSSA": ("svd_lowrank 16", "svd_lowrank 4", "start niter 4", "start niter 16", "start exact", "svd"),
-    "bf16": ("peft f32", "peft bf16", "torch base bf16", "fast bf16", "fast bf16 mkl"),
+    "bf16": ("peft f32", "peft bf16", "torch base bf16", "fast bf16", "fast bf16 mkl", "fast split3 mkl"),
     "gpu": (
         "gpu peft",
         "gpu compiled",

@@ -19,7 +19,7 @@ from strategies import seeds
 
 import lorax_np as lx
 from lorax_np.errors import BackendError
-from lorax_np.fast import blas, engines
+from lorax_np.fast import blas, cblas, engines, libraries
 from lorax_np.fast import gemm as module
 from lorax_np.fast.gemm import gemm
 
@@ -121,7 +121,7 @@ def test_scipy_writing_elsewhere_is_seen(monkeypatch):
     real = linalg.sgemm
     monkeypatch.setattr(linalg, "sgemm", lambda *a, c, **how: real(*a, c=c.copy(order="F"), **how))
     with pytest.raises(BackendError, match=r"^scipy: expected gemm to write into the array it was given"):
-        module._scipy().multiply(*(np.ones((2, 2), np.float32) for _ in range(3)), 1.0, 0.0)
+        libraries._scipy().multiply(*(np.ones((2, 2), np.float32) for _ in range(3)), 1.0, 0.0)
 
 
 # ---- the choice -------------------------------------------------------------------------------------------
@@ -152,13 +152,15 @@ def test_a_choice_holds_for_its_context_and_its_thread():
 
 
 def test_an_engine_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
-    with pytest.raises(BackendError, match=r"^blas: expected one of mkl, openblas, scipy, numpy, got 'atlas'$"):
+    with pytest.raises(
+        BackendError, match=r"^blas: expected one of mkl, openblas, scipy, numpy, mkl-split3, got 'atlas'$"
+    ):
         blas("atlas").__enter__()
 
     def absent():
         raise BackendError("the package mkl is not installed; pip install 'lorax-np[mkl]'")
 
-    monkeypatch.setitem(module._MAKERS, "mkl", absent)
+    monkeypatch.setitem(libraries.MAKERS, "mkl", absent)
     module._tried.cache_clear()
     try:
         with pytest.raises(
@@ -189,7 +191,7 @@ def raises(a, b, out, alpha, beta):
 )
 def test_a_library_that_multiplies_wrongly_is_not_used(multiply, says, monkeypatch):
     """Proved before the first use: integers of another width, or a symbol of another meaning, end here."""
-    monkeypatch.setitem(module._MAKERS, "openblas", lambda: module.Engine("openblas", "a fake", multiply))
+    monkeypatch.setitem(libraries.MAKERS, "openblas", lambda: module.Engine("openblas", "a fake", multiply))
     module._tried.cache_clear()
     try:
         assert says in module._tried("openblas")
@@ -240,7 +242,7 @@ def test_mkls_product_of_bfloat16_is_exact_on_whole_numbers():
     if "mkl" not in engines():
         pytest.skip(f"mkl: {module._tried('mkl')}")
     rng = np.random.default_rng(0)
-    multiply = module._by_bf16(mkl_library())
+    multiply = cblas.by_bf16(mkl_library())
     for how in itertools.product(LAYOUTS[:5], repeat=2):
         a, b = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((5, 7), (7, 6)))
         out = np.ones((5, 6), np.float32)
@@ -257,7 +259,7 @@ def test_the_processor_is_asked_for_a_matrix_unit(monkeypatch):
     for text, has in (("flags: avx512_bf16 amx_tile amx_bf16", True), ("flags: avx512_bf16", False)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text, **how: text)
         monkeypatch.setattr(Path, "is_file", lambda self: True)
-        assert module.has_matrix_unit() is has
+        assert libraries.has_matrix_unit() is has
 
 
 # ---- one pool ---------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_one_pool_does_all_the_work():
     """No product in fast/ but gemm's: a second pool would cost 5 to 50 times the step (specs/speed.md)."""
     on_the_host = [path for path in FAST.glob("*.py") if not path.name.startswith("gpu")]
     found = {path.name: list(other_products(path.read_text(encoding="utf-8"))) for path in on_the_host}
-    assert found.pop("gemm.py") == ["np.matmul"], "the engine numpy"
+    assert found.pop("libraries.py") == ["np.matmul"], "the engine numpy"
     assert not any(found.values()), found
 
 
