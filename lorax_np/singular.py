@@ -10,7 +10,7 @@ import numpy as np
 from .backend import HostArray
 
 SPARE = 16  # columns of a basis beyond r; specs/decisions/pissa.md
-DEPTH = 7  # products with WᵀW before the basis is looked at
+DEPTH = 5  # products with WᵀW before the basis is looked at
 SEED = 0  # of the columns that the exact search starts from: one weight, one start
 
 
@@ -61,7 +61,7 @@ def sketched(W: HostArray, r: int, rounds: int, rng: np.random.Generator) -> Tri
 
 
 def _searched(W: HostArray, r: int, unit: float) -> Triples | None:
-    """By bases of what WᵀW makes of r + 16 columns; None where that would take as long as the whole SVD.
+    """By bases of what WᵀW makes of r + 16 columns; None after about the time of the whole SVD.
 
     W : (m, n) in float64, m ≥ n, its largest entry near 1;  unit : roundoff of the dtype it came in
     """
@@ -69,7 +69,7 @@ def _searched(W: HostArray, r: int, unit: float) -> Triples | None:
     c, eps = r + SPARE, 2.0**-52
     P, WP = (np.empty((length, (DEPTH + 1) * c), order="F") for length in (n, m))
     Q = np.linalg.qr(np.random.default_rng(SEED).standard_normal((n, c)))[0]
-    for _ in range(n // (2 * c)):  # (init.19)
+    for _ in range(n // (4 * c) - 1):  # (init.19)
         for k in range(0, DEPTH * c + 1, c):
             P[:, k : k + c] = Q
             WP[:, k : k + c] = W @ Q

@@ -54,7 +54,7 @@ def faults(W, r, found):
     return [name for name, right in checks.items() if not right]
 
 
-N = 300  # above 2·8·(r + 16) for r = 2
+N = 300  # above 2·6·(r + 16) for r = 2
 i = np.arange(1.0, N + 1)
 SPECTRA = {
     "i^-1": 1 / i,
@@ -102,10 +102,13 @@ def test_the_largest_triples_are_those_of_the_svd(name, shape, dtype, searched):
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_normals_whose_values_fall_slowest(order, dtype, searched):
-    """A weight as it is before training: the 18 largest of 300 lie within 14 % of one another."""
-    W = np.asarray(np.random.default_rng(1).standard_normal((N, N)), dtype, order)
+    """A weight as it is before training: the 18 largest of 600 lie within 7 % of one another.
+
+    To 2⁻²⁴ the search comes in time; 2⁻⁵³ it leaves to the SVD.
+    """
+    W = np.asarray(np.random.default_rng(1).standard_normal((600, 600)), dtype, order)
     assert faults(W, 2, largest(W, 2)) == []
-    assert searched[0] is not None
+    assert (searched[0] is not None) == (dtype == "float32")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_a_weight_of_zeros_has_values_of_zero():
 
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize(
-    ("shape", "r"), [((N, N), 3), ((40, 50), 40), ((50, 40), 40), ((1, 9), 1), ((287, 287), 2)]
+    ("shape", "r"), [((N, N), 10), ((40, 50), 40), ((50, 40), 40), ((1, 9), 1), ((215, 215), 2)]
 )
 def test_small_weights_and_large_ranks_are_the_svd_to_the_bit(shape, r, dtype, searched):
     W = np.random.default_rng(0).standard_normal(shape).astype(dtype)
@@ -231,7 +234,7 @@ def test_a_basis_that_repeats_itself_is_not_believed(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", *UNIT])
 def test_a_start_from_the_search_obeys_the_laws(dtype, searched):
     """(init.9), (init.14), (init.15) at a size where nothing but the r triples is computed."""
-    W = np.random.default_rng(3).standard_normal((N, N + 20)).astype(dtype)
+    W = spectrum(N, N + 20, SPECTRA["i^-1/2"]).astype(dtype)
     config = LoraConfig(r=2, lora_alpha=3, init_lora_weights="pissa")
     base, adapter = init_adapter(Linear(W), config)
     assert searched[0] is not None

@@ -66,6 +66,15 @@ def test_every_result_that_is_off_by_a_thousandth_is_refused(case, reference):
         assert faults(case, {**right, name: right[name] * np.nan})
 
 
+def test_an_engine_is_judged_by_the_roundoff_that_its_entry_names(reference):
+    """Parts of 16 bits are no fault of who says so, and of nobody else; a thousandth is one of both."""
+    case = TINY[0]
+    judge, right = turns.judge_of(case, cases.draw(case)), reference(case)
+    for off, names in ((1e-7, ()), (5e-5, ("fast",)), (1e-3, ("fast", "fast split3 mkl"))):
+        got = {**right, "y": right["y"] * np.float32(1 + off)}
+        assert [name for name in ("fast", "fast split3 mkl") if judge(name, got)[0]] == list(names)
+
+
 def test_another_mask_is_refused(reference, monkeypatch):
     right = reference(TINY[1])
     monkeypatch.setattr(by_numpy, "SEED", 4)
@@ -264,6 +273,7 @@ def test_goals_are_met_and_missed():
     text = goals.render(list(bad.values()))
     assert "LoRA, 10 cases, fast: worst" in text
     assert "NOT MET" in text
+    assert goals.render([]) == "goals: none of what was measured has one"
 
 
 def test_tables_fit_a_reader():
