@@ -35,8 +35,8 @@ def gemm_stored(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, 
     """As gemm, by the processor's matrix unit for bfloat16, whose products are exact and summed in float32.
 
     a : (m, k) bfloat16, or float32, as the sum of three;  b : (k, n) bfloat16;  out : (m, n) float32
-    Returns whether it could: False, with nothing written, for other dtypes, where no matrix unit is, and where
-    float32 meets what is not finite.
+    Returns whether it could: False, with nothing written, for other dtypes, where no matrix unit is, and for
+    float32 where something is not finite or out is too narrow.
     """
     multiply, given = engine().stored, dtype_name(a)
     if multiply is None or dtype_name(b) != "bfloat16" or out.dtype != np.float32:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lorax_np.fast import cpu_branch, cpu_dora, norms, weights
+from lorax_np.fast import cpu_branch, cpu_dora, norms, split, weights
 
 
 @pytest.fixture
@@ -20,5 +20,5 @@ def poisoned(monkeypatch):
     def empty(shape, dtype):
         return np.full(shape, np.nan, dtype)
 
-    for module in (cpu_branch, cpu_dora, norms, weights):
+    for module in (cpu_branch, cpu_dora, norms, split, weights):
         monkeypatch.setattr(module, "empty", empty)
