@@ -142,7 +142,12 @@ def _bf16(found: Found) -> Iterable[Goal]:
     for to, bound in (("peft f32", 0.40), ("peft bf16", 0.85)):
         values = ratios(found, ("bf16",), "fast bf16 mkl", to).values()
         limits = ratios(found, ("bf16",), "torch base bf16", to).values()
-        yield _goal(f"bfloat16 (mkl), of {to}: mean", bound, values, limits, need="bf16, mkl")
+        name, need = f"bfloat16 (mkl), of {to}: mean", "bf16, mkl"
+        alone = list(ratios(found, ("bf16",), "torch base bf16", "peft f32").values())
+        if alone and mean(alone) > 1:
+            need = f"a processor that multiplies bfloat16: here the products alone take {mean(alone):.2f}"
+            values = ()
+        yield _goal(name, bound, values, limits, need=need)
 
 
 def _gpu(found: Found) -> Iterable[Goal]:

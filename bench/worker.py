@@ -80,15 +80,12 @@ class Worker:
         return {"bytes": seen.bytes - before, "how": seen.how}
 
     def warm(self) -> dict[str, Any]:
-        """Steps of a small case, so that threads, libraries and kernels are there before memory is measured.
+        """One step, so that threads, libraries, kernels and room of BLAS are there before memory is measured.
 
-        A compiled engine is compiled for one size, so that its own step has to come first.
+        What the engine keeps for its next step is let go of, so that this step's arrays count as well.
         """
-        if engines.ENGINES[self.name].options.get("compile"):
-            self.engine.step()
-        else:
-            small = cases.smaller(cases.smaller(self.case))
-            engines.make(self.name, small, cases.draw(small)).step()
+        self.engine.step()
+        getattr(self.engine, "release", lambda: None)()
         return {}
 
     def saved(self) -> dict[str, Any]:

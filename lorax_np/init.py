@@ -17,6 +17,8 @@ from .params import Adapter, Linear, check_direction
 from .random import skip, uniform
 from .singular import Triples, largest, sketched
 
+ENTRIES = 1 << 16  # of the rows whose residual is formed at a time
+
 
 def init_adapter(
     base: Linear, config: LoraConfig, *, rng: np.random.Generator | None = None
@@ -93,9 +95,19 @@ def _triples(W: Array, r: int, start: str, rng: np.random.Generator | None) -> T
 
 
 def _residual(W: Array, A: Array, B: Array, s: float) -> Array:
-    """W − s·BA of the factors as they were rounded, in float64, rounded once to W's dtype."""
-    delta = delta_forward(cast(A, "float64"), cast(B, "float64"), scaling=s)
-    return cast(cast(W, "float64") - delta, dtype_name(W))  # (init.9)
+    """W − s·BA of the factors as they were rounded, in float64, rounded once to W's dtype.
+
+    Some rows at a time, which stay in a core's cache: float64 of all of W would be written and read thrice.
+    """
+    rest: Any = copy(W)
+    A, B = cast(A, "float64"), cast(B, "float64")
+    step = max(1, ENTRIES // W.shape[1])
+    for start in range(0, W.shape[0], step):
+        rows = slice(start, min(start + step, W.shape[0])), slice(None)
+        delta = delta_forward(A, B[rows], scaling=s)
+        rest[rows] = cast(cast(W[rows], "float64") - delta, dtype_name(W))  # (init.9)
+    found: Array = rest
+    return found
 
 
 def _magnitude(W: Array, A: Array, B: Array, s: float) -> Array:

@@ -52,12 +52,28 @@ def sketched(W: HostArray, r: int, rounds: int, rng: np.random.Generator) -> Tri
     """Approximations to the same from r + 16 random columns, multiplied by W and Wᵀ `rounds` times more."""
     columns = min(r + SPARE, *W.shape)
     draw = rng.standard_normal((W.shape[1], columns)).astype(W.dtype)
-    Q = np.linalg.qr(W @ draw)[0]  # (init.6)
+    Q = _basis(W @ draw)  # (init.6)
     for _ in range(rounds):
-        Q = np.linalg.qr(W.T @ Q)[0]
-        Q = np.linalg.qr(W @ Q)[0]  # (init.7)
+        Q = _basis(W.T @ Q)
+        Q = _basis(W @ Q)  # (init.7)
     U, S, Vh = np.linalg.svd(Q.T @ W, full_matrices=False)  # (init.8)
     return Triples(Q @ U[:, :r], S[:r], Vh[:r])
+
+
+def _basis(Y: HostArray) -> HostArray:
+    """Orthonormal columns that span those of Y, in its dtype.
+
+    By the Cholesky factor of YᵀY in float64, twice; by QR where that cannot do it.  (init.22)
+    """
+    Q = Y.astype(np.float64)
+    try:
+        Q = Q @ np.linalg.inv(np.linalg.cholesky(Q.T @ Q)).T
+        G = Q.T @ Q
+        if np.abs(G - np.eye(len(G))).max() < 2.0**-6:
+            return (Q @ np.linalg.inv(np.linalg.cholesky(G)).T).astype(Y.dtype)
+    except np.linalg.LinAlgError:
+        pass
+    return np.linalg.qr(Y)[0]
 
 
 def _searched(W: HostArray, r: int, unit: float) -> Triples | None:

@@ -207,6 +207,31 @@ def test_wrong_triples_are_refused(wrong, dtype):
     assert faults(W, 2, Triples(*WRONG[wrong](U, S, Vh)))
 
 
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("worst", [1.0, 1e-3, 1e-7, 1e-12, 0.0])
+def test_a_basis_is_orthonormal_whatever_it_is_of(dtype, worst):
+    """(init.22), and QR where the columns lie too close or one is 0; the span is that of Y while Y has one."""
+    rng = np.random.default_rng(2)
+    Y = (np.linalg.qr(rng.standard_normal((50, 6)))[0] * np.geomspace(1.0, worst or 1e-9, 6)) @ np.tri(6)
+    Y[:, 2] *= worst > 0
+    Y = Y.astype(dtype)
+    Q = singular._basis(Y).astype("float64")
+    assert np.abs(Q.T @ Q - np.eye(6)).max() <= 8 * 50 * UNIT[dtype]
+    off = np.linalg.norm(Y - Q @ (Q.T @ Y), 2)
+    assert off <= 8 * 50 * UNIT[dtype] * np.linalg.norm(Y.astype("float64"), 2)
+
+
+def test_one_cholesky_alone_would_be_seen(monkeypatch):
+    """At a condition of 1e6 the first leaves 1e-4, which the second takes away."""
+    Y = np.linalg.qr(np.random.default_rng(2).standard_normal((50, 6)))[0] * np.geomspace(1.0, 1e-6, 6)
+    Y = Y @ np.linalg.qr(np.random.default_rng(3).standard_normal((6, 6)))[0]
+    once = Y @ np.linalg.inv(np.linalg.cholesky(Y.T @ Y)).T
+    assert np.abs(once.T @ once - np.eye(6)).max() > 1e-8
+    monkeypatch.setattr(np.linalg, "qr", None)
+    Q = singular._basis(Y)
+    assert np.abs(Q.T @ Q - np.eye(6)).max() <= 8 * 50 * 2.0**-53
+
+
 def test_a_sketch_and_a_search_that_is_not_asked_for_its_residual_are_refused(monkeypatch):
     """(init.18) planted as always met: what the first basis holds of normals is not exact, and that is seen."""
     W = np.random.default_rng(1).standard_normal((N, N))

@@ -104,6 +104,10 @@ class Fast(Reference):
         }
         return self.fast.lora_linear_backward(self.gy, kept, self.base, self.adapter, **how)
 
+    def release(self) -> None:
+        """Let go of the memory that the engine keeps for its next step."""
+        self.fast.release()
+
 
 class Base:
     """x Wᵀ and gy W into arrays that are there already: the own limit of whoever uses this BLAS."""

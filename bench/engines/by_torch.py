@@ -162,7 +162,7 @@ class Merge:
 
 
 class Lowrank:
-    """PEFT's pissa_niter_k: torch.svd_lowrank with q = r, no column more."""
+    """PEFT's pissa_niter_k: torch.svd_lowrank with q = r, no column more; then factors and residual."""
 
     def __init__(self, case: StartCase, arrays: Arrays, *, niter: int) -> None:
         _threads(case)
@@ -172,13 +172,18 @@ class Lowrank:
     def _triples(self) -> Any:
         return torch.svd_lowrank(self.W, q=self.case.r, niter=self.niter)
 
-    def step(self) -> None:
+    def _start(self) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            self._triples()
+            U, S, V = self._triples()
+            root = torch.diag(torch.sqrt(S[: self.case.r]))
+            A, B = root @ V.t(), U[:, : self.case.r] @ root
+            return A, B, self.W - 1.0 * B @ A
+
+    def step(self) -> None:
+        self._start()
 
     def results(self) -> Arrays:
-        with torch.no_grad():
-            return {"A": _numpy(self._triples()[2].T)}
+        return {"A": _numpy(self._start()[0])}
 
     def saved(self) -> int:
         return 0

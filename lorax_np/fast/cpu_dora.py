@@ -11,7 +11,7 @@ from .gemm import gemm
 from .norms import Norms, row_norms
 from .weights import add_product, back_through, product, row_blocks, through, to
 
-FEATURES = 384  # of gy that are multiplied by k at a time: what OpenBLAS adds up at a time too
+FEATURES = 256  # of gy that are multiplied by k at a time; about as many as BLAS adds up at a time itself
 
 
 class DoraSaved(NamedTuple):

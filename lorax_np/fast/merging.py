@@ -23,7 +23,7 @@ from ..backend import (
 from ..errors import ConfigError, DtypeError
 from ..params import Adapter, Linear, check_direction, check_pair
 from . import gpu_merging
-from .gemm import gemm
+from .gemm import engine, gemm
 from .norms import row_norms
 from .weights import product, row_blocks, to
 
@@ -58,7 +58,7 @@ def merge_into(base: Linear, adapter: Adapter, *, scaling: float) -> Linear:
     dtype = dtype_name(W) if not _stored(W) else np.result_type(compute_dtype(W), compute_dtype(adapter.A)).name
     A, B = to(to_host(adapter.A), dtype), to(to_host(adapter.B), dtype)
     with quiet():
-        most = _largest(W) + A.shape[0] * abs(s) * _largest(A) * _largest(B)  # (speed.15)
+        most = _at_most(W) + A.shape[0] * abs(s) * _largest(A) * _largest(B)  # (speed.15)
         k = None if adapter.m is None or not np.isfinite(most) else _ratio(W, A, B, to_host(adapter.m), s)
         if not most * (1.0 if k is None else _largest(k[:, None])) < 0.5 * _range(W):
             _rehearse(W, A, B, s, k)
@@ -89,6 +89,15 @@ def _ratio(W: HostArray, A: HostArray, B: HostArray, m: HostArray, s: float) -> 
 
 
 # ---- what must hold before the first entry is written -----------------------------------------------------
+
+
+def _at_most(W: HostArray) -> float:
+    """No less than the largest magnitude: ‖W‖ where one product of BLAS takes it, in half the time."""
+    flat = W.T if W.flags.f_contiguous else W
+    if engine().name != "openblas" or _stored(W) or not flat.flags.c_contiguous:
+        return _largest(W)
+    entries = flat.reshape(-1)
+    return float(np.sqrt(np.dot(entries, entries)))
 
 
 def _largest(x: HostArray) -> float:
