@@ -12,16 +12,28 @@ Multiply = Callable[
     [HostArray, HostArray, HostArray, float, float], None
 ]  # out ← α·ab + β·out: a, b, out, α, β
 
+Squares = Callable[[HostArray], float]  # Σ x² of an array without gaps
+
+KINDS = (("s", "float32", ctypes.c_float), ("d", "float64", ctypes.c_double))
 ROWS, PLAIN, TRANSPOSED = 101, 111, 112  # CBLAS: row-major order, and how a factor lies
 
 
 def by_cblas(shared: Any, pattern: str, integer: Any) -> Multiply:
     """The two functions of a C library as one, on strided views as they lie."""
-    kinds = (("s", "float32", ctypes.c_float), ("d", "float64", ctypes.c_double))
     functions = {}
-    for letter, dtype, real in kinds:
+    for letter, dtype, real in KINDS:
         functions[np.dtype(dtype)] = _typed(getattr(shared, pattern.format(letter)), integer, real)
     return _on_views(functions)
+
+
+def squares_by_cblas(shared: Any, pattern: str, integer: Any) -> Squares:
+    """The dot of the same library, of an array with itself."""
+    functions = {}
+    for letter, dtype, real in KINDS:
+        function = functions[np.dtype(dtype)] = getattr(shared, pattern.replace("gemm", "dot").format(letter))
+        function.restype, place = real, ctypes.c_void_p
+        function.argtypes = [integer, place, integer, place, integer]
+    return lambda x: float(functions[x.dtype](x.size, address(x), 1, address(x), 1))
 
 
 def by_bf16(shared: Any) -> Multiply:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backend import HostArray, cast
 from ..errors import BackendError
-from .cblas import Multiply, address, apart, by_bf16, by_cblas
+from .cblas import Multiply, Squares, address, apart, by_bf16, by_cblas, squares_by_cblas
 from .split import split3
 
 SYMBOLS = (  # of one function, and the integers it takes; NumPy's wheels, Accelerate, then everybody else's
@@ -29,13 +29,14 @@ class Engine(NamedTuple):
     what: str  # which library and function that is
     multiply: Multiply  # float32 or float64 matrices that are neither empty nor of another byte order
     stored: Multiply | None = None  # bfloat16 matrices into a float32 one, where the processor is made for it
+    squares: Squares | None = None  # of a float32 or float64 array, by the same pool of threads
 
 
 def proved(make: Callable[[], Engine]) -> Engine | str:
     """The engine, proved by one product in each dtype, or why there is none."""
     try:
         found = make()
-        wrong = disproved(found.multiply)
+        wrong = disproved(found.multiply) or _squares_disproved(found.squares)
     except Exception as error:  # a loader, a symbol, a package: each fails in its own way
         return _reason(error)
     return wrong or found
@@ -52,6 +53,15 @@ def disproved(multiply: Multiply, dtypes: tuple[str, ...] = ("float32", "float64
         multiply(given[1:4, 2:7], given.T[2:7, 1:5], out[:3, 3:7], 2.0, 0.5)
         if not np.array_equal(out, want):
             return f"a product of small whole numbers came out wrong in {dtype}"
+    return ""
+
+
+def _squares_disproved(squares: Squares | None) -> str:
+    """The same of a sum of squares."""
+    if squares is not None:
+        for dtype in ("float32", "float64"):
+            if squares(np.arange(30, dtype=dtype).reshape(5, 6)) != 8555:
+                return f"a sum of small whole squares came out wrong in {dtype}"
     return ""
 
 
@@ -77,12 +87,12 @@ def _mkl_library() -> tuple[Any, str]:
 
 def _mkl() -> Engine:
     shared, version = _mkl_library()
-    stored = _bf16(shared) if has_matrix_unit() else "the processor has no matrix unit for it"
-    about = f"no bfloat16: {stored}" if isinstance(stored, str) else "bfloat16 by the processor's matrix unit"
-    multiply = by_cblas(shared, "cblas_{}gemm", ctypes.c_int32)
-    return Engine(
-        "mkl", f"MKL {version}, by ctypes; {about}", multiply, None if isinstance(stored, str) else stored
-    )
+    found = _bf16(shared) if has_matrix_unit() else "the processor has no matrix unit for it"
+    about = f"no bfloat16: {found}" if isinstance(found, str) else "bfloat16 by the processor's matrix unit"
+    stored = None if isinstance(found, str) else found
+    parts = shared, "cblas_{}gemm", ctypes.c_int32
+    multiply, squares = by_cblas(*parts), squares_by_cblas(*parts)
+    return Engine("mkl", f"MKL {version}, by ctypes; {about}", multiply, stored, squares)
 
 
 def _mkl_split3() -> Engine:
@@ -124,7 +134,9 @@ def _openblas() -> Engine:
             if config is not None:
                 config.restype = ctypes.c_char_p
             what = config().decode().strip() if config is not None else "NumPy's own BLAS"
-            return Engine("openblas", f"{what}, by {pattern.format('s')}", by_cblas(shared, pattern, integer))
+            parts = shared, pattern, integer
+            what = f"{what}, by {pattern.format('s')}"
+            return Engine("openblas", what, by_cblas(*parts), squares=squares_by_cblas(*parts))
     raise BackendError("NumPy's library exports no CBLAS")
 
 

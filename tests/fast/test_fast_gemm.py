@@ -250,6 +250,24 @@ def test_mkls_product_of_bfloat16_is_exact_on_whole_numbers():
         assert np.array_equal(out, 2 * (a[:, :, None] * b).sum(axis=1) + 0.5)
 
 
+@pytest.mark.parametrize("name", ["openblas", "mkl"])
+def test_squares_are_summed_by_the_library_itself(name):
+    if name not in engines():
+        pytest.skip(f"{name}: does not work here")
+    with blas(name) as engine:
+        for dtype in ("float32", "float64"):
+            x = np.random.default_rng(0).integers(-9, 9, (7, 300)).astype(dtype)
+            assert engine.squares(x) == (x * x).sum() > 0
+            assert np.isnan(engine.squares(np.array([1.0, np.nan], dtype)))
+
+
+def test_a_library_whose_squares_are_wrong_is_refused():
+    right = libraries.MAKERS["openblas"]()
+    assert libraries.proved(lambda: right) is right
+    wrong = right._replace(squares=lambda x: right.squares(x) + 1)
+    assert libraries.proved(lambda: wrong) == "a sum of small whole squares came out wrong in float32"
+
+
 def mkl_library():
     found = [file for file in distribution("mkl").files if file.name.startswith("libmkl_rt")]
     return ctypes.CDLL(str(found[0].locate()))
