@@ -97,16 +97,15 @@ def _triples(W: Array, r: int, start: str, rng: np.random.Generator | None) -> T
 def _residual(W: Array, A: Array, B: Array, s: float) -> Array:
     """W − s·BA of the factors as they were rounded, in float64, rounded once to W's dtype.
 
-    Some rows at a time, which stay in a core's cache: float64 of all of W would be written and read thrice.
+    On the host, some rows at a time, which stay in a core's cache: float64 of all of W is twice its memory.
     """
-    rest: Any = copy(W)
-    A, B = cast(A, "float64"), cast(B, "float64")
-    step = max(1, ENTRIES // W.shape[1])
-    for start in range(0, W.shape[0], step):
-        rows = slice(start, min(start + step, W.shape[0])), slice(None)
+    host, A, B = to_host(W), cast(to_host(A), "float64"), cast(to_host(B), "float64")
+    rest, step = np.array(host), max(1, ENTRIES // W.shape[1])
+    for start in range(0, len(host), step):
+        rows = slice(start, start + step)
         delta = delta_forward(A, B[rows], scaling=s)
-        rest[rows] = cast(cast(W[rows], "float64") - delta, dtype_name(W))  # (init.9)
-    found: Array = rest
+        rest[rows] = cast(cast(host[rows], "float64") - delta, dtype_name(W))  # (init.9)
+    found: Array = from_host(rest, W)
     return found
 
 

@@ -3,11 +3,12 @@
 On the host, by NumPy's own products and factorisations, so that one pool of threads does all the work.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
-from .backend import HostArray
+from .backend import HostArray, quiet
 
 SPARE = 16  # columns of a basis beyond r; specs/decisions/pissa.md
 DEPTH = 5  # products with WᵀW before the basis is looked at
@@ -66,13 +67,11 @@ def _basis(Y: HostArray) -> HostArray:
     By the Cholesky factor of YᵀY in float64, twice; by QR where that cannot do it.  (init.22)
     """
     Q = Y.astype(np.float64)
-    try:
+    with suppress(np.linalg.LinAlgError), quiet():  # squares of float64 may overflow
         Q = Q @ np.linalg.inv(np.linalg.cholesky(Q.T @ Q)).T
         G = Q.T @ Q
         if np.abs(G - np.eye(len(G))).max() < 2.0**-6:
             return (Q @ np.linalg.inv(np.linalg.cholesky(G)).T).astype(Y.dtype)
-    except np.linalg.LinAlgError:
-        pass
     return np.linalg.qr(Y)[0]
 
 

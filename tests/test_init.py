@@ -175,6 +175,19 @@ def test_pissa_takes_the_largest_singular_triples(d_out, d_in, r, rslora):
     assert base.b is given.b
 
 
+def test_a_start_in_a_library_whose_arrays_cannot_be_written_to():
+    jax = pytest.importorskip("jax", reason="jax is not installed: pip install 'lorax-np[jax]'")
+    W = jax.numpy.asarray(np.random.default_rng(0).standard_normal((9, 7), dtype=np.float32))
+    for start in ("pissa", "pissa_niter_2", "gaussian"):
+        config = LoraConfig(r=2, init_lora_weights=start)
+        base, adapter = init_adapter(Linear(W), config, rng=np.random.default_rng(0))
+        assert {type(base.W), type(adapter.A), type(adapter.B)} == {type(W)}
+        whole = np.asarray(base.W, "float64") + config.scaling * (
+            np.asarray(adapter.B, "float64") @ np.asarray(adapter.A, "float64")
+        )
+        assert np.abs(whole - np.asarray(W)).max() <= 2.0**-24 * np.abs(np.asarray(W)).max()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("adapter_dtype", [None, "base", "float64"])
 def test_the_residual_takes_up_the_rounding_of_the_factors(dtype, adapter_dtype):

@@ -221,6 +221,15 @@ def test_a_basis_is_orthonormal_whatever_it_is_of(dtype, worst):
     assert off <= 8 * 50 * UNIT[dtype] * np.linalg.norm(Y.astype("float64"), 2)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e200, 1e300])
+def test_a_basis_of_numbers_whose_squares_are_out_of_range(size):
+    """QR stands in, and nothing is warned of, which here would be an error."""
+    Y = np.random.default_rng(2).standard_normal((50, 6))
+    Q = singular._basis(size * Y)
+    assert np.abs(Q.T @ Q - np.eye(6)).max() <= 8 * 50 * 2.0**-53
+    assert np.linalg.norm(Y - Q @ (Q.T @ Y), 2) <= 8 * 50 * 2.0**-53 * np.linalg.norm(Y, 2)
+
+
 def test_one_cholesky_alone_would_be_seen(monkeypatch):
     """At a condition of 1e6 the first leaves 1e-4, which the second takes away."""
     Y = np.linalg.qr(np.random.default_rng(2).standard_normal((50, 6)))[0] * np.geomspace(1.0, 1e-6, 6)

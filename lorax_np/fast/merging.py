@@ -92,7 +92,10 @@ def _ratio(W: HostArray, A: HostArray, B: HostArray, m: HostArray, s: float) -> 
 
 
 def _at_most(W: HostArray) -> float:
-    """No less than the largest magnitude: ‖W‖ where BLAS sums the squares, in half the time."""
+    """No less than the largest magnitude: ‖W‖ where BLAS sums the squares, in half the time.
+
+    But for roundings, to which the caller leaves a factor of 2, and numbers so small that their squares vanish.
+    """
     flat, squares = W.T if W.flags.f_contiguous else W, engine().squares
     whole = flat.flags.c_contiguous and flat.flags.aligned and not _stored(W) and W.size < 1 << 31
     return float(np.sqrt(squares(flat))) if whole and squares is not None else _largest(W)
