@@ -1,7 +1,7 @@
 """A LoRA layer fused by hand in Triton, as a peer: the branch in the epilogue of the frozen product, each way.
 
-The tests run its kernels on the CPU by Triton's interpreter, where Triton is installed. Dropout is by Triton's own
-generator, drawn once for each entry and pass, as its authors would.
+The tests run its kernels on the CPU by Triton's interpreter, where Triton is installed. Dropout is by the
+generator that Triton has, drawn once for each entry and pass, as its authors would.
 """
 
 import numpy as np
