@@ -12,13 +12,13 @@
 
 from . import fast
 from .backend import backend_info
-from .config import LoraConfig
+from .config import LoraConfig, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
 from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
 from .merge import merge, row_norms, unmerge
-from .params import Adapter, Linear, linear_from_stored, linear_to_stored, param_count
+from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .random import dropout_mask, site_key, torch_generator
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "Adapter",
     "BackendError",
     "ConfigError",
+    "ConvAdapter",
     "DtypeError",
     "FormatError",
     "Linear",
@@ -34,6 +35,7 @@ __all__ = [
     "LoraLinearSaved",
     "SafetensorsFile",
     "ShapeError",
+    "Site",
     "backend_info",
     "dropout_mask",
     "fast",

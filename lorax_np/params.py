@@ -5,7 +5,7 @@ from math import isfinite, prod
 from typing import NamedTuple
 
 from .backend import Array, dtype_name, namespace_of, one_dtype, real, to_host
-from .errors import ConfigError, DtypeError
+from .errors import ConfigError, DtypeError, ShapeError
 from .shapes import axes, bind
 
 
@@ -73,7 +73,49 @@ class Adapter:
             one_dtype(b=self.b)
 
 
-def param_count(adapter: Adapter) -> int:
+@dataclass(frozen=True, eq=False, slots=True)
+class ConvAdapter:
+    """What is trained at one convolution of 1, 2 or 3 axes κ, and equally the gradients by it.
+
+    A : (r, d_in, *κ)             down-projection, a convolution with the base's kernel
+    B : (d_out, r // groups, *1)  up-projection, a convolution with kernel 1 and the base's groups
+    m, b, bB : (d_out,)           as in Adapter
+
+    Raises ShapeError, DtypeError, TypeError or ConfigError when made of parts that do not fit.
+    """
+
+    A: Array
+    B: Array
+    m: Array | None = None
+    b: Array | None = None
+    bB: Array | None = None
+
+    def __post_init__(self) -> None:
+        k = len(self.A.shape) - 2 if self.A is not None else 0
+        if k not in (1, 2, 3):
+            raise ShapeError(f"A: expected (r, d_in, *kernel) with 1 to 3 kernel axes, got {self.A.shape}")
+        if self.m is not None and self.bB is not None:
+            raise ConfigError("bB: expected None beside m, since DoRA has no bias of B, got an array")
+        kernel, ones = "k0 k1 k2"[: 3 * k], "o0 o1 o2"[: 3 * k]
+        found = axes(
+            A=(self.A, f"r d_in {kernel}"),
+            B=(self.B, f"d_out r_group {ones}"),
+            m=(self.m, "? d_out"),
+            b=(self.b, "? d_out"),
+            bB=(self.bB, "? d_out"),
+        )
+        if found["r"] % found["r_group"] or any(found[name] != 1 for name in ones.split()):
+            wanted = f"(d_out, r // groups{', 1' * k}) with r={found['r']} set by A"
+            raise ShapeError(f"B: expected {wanted}, got {self.B.shape}")
+        one_dtype(A=self.A, B=self.B, m=self.m, bB=self.bB)
+        if self.b is not None:
+            one_dtype(b=self.b)
+
+
+AnyAdapter = Adapter | ConvAdapter
+
+
+def param_count(adapter: AnyAdapter) -> int:
     """Return how many numbers an adapter trains.
 
     >>> import numpy as np

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
-from .kinds import (
+from ..kinds import (
     ANY,
     FLAG,
     SETTINGS,
@@ -70,35 +70,8 @@ DROPOUT = Kind(
     "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
     lambda v: finite(v) and 0 <= v < 1 and round(v * 65536) < 65536,
 )
-DROPOUT = Kind(
-    "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
-    lambda v: finite(v) and 0 <= v < 1 and round(v * 65536) < 65536,
-)
 BIAS = word("none", "all", "lora_only")
 TASK = word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
-NAMES = Kind("a list of names", list_of(text))
-TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
-LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
-PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
-RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
-ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
-TOKENS = Kind(
-    "a list of ints from 0, or a mapping from names to such lists",
-    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
-)
-TASK = word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
-NAMES = Kind("a list of names", list_of(text))
-TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
-LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
-PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
-RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
-ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
-TOKENS = Kind(
-    "a list of ints from 0, or a mapping from names to such lists",
-    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
-)
 DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
 NAMES = Kind("a list of names", list_of(text))
 TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))

@@ -1,0 +1,5 @@
+"""One command a file, each with add, which declares its arguments, and run. They see the public face only."""
+
+from . import info, vectors, verify
+
+COMMANDS = verify, vectors, info

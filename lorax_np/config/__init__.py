@@ -1,0 +1,17 @@
+"""What an adapter is: LoraConfig in PEFT's names, and Site, its resolved numbers at one name."""
+
+from .lora import DEFAULTS, FIELDS, OURS, STARTS, TIERS, LoraConfig, check_usable, start_name
+from .site import Site, site_at
+
+__all__ = [
+    "DEFAULTS",
+    "FIELDS",
+    "OURS",
+    "STARTS",
+    "TIERS",
+    "LoraConfig",
+    "Site",
+    "check_usable",
+    "site_at",
+    "start_name",
+]
