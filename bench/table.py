@@ -40,10 +40,10 @@ def render(found: Found, tables: Sequence[str]) -> str:
     """All tables that have rows, and who was not measured."""
     blocks = []
     for name in tables:
-        for measure, words in MEASURES.items():
+        for measure in MEASURES:
             block = _block(found, name, measure)
             if block:
-                blocks.append("\n".join([f"{TITLES[name]}{f': {words}' if words else ''}", *block]))
+                blocks.append("\n".join([_title(found, name, measure), *block]))
     if found.refused:
         blocks.append("\n".join(["not measured:", *refusals(found.refused)]))
     return "\n\n".join(blocks)
@@ -58,6 +58,16 @@ def refusals(refused: Sequence[Refused]) -> list[str]:
         f"  {engine}: {how}: {why} ({where[0] if len(where) == 1 else f'{len(where)} cases'})"
         for (engine, how, why), where in groups.items()
     ]
+
+
+def _title(found: Found, table: str, measure: str) -> str:
+    """What a table shows: ratios, or figures where whoever they would be to was not measured."""
+    cases, yard = by_case(found, table, measure), YARDSTICK.get(table, "peft")
+    title = TITLES[table]
+    if not any(yard in rows for rows in cases.values()):
+        unit = next(iter(next(iter(cases.values())).values())).unit
+        title = title.replace(title[title.find("ratio to") :], unit) if "ratio to" in title else title
+    return title + (f": {MEASURES[measure]}" if MEASURES[measure] else "")
 
 
 def _block(found: Found, table: str, measure: str) -> list[str]:
