@@ -1,0 +1,319 @@
+"""The safetensors format, written: streamed tensor by tensor, whole or not at all.
+
+The bytes are those of the safetensors library, release 0.8.0: tensors in falling order of their dtypes and then
+by name, a header without spaces, padded with them to a multiple of 8. Where the library orders metadata by
+chance, here it is by name. What the file promises and how it appears at once: specs/checkpoints.md.
+"""
+
+import json
+import math
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ..backend import Array, dtype_name, to_host
+from ..errors import ConfigError, DtypeError, FormatError, ShapeError
+from .safetensors import BITS, MAX_AXES, MAX_HEADER, HostArray, show
+
+# The format's words in the order in which the library lays tensors down, and NumPy's name for each.
+ORDER = {
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F32": "float32",
+    "U32": "uint32",
+}
+ORDER |= {"I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16"}
+ORDER |= {"F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E8M0": "float8_e8m0fnu"}
+ORDER |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8"}
+ORDER |= {"F6_E3M2": "", "F6_E2M3": "", "F4": "", "BOOL": "bool"}  # packed: no array has these
+WORDS = {name: word for word, name in ORDER.items() if name}
+PLACE = {word: place for place, word in enumerate(ORDER)}
+PIECE = 1 << 24  # bytes of an array that are encoded at a time
+
+Entry = tuple[str, tuple[int, ...]]  # the format's word for the dtype, and the shape
+Buffer = bytes | bytearray | memoryview
+
+
+class _Slot(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # in bytes from the start of the file
+    size: int
+
+
+def word_of(array: Array, name: str = "array") -> str:
+    """Return the format's word for an array's dtype, as "F32". Raises DtypeError where it has none."""
+    found = WORDS.get(dtype_name(array))
+    if found is None:
+        raise DtypeError(f"{name}: expected one of {', '.join(WORDS)} in a safetensors file, got {array.dtype}")
+    return found
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays into one file: at once, whole, or, where anything fails, not at all.
+
+    tensors  : arrays by name, of any library, strides and byte order; each is asked for twice
+    metadata : words by name, which the header carries
+
+    Raises DtypeError for a dtype the format lacks; ConfigError for a name or metadata that a header cannot
+    hold; the system's OSError, as for a full disk. A file that was there stays until the new one is whole.
+    Source: the module's first lines.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lorax_np.io.safetensors import open_safetensors
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.safetensors"
+    ...     write_safetensors(path, {"w": np.eye(3)[:2].T})
+    ...     open_safetensors(path)["w"].tolist()
+    [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+    entries = {name: (word_of(array, show(name)), tuple(array.shape)) for name, array in tensors.items()}
+    with SafetensorsWriter(path, entries, metadata) as file:
+        for name in file.names:
+            file.write(name, tensors[name])
+
+
+class SafetensorsWriter:
+    """A file in the making: a header is written first, then tensors in any order and from any thread.
+
+    entries  : the format's word for the dtype and the shape of each tensor, by name
+    metadata : words by name
+
+    Within its `with` block the file lies beside its place under another name. At the end of the block it is
+    brought to the disk and renamed; where the block ends in an error or an interrupt it is removed.
+    Raises ConfigError where entries cannot be held by a header.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.safetensors"
+    ...     with SafetensorsWriter(path, {"w": ("I8", (2,))}) as file:
+    ...         file.write("w", np.array([3, -1], "i1"))
+    ...     path.read_bytes()[-2:]
+    b'\\x03\\xff'
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Lay out the file; nothing is written yet."""
+        self.path = Path(path)
+        order = sorted(entries, key=lambda name: (_place(name, entries[name]), name))
+        self.header, offsets = _header({name: entries[name] for name in order}, metadata)
+        start = len(self.header)
+        self._slots = {
+            name: _Slot(entries[name][0], tuple(entries[name][1]), start + begin, end - begin)
+            for name, (begin, end) in offsets.items()
+        }
+        self.size = start + max((end for _, end in offsets.values()), default=0)  # of the whole file, in bytes
+        self._left = {name: slot.size for name, slot in self._slots.items()}
+        self._lock = threading.Lock()
+        self._part: Path | None = None
+        self._file = -1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order of their bytes."""
+        return tuple(self._slots)
+
+    def __enter__(self) -> Self:
+        """Make the file under another name, and write its header."""
+        if self.path.is_dir():
+            raise FormatError(f"{self.path}: expected a place for a safetensors file, got a directory")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        part = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.part")
+        try:
+            self._part = part
+            self._file = os.open(part, flags, 0o666)  # the umask decides, as for any new file
+            self._put(memoryview(self.header), 0)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Rename the file to its place, if nothing went wrong and nothing is missing."""
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def write(self, name: str, tensor: Array | Buffer) -> None:
+        """Write one tensor: an array of the entry's dtype and shape, or its bytes as the format has them.
+
+        Raises KeyError for an unknown name, DtypeError and ShapeError for an array that is not as the entry
+        says, FormatError for bytes of another number, and ConfigError for a tensor that is written already.
+        """
+        slot = self._slot(name)
+        if not isinstance(tensor, (bytes, bytearray, memoryview)) and tuple(tensor.shape) != slot.shape:
+            raise ShapeError(
+                f"{show(name)}: expected {slot.shape}, set by the entries, got {tuple(tensor.shape)}"
+            )
+        self.write_part(name, 0, tensor, whole=True)
+
+    def write_part(self, name: str, start: int, part: Array | Buffer, *, whole: bool = False) -> None:
+        """Write some of a tensor: an array whose entries follow each other in it, or bytes, from a byte on.
+
+        start : offset in bytes from where the tensor begins
+        whole : whether the part has to be all of it
+        """
+        slot, offset = self._slot(name), start
+        if isinstance(part, (bytes, bytearray, memoryview)):
+            found: Iterable[Any] = [part]
+            size = memoryview(part).nbytes
+        else:
+            found, size = pieces(to_host(part)), _nbytes(part, slot, name)
+        if start < 0 or start + size > slot.size or (whole and size != slot.size):
+            wanted = f"{slot.size} bytes" if whole else f"bytes 0 to {slot.size}"
+            raise FormatError(f"{show(name)}: expected {wanted}, got {size} from {start} on")
+        with self._lock:
+            if size > self._left[name]:
+                raise ConfigError(f"{show(name)}: expected a tensor that is not yet written, got it twice")
+            self._left[name] -= size
+        for piece in found:
+            offset += self._put(memoryview(piece), slot.begin + offset)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies in the file: its first byte, and how many. Raises KeyError."""
+        slot = self._slot(name)
+        return slot.begin, slot.size
+
+    def _slot(self, name: str) -> _Slot:
+        if name not in self._slots:
+            raise KeyError(f"{self.path}: no tensor named {show(name)} in the entries")
+        return self._slots[name]
+
+    def _put(self, data: memoryview, offset: int) -> int:
+        """Write bytes at an offset in the file, and return how many they were."""
+        if data.nbytes:
+            view = memoryview(data if data.c_contiguous else data.tobytes()).cast("B")
+            while len(view):
+                done = _pwrite(self._file, view, offset, self._lock)
+                view, offset = view[done:], offset + done
+        return data.nbytes
+
+    def _finish(self) -> None:
+        missing = [name for name, left in self._left.items() if left]
+        if missing:
+            raise FormatError(f"{self.path}: expected every tensor, got none or a part of {show(missing[0])}")
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        if self._part is not None:
+            self._part.replace(self.path)
+            self._part = None
+            sync_folder(self.path.parent)
+
+    def _discard(self) -> None:
+        """Close and remove what is not finished; what is finished is gone from here."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._part is not None:
+            self._part.unlink(missing_ok=True)
+            self._part = None
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some file systems know no such thing of a folder
+            pass
+        finally:
+            os.close(handle)
+
+
+def pieces(array: HostArray) -> Iterator[HostArray]:
+    """An array's bytes in C order and little-endian, as arrays of uint8 of about PIECE each."""
+    if array.flags.c_contiguous and _little(array.dtype):
+        yield array.reshape(-1).view(np.uint8)
+    elif array.ndim > 1 and array.nbytes > PIECE and len(array) > 1:
+        step = max(1, len(array) * PIECE // array.nbytes)
+        for start in range(0, len(array), step):
+            yield from pieces(array[start : start + step])
+    else:
+        flat = np.ascontiguousarray(array).reshape(-1)
+        yield (flat if _little(flat.dtype) else flat.byteswap()).view(np.uint8)
+
+
+def _little(dtype: np.dtype[Any]) -> bool:
+    return dtype.itemsize == 1 or np.dtype("<u2").isnative == dtype.isnative
+
+
+def _pwrite(file: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, view, offset)
+    with lock:
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.write(file, view)
+
+
+def _nbytes(array: Array, slot: _Slot, name: str) -> int:
+    if word_of(array, show(name)) != slot.dtype:
+        raise DtypeError(f"{show(name)}: expected {slot.dtype}, set by the entries, got {array.dtype}")
+    return math.prod(array.shape) * BITS[slot.dtype] // 8
+
+
+# ---- the header --------------------------------------------------------------------------------------------
+
+
+def _place(name: object, entry: Entry) -> int:
+    """Where tensors of an entry's dtype stand, once the entry is one that a header can hold."""
+    if not isinstance(name, str) or name == "__metadata__" or not _encodable(name):
+        raise ConfigError(f"name: expected text in UTF-8 other than __metadata__, got {show(name)}")
+    word, shape = entry
+    if word not in PLACE:
+        raise ConfigError(f"{show(name)}: dtype: expected one of {', '.join(ORDER)}, got {show(word)}")
+    if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ConfigError(f"{show(name)}: shape: expected at most {MAX_AXES} ints of at least 0, got {shape}")
+    if math.prod(shape) * BITS[word] % 8:
+        raise ConfigError(f"{show(name)}: shape: expected whole bytes, got {shape} of {word}")
+    return PLACE[word]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _header(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The length and the header in bytes, and each tensor's begin and end after it."""
+    found: dict[str, Any] = {}
+    if metadata is not None:
+        for text in (*metadata, *metadata.values()):
+            if not isinstance(text, str) or not _encodable(text):
+                raise ConfigError(f"metadata: expected text in UTF-8 by name, got {show(text)}")
+        found["__metadata__"] = {str.__str__(key): str.__str__(metadata[key]) for key in sorted(metadata)}
+    offsets, end = {}, 0
+    for name, (word, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * BITS[word] // 8
+        offsets[name] = begin, end
+        found[name] = {"dtype": word, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER:
+        raise ConfigError(f"entries: expected a header of at most {MAX_HEADER} bytes, got {len(raw)}")
+    return len(raw).to_bytes(8, "little") + raw, offsets
