@@ -79,6 +79,11 @@ class SafetensorsFile(Mapping[str, HostArray]):
         """The format's word for the dtype of one tensor, as "F32". Raises KeyError."""
         return self._find(name).dtype
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Where one tensor's bytes lie in the file: the first one, and how many. Raises KeyError."""
+        entry = self._find(name)
+        return self._start + entry.begin, entry.end - entry.begin
+
     def __getitem__(self, name: str) -> HostArray:
         """One tensor as a read-only array over the mapped bytes, never a copy.
 
