@@ -1,4 +1,4 @@
-"""A checkpoint opened as a mapping: a file, a directory, shards behind an index, or GGUF.  specs/checkpoints.md.
+"""A checkpoint opened as a mapping: a file, a directory, an index of shards, or GGUF.  specs/checkpoints.md.
 
 An index is a file from a stranger: it names files of its own directory, and says of each tensor where it is.
 Both are checked against the files before anything is read.
