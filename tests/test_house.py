@@ -30,9 +30,9 @@ FLOORS = (
     ("ops/", "params.py", "config/", "singular.py", "quant.py"),
     ("starts/",),
     ("init.py", "layer.py", "fast/", "merge.py", "combine.py", "optim.py"),
-    ("layers/", "plain.py"),
+    ("layers/", "plain.py", "spectra.py"),
     ("inject.py", "models/", "io/", "parallel.py"),
-    ("stream/", "audit.py", "train.py"),
+    ("stream/", "audit/", "train.py"),
     ("__init__.py",),
     ("verify/",),
     ("commands/",),
@@ -41,7 +41,7 @@ FLOORS = (
 )
 FACE_ONLY = "verify/", "commands/", "cli.py", "__main__.py"  # these see the public face, and what stands here
 SEEN_BESIDES = {
-    "commands/": {"backend.py", "verify/", "io/", "stream/", "audit.py", "inject.py"},
+    "commands/": {"backend.py", "verify/", "io/", "stream/", "audit/", "inject.py", "spectra.py"},
     "cli.py": {"commands/"},
     "__main__.py": {"cli.py"},
 }

@@ -1,5 +1,5 @@
 """One command a file, each with add, which declares its arguments, and run. They see the public face only."""
 
-from . import info, vectors, verify
+from . import check, info, vectors, verify
 
-COMMANDS = verify, vectors, info
+COMMANDS = verify, vectors, check, info
