@@ -1,6 +1,7 @@
-"""The adapter auditor: what is wrong, doubtful or not portable in an adapter directory.  See specs/audit.md."""
+"""The adapter auditor, and what is in a file or directory of tensors.  See specs/audit.md."""
 
+from .contents import Contents, Group, contents
 from .report import Audit, Finding, Row
 from .run import audit
 
-__all__ = ["Audit", "Finding", "Row", "audit"]
+__all__ = ["Audit", "Contents", "Finding", "Group", "Row", "audit", "contents"]

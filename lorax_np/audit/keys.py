@@ -64,8 +64,8 @@ def read(folder: Path) -> Read:
     places: dict[str, Place] = {}
     others: dict[str, HostArray] = {}
     bare = 0
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for key in sorted(tensors, key=natural):
+        value, name = tensors[key], key.removeprefix(PREFIX)
         bare += name == key and not key.endswith(".alpha")
         if found := NAMED.search(name):
             findings.append(Finding("adapter-name", "", f"{key}: expected it without .{found[2]}"))
@@ -167,3 +167,8 @@ def expected_or_none(config: LoraConfig, place: Place) -> tuple[int, float, floa
         return expected(config, place)
     except ConfigError:
         return None
+
+
+def natural(name: str) -> list[Any]:
+    """Order in which layer 10 comes after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

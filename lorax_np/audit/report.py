@@ -76,6 +76,7 @@ class Row(NamedTuple):
     stable_rank: float  # ‖s·BA‖² over the square of the largest
     relative: float | None  # ‖s·BA‖/‖W‖
     lost: float | None  # of the update, when merged into 16 bits
+    spectrum: tuple[float, ...] = ()  # the singular values of s·BA, falling; of all experts together
 
 
 class Audit(NamedTuple):
@@ -105,7 +106,7 @@ class Audit(NamedTuple):
         }
 
     def __str__(self) -> str:
-        return "\n".join([*_findings(self.findings), *_rows(self.rows), _verdict(self)])
+        return "\n".join([*_findings(self.findings), *table(self.rows), _verdict(self)])
 
 
 FEW = 3  # sites named for one finding
@@ -125,7 +126,8 @@ def _findings(findings: tuple[Finding, ...]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _rows(rows: tuple[Row, ...]) -> list[str]:
+def table(rows: tuple[Row, ...]) -> list[str]:
+    """A line for each site, and what the columns are."""
     if not rows:
         return []
     wide = max(len(row.site) for row in rows) + 2

@@ -51,7 +51,19 @@ def check_place(found: Read, place: Place, base: Mapping[str, Any] | None) -> Ro
     values = np.ravel(delta_spectrum(adapter, scaling=s, experts=experts))
     norm, largest = sqrt(float((values**2).sum())), float(values.max())
     rank = (norm / largest) ** 2 if largest else 0.0
-    row = Row(place.name, place.kind, r, float(alpha), s, norm, largest, rank, None, None)
+    row = Row(
+        place.name,
+        place.kind,
+        r,
+        float(alpha),
+        s,
+        norm,
+        largest,
+        rank,
+        None,
+        None,
+        tuple(np.sort(values)[::-1].tolist()),
+    )
     return row if base is None or experts > 1 else _beside(found, place, adapter, row, base, say)
 
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = audit(
         Path(arguments.directory),
         base,
-        progress=lambda done, total, name: progress(f"of {total} sites", done, 0),
+        progress=lambda done, total, name: progress("sites", done + 1, 0),
     )
     progress.done()
     if arguments.json:

@@ -84,6 +84,11 @@ class SafetensorsFile(Mapping[str, HostArray]):
         entry = self._find(name)
         return self._start + entry.begin, entry.end - entry.begin
 
+    def nbytes(self, name: str) -> int:
+        """Size of one tensor in bytes. Raises KeyError."""
+        entry = self._find(name)
+        return entry.end - entry.begin
+
     def __getitem__(self, name: str) -> HostArray:
         """One tensor as a read-only array over the mapped bytes, never a copy.
 

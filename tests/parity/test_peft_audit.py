@@ -7,7 +7,10 @@ from torch import nn
 from lorax_np.audit import audit
 from lorax_np.io.writer import write_safetensors
 
-pytestmark = pytest.mark.peft
+pytestmark = [
+    pytest.mark.peft,
+    pytest.mark.filterwarnings("ignore:Adapter .default..*invalid shape"),  # PEFT warns of every bias of B
+]
 
 
 class Net(nn.Module):
