@@ -23,7 +23,7 @@ Steps = int | Sequence[int]  # one number for all axes, or one an axis
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Conv:
-    """A convolution of 1, 2 or 3 axes as neural networks have it: the kernel is not turned round. Never written to.
+    """A convolution of 1, 2 or 3 axes, the kernel not turned round, as networks have it. Never written to.
 
     W : (d_out, d_in // groups, *κ)  weight
     b : (d_out,)                     bias, or None; in W's dtype
@@ -47,7 +47,7 @@ class Conv:
     def __post_init__(self) -> None:
         k = len(self.W.shape) - 2
         if k not in (1, 2, 3):
-            raise ShapeError(f"W: expected (d_out, d_in // groups, *kernel), 1 to 3 kernel axes, got {self.W.shape}")
+            raise ShapeError(f"W: expected (d_out, d_in // groups, *kernel) of 3 to 5 axes, got {self.W.shape}")
         d_out = bind(W=(self.W, f"d_out d_in_group {_words('k', k)}"), b=(self.b, "? d_out"))["d_out"]
         if type(self.groups) is not int or self.groups < 1 or d_out % self.groups:
             raise ConfigError(f"groups: expected a divisor of d_out={d_out} set by W, got {self.groups!r}")
@@ -73,7 +73,7 @@ class Conv:
 
     @property
     def linear(self) -> Linear:
-        """The linear layer that this is on windows: W as (d_out, d_in·∏κ), with blocks where there are groups."""
+        """The linear layer that this is on windows: W as (d_out, d_in·∏κ), in blocks where there are groups."""
         return Linear(blocks_forward(_flat(self.W), self.groups), self.b)  # (conv.11)
 
 
@@ -94,8 +94,8 @@ def lora_conv_forward(
 
     x : (..., d_in, *L)     input, in W's dtype; any leading axes, of zero items too
     base : Conv             frozen weight and bias; adapter.b, where present, stands in for base.b
-    adapter : ConvAdapter   A (r, d_in, *κ) sees all channels, B (d_out, r // groups, *1) those of its group; in the
-                            base's dtype or another. Or an Adapter that holds b alone
+    adapter : ConvAdapter   A (r, d_in, *κ) sees all channels, B (d_out, r // groups, *1) those of its group; in
+                            the base's dtype or another. Or an Adapter that holds b alone
     scaling : float         s, as LoraConfig.scaling gives it
     mask : (..., d_in, *L)  dropout mask of 0 and 1/(1 − p) for the adapter's branch; None means no dropout
 
@@ -129,10 +129,10 @@ def lora_conv_backward(
 
     gy : (..., d_out, *P)  gradient by y, in y's dtype
     saved, base, adapter, scaling : what the forward returned, and was given
-    norm_gradient : bool   for DoRA: False, the norm is a constant, as in PEFT; True, the gradient runs through it
+    norm_gradient : bool   for DoRA, as of lora_linear_backward
 
-    Returns gx : (..., d_in, *L) and an adapter of gradients, each in the dtype of what it differentiates; a field
-    is None exactly where the adapter's is. gx is summed over windows before it is rounded, once.
+    Returns gx : (..., d_in, *L) and an adapter of gradients, each in the dtype of what it differentiates; a
+    field is None exactly where the adapter's is. gx is summed over windows before it is rounded, once.
     Raises as the forward does, and DtypeError for complex arrays.
     Source: specs/conv.md (conv.13) to (conv.16).
     """
@@ -173,9 +173,9 @@ def lora_conv_backward_base(
 def merge_conv(base: Conv, adapter: AnyAdapter, *, scaling: float) -> Conv:
     """Return the one Conv that computes what base and adapter compute together without dropout.
 
-    W' = W + s·BA over channels and kernel, with DoRA k∘(W + s·BA);  b' = b + s·bB: merge of the linear layers on
-    windows, in float64, rounded once. Raises ConfigError for groups > 1, whose update mixes channels that the
-    base's weight keeps apart and has no place for; and as merge does.
+    W' = W + s·BA over channels and kernel, with DoRA k∘(W + s·BA);  b' = b + s·bB: merge of the linear
+    layers on windows, in float64, rounded once. Raises as merge does, and ConfigError for groups > 1: the update
+    mixes channels that the base's weight keeps apart.
     Source: specs/conv.md (conv.17), specs/merge.md.
 
     >>> import numpy as np
@@ -253,9 +253,7 @@ def _check_pair(base: Conv, adapter: AnyAdapter) -> int:
     if not isinstance(base, Conv):
         raise TypeError(f"base: expected Conv, got {type(base).__name__}")
     if not isinstance(adapter, ConvAdapter) and (not isinstance(adapter, Adapter) or adapter.A is not None):
-        raise TypeError(
-            f"adapter: expected ConvAdapter, or Adapter with b alone, got {type(adapter).__name__}"
-        )
+        raise TypeError(f"adapter: expected ConvAdapter, or Adapter with b alone, got {type(adapter).__name__}")
     k, groups = len(base.W.shape) - 2, base.groups
     words = _words("k", k)
     found = axes(W=(base.W, f"d_out d_in_group {words}"), b=(adapter.b, "? d_out"))
@@ -264,10 +262,12 @@ def _check_pair(base: Conv, adapter: AnyAdapter) -> int:
     d_in, r = found["d_in_group"] * groups, adapter.A.shape[0]
     kernel = tuple(base.W.shape[2:])
     if tuple(adapter.A.shape[1:]) != (d_in, *kernel):
-        raise ShapeError(f"A: expected (r, {d_in}, *{kernel}), set by W and groups={groups}, got {adapter.A.shape}")
+        raise ShapeError(
+            f"A: expected (r, {d_in}, *{kernel}), set by W and groups, got {tuple(adapter.A.shape)}"
+        )
     if tuple(adapter.B.shape[:2]) != (found["d_out"], r // groups) or r % groups:
-        wanted = f"(d_out, r // groups, ...) with d_out={found['d_out']} set by W, r={r} set by A, groups={groups}"
-        raise ShapeError(f"B: expected {wanted}, got {adapter.B.shape}")
+        wanted = f"(d_out, r // groups, ...) with d_out={found['d_out']}, r={r}, groups={groups}"
+        raise ShapeError(f"B: expected {wanted}, set by W, A and the base, got {tuple(adapter.B.shape)}")
     return k
 
 
@@ -277,7 +277,7 @@ def _check(x: Array, base: Conv, adapter: AnyAdapter, mask: Array | None) -> int
     axes(x=(x, f"... d_in {L}"), mask=(mask, f"? ... d_in {L}"))
     channels = x.shape[len(x.shape) - k - 1]
     if channels != d_in:
-        raise ShapeError(f"x: expected (..., d_in, {L}) with d_in={d_in} set by W and groups, got {tuple(x.shape)}")
+        raise ShapeError(f"x: expected (..., d_in, {L}) with d_in={d_in} set by W, got {tuple(x.shape)}")
     return k
 
 
@@ -289,7 +289,7 @@ def _check_backward(
         raise TypeError(f"saved: expected what lora_conv_forward returned, got {type(saved).__name__}")
     k = _check_pair(base, adapter)
     lead = tuple(saved.linear.x.shape[: len(saved.linear.x.shape) - k - 1])
-    P = tuple(base.window.count(axis, saved.L[axis]) for axis in range(k))
+    P = tuple(base.window.stops(axis, saved.L[axis]) for axis in range(k))
     want = (*lead, base.W.shape[0], *P)
     if tuple(gy.shape) != want:
         raise ShapeError(f"gy: expected {want}, set by x and W, got {tuple(gy.shape)}")

@@ -122,7 +122,7 @@ def lora_embedding_backward(
 
     gy : (..., dim)       gradient by y, in y's dtype
     saved, base, adapter, scaling : what the forward returned, and was given
-    norm_gradient : bool  for DoRA: False, the norm is a constant, as in PEFT; True, the gradient runs through it
+    norm_gradient : bool  for DoRA, as of lora_linear_backward
 
     Returns an Adapter of gradients, each in the dtype of what it differentiates. The column of A of padding_idx
     has the gradient 0, while its tokens count in B's and m's. With scale_grad_by_freq the columns of A are
@@ -160,7 +160,7 @@ def lora_embedding_backward_base(
     scaling: float,
     norm_gradient: bool = False,
 ) -> Embedding:
-    """Adjoint of lora_embedding_forward in the base, for whoever trains it: arguments as lora_embedding_backward.
+    """Adjoint of lora_embedding_forward in the base, for whoever trains it, with the same arguments.
 
     Returns an Embedding whose W : (vocab, dim) is the gradient, in W's dtype; 0 in the row of padding_idx, and
     divided by how often an id occurs where the base says so.
@@ -194,7 +194,8 @@ def merge_embedding(base: Embedding, adapter: Adapter, *, scaling: float) -> Emb
     Source: specs/embedding.md (embedding.13), specs/merge.md.
 
     >>> import numpy as np
-    >>> merge_embedding(Embedding(np.eye(2)), Adapter(np.ones((1, 2)), np.array([[2.0], [4.0]])), scaling=0.5).W.tolist()
+    >>> adapter = Adapter(np.ones((1, 2)), np.array([[2.0], [4.0]]))
+    >>> merge_embedding(Embedding(np.eye(2)), adapter, scaling=0.5).W.tolist()
     [[2.0, 2.0], [1.0, 3.0]]
     """
     s = _check_pair(base, adapter, scaling)

@@ -1,4 +1,4 @@
-"""A convolution's windows laid out as rows, and its groups as blocks: what makes it linear.  See specs/conv.md."""
+"""A convolution's windows as rows, its groups as blocks: what makes it linear.  Derivation: specs/conv.md."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -18,27 +18,24 @@ class Window(NamedTuple):
     after: tuple[int, ...]
     mode: str = "zeros"  # zeros, reflect, replicate or circular
 
-    def count(self, axis: int, length: int) -> int:
+    def stops(self, axis: int, length: int) -> int:
         """At how many places the kernel stands on an axis of that length.  (conv.1)"""
         room = length + self.before[axis] + self.after[axis] - self.dilation[axis] * (self.kernel[axis] - 1)
         return (room - 1) // self.stride[axis] + 1
 
     def places(self, axis: int, length: int) -> list[int]:
-        """For each place, and each entry of the kernel there, the entry of x that it meets; `length` for a zero.
+        """For each place, and each entry of the kernel there, the entry of x it meets; `length` for a zero.
 
         Raises ShapeError where the kernel does not fit, or where the padding wants more than there is.
         """
-        count, kernel = self.count(axis, length), self.kernel[axis]
+        count, kernel = self.stops(axis, length), self.kernel[axis]
         if count < 1:
-            wide = self.dilation[axis] * (kernel - 1) + 1
-            most = length + self.before[axis] + self.after[axis]
-            raise ShapeError(f"x: expected at least {wide} entries with padding on spatial axis {axis}, got {most}")
-        most = {"reflect": length - 1, "circular": length}.get(self.mode)
-        padding = max(self.before[axis], self.after[axis])
-        if most is not None and padding > most:
-            raise ShapeError(
-                f"x: expected spatial axis {axis} to hold padding={padding} in mode {self.mode}, got {length} entries"
-            )
+            least = self.dilation[axis] * (kernel - 1) + 1 - self.before[axis] - self.after[axis]
+            raise ShapeError(f"x: expected at least {least} entries on spatial axis {axis}, got {length}")
+        least = max(self.before[axis], self.after[axis]) + (self.mode == "reflect")
+        if self.mode in ("reflect", "circular") and length < least:
+            wanted = f"at least {least} entries on spatial axis {axis} for padding_mode={self.mode}"
+            raise ShapeError(f"x: expected {wanted}, got {length}")
         found = []
         for p in range(count):
             for t in range(kernel):
@@ -74,7 +71,7 @@ def cols_forward(x: Array, window: Window) -> Array:
     cols = xp.reshape(x, (prod(lead), d_in, *L))
     for axis in range(k):
         cols = gather_forward(cols, window.places(axis, L[axis]), axis + 2)  # (conv.4)
-    P = tuple(window.count(axis, L[axis]) for axis in range(k))
+    P = tuple(window.stops(axis, L[axis]) for axis in range(k))
     both = tuple(size for pair in zip(P, window.kernel, strict=True) for size in pair)
     cols = xp.reshape(cols, (prod(lead), d_in, *both))
     cols = xp.permute_dims(cols, (0, *range(2, 2 * k + 2, 2), 1, *range(3, 2 * k + 2, 2)))  # (conv.5)
@@ -89,7 +86,7 @@ def cols_backward(gcols: Array, window: Window, L: tuple[int, ...]) -> Array:
     another: the bits depend on the arguments alone.
     """
     k, size = len(window.kernel), prod(window.kernel)
-    P = tuple(window.count(axis, L[axis]) for axis in range(k))
+    P = tuple(window.stops(axis, L[axis]) for axis in range(k))
     lead, d_in = gcols.shape[: len(gcols.shape) - k - 1], gcols.shape[-1] // size
     if gcols.shape[len(lead) : -1] != P or gcols.shape[-1] % size:
         raise ShapeError(f"gcols: expected (..., *{P}, d_in·{size}), set by L={L}, got {tuple(gcols.shape)}")
@@ -114,7 +111,7 @@ def gather_forward(x: Array, places: list[int], axis: int) -> Array:
 
 
 def gather_backward(gy: Array, places: list[int], axis: int, length: int) -> Array:
-    """Adjoint of gather_forward: every entry of x gets the sum of what was taken from it, first to last.  (conv.7)
+    """Adjoint of gather_forward: each entry of x gets the sum of what was taken from it, in order.  (conv.7)
 
     The entries are turned round: for each of x, the list of those that hold it. The first column of these
     lists is taken, then the second is added, and so on; a list that has ended brings a zero.
@@ -151,14 +148,12 @@ def blocks_forward(W: Array, groups: int) -> Array:
 
 
 def blocks_backward(gW: Array, groups: int) -> Array:
-    """Adjoint of blocks_forward, which takes the blocks out again: (d_out, groups·d) -> (d_out, d).  (conv.9)"""
+    """Adjoint of blocks_forward, which takes the blocks out: (d_out, groups·d) -> (d_out, d).  (conv.9)"""
     if groups == 1:
         return gW
-    d_out, wide = gW.shape
-    xp = namespace_of(gW=gW)
-    parts = xp.reshape(gW, (d_out, groups, wide // groups))
-    own = [xp.reshape(parts, (groups, d_out // groups, groups, wide // groups))[g, :, g, :] for g in range(groups)]
-    found: Array = xp.concat(own, axis=0)
+    o, d = gW.shape[0] // groups, gW.shape[1] // groups
+    own = [gW[g * o : (g + 1) * o, g * d : (g + 1) * d] for g in range(groups)]
+    found: Array = namespace_of(gW=gW).concat(own, axis=0)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rows of a table looked up by number, their adjoint, and a low-rank update of rows.  Derivation: specs/embedding.md."""
+"""Rows of a table looked up by number, their low-rank update, and adjoints.  Derivation: specs/embedding.md."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -134,5 +134,5 @@ def lora_lookup_backward(
     gu = scaling * gy                 # (..., dim)      (lora.5), undoes (lora.4)
     gB = rows(gu).T @ rows(z)         # (dim, r)        (lora.6), undoes (lora.2)
     gz = gu @ B                       # (..., r)        (lora.7)
-    gA = lookup_backward(gz, ids, A.T, padding=padding, by_frequency=by_frequency).T  # (embedding.7), is (lora.8)
+    gA = lookup_backward(gz, ids, A.T, padding=padding, by_frequency=by_frequency).T  # (embedding.7)
     return gA, gB
