@@ -17,6 +17,15 @@ from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeErr
 from .init import init_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
 from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
+from .layers.conv import Conv, lora_conv_backward, lora_conv_backward_base, lora_conv_forward, merge_conv
+from .layers.embedding import (
+    Embedding,
+    lora_embedding_backward,
+    lora_embedding_backward_base,
+    lora_embedding_forward,
+    merge_embedding,
+)
+from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .merge import merge, row_norms, unmerge
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .random import dropout_mask, site_key, torch_generator
@@ -27,8 +36,10 @@ __all__ = [
     "Adapter",
     "BackendError",
     "ConfigError",
+    "Conv",
     "ConvAdapter",
     "DtypeError",
+    "Embedding",
     "FormatError",
     "Linear",
     "LoraConfig",
@@ -40,12 +51,22 @@ __all__ = [
     "dropout_mask",
     "fast",
     "init_adapter",
+    "init_conv_adapter",
+    "init_embedding_adapter",
     "linear_from_stored",
     "linear_to_stored",
+    "lora_conv_backward",
+    "lora_conv_backward_base",
+    "lora_conv_forward",
+    "lora_embedding_backward",
+    "lora_embedding_backward_base",
+    "lora_embedding_forward",
     "lora_linear_backward",
     "lora_linear_backward_base",
     "lora_linear_forward",
     "merge",
+    "merge_conv",
+    "merge_embedding",
     "open_safetensors",
     "param_count",
     "row_norms",

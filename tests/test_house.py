@@ -49,8 +49,8 @@ SEEN_BESIDES = {
 # What arrays' own libraries are asked for by the engine, as a namespace `xp`; specs/backend.md.
 # CuPy 14.2's namespace, restricted to what we use: look a new name up in CuPy's reference before adding it.
 CUPY = {
-    *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
-    *("sqrt", "stack", "sum", "uint64", "where", "zeros_like"),
+    *("abs", "all", "arange", "asarray", "concat", "float64", "full_like", "isfinite", "max", "ones"),
+    *("permute_dims", "real", "reshape", "sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",
