@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_np.config import FIELDS, OURS, STARTS, TIERS, LoraConfig, check_usable
+from lorax_np.config import FIELDS, OURS, STARTS, TIERS, LoraConfig, check_usable, settings_of
+from lorax_np.config.settings import SETTINGS
 from lorax_np.errors import ConfigError
 
 
@@ -457,6 +458,10 @@ def test_a_known_config_is_usable():
         LoraConfig(),
         LoraConfig.from_dict(LoraConfig().to_dict() | quiet),
         LoraConfig(use_dora=True, bias="all", target_modules=["q"], eva_config={"rho": 2.0}),
+        LoraConfig(corda_config={"verbose": False, "cache_file": None}),
+        LoraConfig(init_lora_weights="eva", eva_config={"rho": 1.5, "tau": 0.9, "use_label_mask": False}),
+        LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 8, "loftq_iter": 5}),
+        *(LoraConfig(init_lora_weights=start) for start in ("olora", "orthogonal", "eva", "corda", "lora_ga")),
         *(LoraConfig(init_lora_weights=start) for start in (False, "gaussian", "pissa", "pissa_niter_16")),
     ):
         check_usable(config)
@@ -488,15 +493,103 @@ def test_every_exotic_field_is_carried_and_not_usable():
                 check_usable(config, starting=starting)
 
 
-@pytest.mark.parametrize("start", [name for name, tier in STARTS.items() if tier != "core"])
-def test_a_start_that_is_not_built_says_what_is(start):
-    config = LoraConfig(init_lora_weights=start, loftq_config={"loftq_bits": 4} if start == "loftq" else {})
-    with pytest.raises(ConfigError, match=f"builds True, False, gaussian, pissa, pissa_niter_k, got '{start}'"):
-        check_usable(config)
-    if start == "mica":  # the only one that is no plain LoRA once it has started
-        assert "this version builds" in said(check_usable, config, starting=False)
-    else:
+def test_a_start_that_is_not_built_says_what_is():
+    """mica is the only one that is no plain LoRA once it has started."""
+    assert [name for name, tier in STARTS.items() if tier == "exotic"] == ["mica"]
+    built = "True, False, gaussian, pissa, pissa_niter_k, olora, loftq, orthogonal, eva, corda, lora_ga"
+    for starting in (True, False):
+        message = said(check_usable, LoraConfig(init_lora_weights="mica"), starting=starting)
+        assert message == f"init_lora_weights: this version builds {built}, got 'mica'"
+
+
+# ---- Settings of starts ------------------------------------------------------------------------------------
+
+WRONG_SETTINGS = {
+    "loftq_config": {"loftq_bits": (2, 5, 4.0, True, "4", None), "loftq_iter": (0, -1, 1.5, True)},
+    "eva_config": {
+        "rho": (0.99, NAN, INF, "2", None),
+        "tau": (-0.1, 1.1, NAN, None),
+        "use_label_mask": (1, None),
+        "label_mask_value": (0.5, True, None),
+        "whiten": (0, "yes"),
+        "adjust_scaling_factors": (1, None),
+    },
+    "corda_config": {
+        "cache_file": (3, False),
+        "covariance_file": (["a"],),
+        "corda_method": ("IPM", "spm", None),
+        "verbose": (1,),
+        "use_float16_for_covariance": ("no",),
+        "prune_temporary_fields": (None,),
+    },
+    "lora_ga_config": {
+        "direction": ("arb2r", "ArB3r", None),
+        "scale": ("gd", "Stable", 1),
+        "stable_gamma": (0, -1, NAN, "16", None),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "value"),
+    [(f, n, v) for f, names in WRONG_SETTINGS.items() for n, values in names.items() for v in values],
+)
+def test_a_setting_that_does_not_fit_is_refused_when_the_config_is_made(field, name, value):
+    start = SETTINGS[field][0]
+    assert refusal(init_lora_weights=start, **{field: {name: value}}).startswith(f"{field}: {name}: expected ")
+
+
+def test_every_setting_has_values_that_are_refused():
+    assert {f: set(names) for f, (_, names) in SETTINGS.items()} == {
+        f: set(n) for f, n in WRONG_SETTINGS.items()
+    }
+
+
+def test_the_nearest_setting_is_named():
+    """Unknown names stay in the config, as a file's do, and are refused where a start would read them."""
+    for field, said_so, hint in (
+        ("loftq_config", {"loftq_bit": 8}, "(did you mean 'loftq_bits'?)"),
+        ("eva_config", {"rhoo": 3}, "(did you mean 'rho'?)"),
+        ("corda_config", {"method": "kpm"}, "(did you mean 'corda_method'?)"),
+        ("lora_ga_config", {"stable-gamma": 4}, "(did you mean 'stable_gamma'?)"),
+    ):
+        config = LoraConfig(init_lora_weights=SETTINGS[field][0], **{field: said_so})
+        assert LoraConfig.from_dict(config.to_dict()) == config
+        message = said(check_usable, config)
+        assert message.startswith(f"{field}: expected names among ")
+        assert message.endswith(hint)
         check_usable(config, starting=False)
+    assert "(did you mean 'ArB2r'?)" in refusal(
+        init_lora_weights="lora_ga", lora_ga_config={"direction": "ArBr2"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "field", "given"),
+    [
+        ("corda", "corda_config", {"cache_file": "a.pt"}),
+        ("corda", "corda_config", {"covariance_file": "a.pt"}),
+        ("corda", "corda_config", {"use_float16_for_covariance": True}),
+        (True, "eva_config", {"rho": 1.0}),
+        ("pissa", "corda_config", {"corda_method": "kpm"}),
+        ("eva", "lora_ga_config", {"direction": "random"}),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused_by_who_starts(start, field, given):
+    config = LoraConfig(init_lora_weights=start, **{field: given})
+    assert said(check_usable, config).startswith(f"{field}: ")
+    check_usable(config, starting=False)
+
+
+@pytest.mark.peft
+def test_settings_and_their_defaults_are_those_of_peft(peft):
+    from dataclasses import fields
+
+    lora = peft.tuners.lora.config
+    classes = {"loftq_config": lora.LoftQConfig, "eva_config": lora.EvaConfig}
+    classes |= {"corda_config": lora.CordaConfig, "lora_ga_config": lora.LoraGAConfig}
+    for field, theirs in classes.items():
+        assert settings_of(field, None) == {f.name: f.default for f in fields(theirs)}
 
 
 # ---- Against PEFT itself -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What an adapter is: LoraConfig in PEFT's names, and Site, its resolved numbers at one name."""
 
 from .lora import DEFAULTS, FIELDS, OURS, STARTS, TIERS, LoraConfig, check_usable, start_name
+from .settings import settings_of
 from .site import Site, site_at
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LoraConfig",
     "Site",
     "check_usable",
+    "settings_of",
     "site_at",
     "start_name",
 ]

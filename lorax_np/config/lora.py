@@ -31,6 +31,8 @@ from ..kinds import (
     whole,
     word,
 )
+from .settings import SETTINGS as SETTINGS_OF_STARTS
+from .settings import setting_problems, unused_settings
 
 # core: in the mathematics.  family: needed to read, place or write adapters.  exotic: carried unchanged from
 # file to file, and refused where the adapter is used unless it says nothing.
@@ -48,7 +50,7 @@ STARTS: Mapping[str, Tier] = {  # the words of init_lora_weights, next to True a
     "lora_ga": "family",
     "mica": "exotic",
 }
-ROOTS = "pissa", "pissa_niter_k", "corda"  # these starts scale A and B by √(S/s): s must be above 0
+ROOTS = "pissa", "pissa_niter_k", "corda", "loftq"  # these starts scale A and B by √(S/s): s must be above 0
 
 
 def start_name(start: bool | str) -> str:
@@ -195,6 +197,8 @@ class LoraConfig:
             names = rule.reads.split()
             if values.keys() >= set(names) and rule.broken(self):
                 problems.append(problem(names[0], rule.wanted.format(self), values[names[0]]))
+        for name in SETTINGS_OF_STARTS:
+            problems += setting_problems(name, values.get(name) or {})
         refuse(problems)
 
     @property
@@ -301,8 +305,8 @@ def check_usable(config: LoraConfig, *, starting: bool = True) -> None:
     """Raise ConfigError where the config says something that this version would have to ignore.
 
     That is an unknown or exotic field that is neither null, false, {}, [] nor its default, and a start that
-    this version does not build. Who computes initial values leaves starting=True; who has the adapter
-    already says starting=False, and only an exotic start is refused.
+    this version does not build. Who computes initial values leaves starting=True, which refuses settings of
+    starts besides that this start does not read; who has the adapter already says starting=False.
     """
     problems = []
     for name, f in FIELDS.items():
@@ -314,10 +318,13 @@ def check_usable(config: LoraConfig, *, starting: bool = True) -> None:
             hint = nearest(name, TIERS)
             problems.append(f"{name_of(name)}: expected a known field, got {shown(value)}{hint}")
     start = config.init_lora_weights
-    tier = STARTS.get(start_name(start), "core")
-    if tier == "exotic" or (tier == "family" and starting):
-        built = ", ".join(name for name in STARTS if STARTS[name] == "core")
+    if STARTS.get(start_name(start)) == "exotic":
+        built = ", ".join(name for name in STARTS if STARTS[name] != "exotic")
         problems.append(f"init_lora_weights: this version builds True, False, {built}, got {start!r}")
+    for name in SETTINGS_OF_STARTS:
+        given = getattr(config, name)
+        if starting and given:
+            problems += unused_settings(name, given, start)
     refuse(problems)
 
 
