@@ -446,9 +446,7 @@ def test_a_row_of_zeros_is_refused_under_dora():
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"init_lora_weights": "orthogonal"}, "init_lora_weights"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"use_qalora": True}, "use_qalora"),
