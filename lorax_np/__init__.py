@@ -28,11 +28,21 @@ from .layers.embedding import (
 from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .merge import merge, row_norms, unmerge
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
+from .quant import (
+    NF4,
+    Int8,
+    compress_absmax,
+    dequantise_int8,
+    dequantise_nf4,
+    quantise_int8,
+    quantise_nf4,
+)
 from .random import dropout_mask, site_key, torch_generator
+from .starts import Moments, eva_ranks, input_moments
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "Adapter",
     "BackendError",
     "ConfigError",
@@ -41,18 +51,26 @@ __all__ = [
     "DtypeError",
     "Embedding",
     "FormatError",
+    "Int8",
     "Linear",
     "LoraConfig",
     "LoraLinearSaved",
+    "Moments",
+    "NF4",
     "SafetensorsFile",
     "ShapeError",
     "Site",
     "backend_info",
+    "compress_absmax",
+    "dequantise_int8",
+    "dequantise_nf4",
     "dropout_mask",
+    "eva_ranks",
     "fast",
     "init_adapter",
     "init_conv_adapter",
     "init_embedding_adapter",
+    "input_moments",
     "linear_from_stored",
     "linear_to_stored",
     "lora_conv_backward",
@@ -69,6 +87,8 @@ __all__ = [
     "merge_embedding",
     "open_safetensors",
     "param_count",
+    "quantise_int8",
+    "quantise_nf4",
     "row_norms",
     "site_key",
     "torch_generator",

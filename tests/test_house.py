@@ -413,7 +413,7 @@ def test_the_signatures_that_face_md_shows():
 
     assert list(shown(lx.Linear)) == ["W", "b"]
     assert list(shown(lx.Adapter)) == ["A", "B", "m", "b", "bB"]
-    assert list(shown(lx.init_adapter)) == ["base", "config", "rng"]
+    assert list(shown(lx.init_adapter)) == ["base", "config", "rng", "inputs", "gradient"]
     assert list(shown(lx.lora_linear_forward)) == ["x", "base", "adapter", "scaling", "mask"]
     assert list(shown(lx.lora_linear_backward)) == [
         "gy",
