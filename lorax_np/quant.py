@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import FLOATS, Array, HostArray, all_finite, cast, dtype_name, quiet, to_host
+from .backend import FLOATS, Array, HostArray, all_finite, cast, dtype_name, namespace_of, quiet, to_host
 from .errors import ConfigError, DtypeError, ShapeError
 
 PIECE = 1 << 16  # entries that are handled at a time; a multiple of every block
 BLOCKS = 32, 64, 128, 256, 512, 1024, 2048, 4096  # entries that share one absmax
 NESTED = 256  # absmax that share one, where they are quantised themselves
 LEAST = np.float32(1e-38)  # an absmax below has no reciprocal in float32
+MOST = np.finfo(np.float32).max / np.float32(128)  # an absmax above, 127 times, passes float32
 
 # The levels of NF4, exact in float32: quantiles of a normal, scaled to ±1, with a 0 of their own.
 LEVELS: HostArray = np.array(
@@ -208,7 +209,11 @@ def quantise_int8(W: Array, *, block: int | None = None) -> Int8:
     for at, values in _pieces(host, wide):
         end = at + values.size
         top = np.maximum.reduceat(np.abs(values), np.arange(0, values.size, wide))  # (quant.8)
-        _scale(values, np.float32(127) / np.maximum(top, 128 * LEAST), wide)
+        if top.max() > MOST:
+            raise ConfigError(
+                f"W: expected numbers up to {MOST:.2g} to quantise to 8 bits, got {top.max():.2g}"
+            )
+        _scale(values, np.float32(127) * (np.float32(1) / np.maximum(top, 128 * LEAST)), wide)
         codes[at:end] = np.rint(values)  # (quant.9)
         absmax[at // wide : -(-end // wide)] = top
     return Int8(codes.reshape(host.shape), absmax, block)
@@ -245,6 +250,7 @@ def dequantise_int8(q: Int8, out: HostArray | None = None, *, dtype: str | None 
 
 def _weight(W: Array) -> HostArray:
     """W on the host, where it is one that can be quantised."""
+    namespace_of(W=W)
     if dtype_name(W) not in FLOATS or dtype_name(W) == "complex128":
         raise DtypeError(f"W: expected one of {', '.join(FLOATS[:-1])}, got {dtype_name(W)}")
     host = to_host(W)

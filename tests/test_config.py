@@ -560,7 +560,7 @@ def test_the_nearest_setting_is_named():
         assert message.endswith(hint)
         check_usable(config, starting=False)
     assert "(did you mean 'ArB2r'?)" in refusal(
-        init_lora_weights="lora_ga", lora_ga_config={"direction": "ArBr2"}
+        init_lora_weights="lora_ga", lora_ga_config={"direction": "ArB2rr"}
     )
 
 
