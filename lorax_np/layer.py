@@ -6,7 +6,7 @@ branch is computed in the adapter's, the two are added in the wider one, and the
 each gradient is rounded once, at the end.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .backend import Array, cast, compute_dtype, dtype_name, namespace_of
 from .ops.dora import (
@@ -20,6 +20,8 @@ from .ops.dropout import dropout_backward, dropout_forward
 from .ops.linear import linear_backward_b, linear_backward_W, linear_backward_x, linear_forward
 from .ops.lora import LoraSaved, delta_backward, delta_forward, lora_backward, lora_backward_bB, lora_forward
 from .params import Adapter, Linear, Parts, check_backward, check_forward
+
+Value = TypeVar("Value")
 
 
 class LoraLinearSaved(NamedTuple):
@@ -56,27 +58,41 @@ def lora_linear_forward(
     """
     s = check_forward(x, base, adapter, scaling, mask)
     narrow, wide = dtype_name(x), compute_dtype(x)
-    W, b = cast(base.W, wide), base.b if adapter.b is None else adapter.b
-
-    y0 = linear_forward(cast(x, wide), W, cast(b, wide))
-    y0 = cast(y0, narrow)  # (linear.6), the base's own output, as the layer without adapter gives it
-    if adapter.A is None or adapter.B is None:
+    y0 = base_forward(x, base, adapter.b)
+    if adapter.A is None:
         return y0, LoraLinearSaved(x, mask, None, None)
-
-    low = compute_dtype(adapter.A)
-    A, B, bB, m = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.bB, low), cast(adapter.m, low)
-    xd = dropout_forward(cast(x, low), cast(mask, low))
-    t, lora = lora_forward(xd, A, B, bB, scaling=s)
-    dora = None
-    if m is not None:
-        W = cast(base.W, low)
-        P = linear_forward(xd, W)
-        n = row_norm_forward(W + delta_forward(A, B, scaling=s))
-        t, dora = magnitude_forward(P, t, m=m, n=n)
-
-    both = _wider(wide, low)
+    t, lora, dora = branch_forward(x, base, adapter, scaling=s, mask=mask)
+    both = wider(wide, dtype_name(t))
     y = cast(cast(y0, both) + cast(t, both), narrow)  # (linear.7)
     return y, LoraLinearSaved(x, mask, lora, dora)
+
+
+def base_forward(x: Array, base: Linear, b: Array | None = None) -> Array:
+    """The layer without adapter, in x's dtype; b stands in for the base's. Nothing is checked.  (linear.6)"""
+    narrow, wide = dtype_name(x), compute_dtype(x)
+    y0 = linear_forward(cast(x, wide), cast(base.W, wide), cast(base.b if b is None else b, wide))
+    return cast(y0, narrow)  # (linear.6), the base's own output, as the layer without adapter gives it
+
+
+def branch_forward(
+    x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Array | None
+) -> tuple[Array, LoraSaved, MagnitudeSaved | None]:
+    """What one adapter adds to the base's output, in the dtype it computes in. Nothing is checked.
+
+    Without m that is s·((x∘mask)AᵀBᵀ + bB), and with m the two terms of k.  specs/lora.md, specs/dora.md.
+    """
+    low = compute_dtype(_present(adapter.A))
+    A, B = cast(_present(adapter.A), low), cast(_present(adapter.B), low)
+    bB, m = cast(adapter.bB, low), cast(adapter.m, low)
+    xd = dropout_forward(cast(x, low), cast(mask, low))
+    t, lora = lora_forward(xd, A, B, bB, scaling=scaling)
+    if m is None:
+        return t, lora, None
+    W = cast(base.W, low)
+    P = linear_forward(xd, W)
+    n = row_norm_forward(W + delta_forward(A, B, scaling=scaling))
+    t, dora = magnitude_forward(P, t, m=m, n=n)
+    return t, lora, dora
 
 
 def lora_linear_backward(
@@ -103,37 +119,46 @@ def lora_linear_backward(
     narrow, wide = dtype_name(gy), compute_dtype(gy)
 
     gx = linear_backward_x(cast(gy, wide), cast(base.W, wide))
-    gb = None if adapter.b is None else linear_backward_b(cast(gy, wide))
-    if adapter.A is None or adapter.B is None or saved.lora is None:
-        return cast(gx, narrow), Adapter(None, None, b=_cast_like(gb, adapter.b))
+    if adapter.A is None:
+        return cast(gx, narrow), Adapter(None, None, b=trained_bias(gy, adapter))
+    gxa, g = branch_backward(gy, saved, base, adapter, scaling=s, norm_gradient=norm_gradient)
+    both = wider(wide, dtype_name(gxa))
+    gx = cast(cast(gx, both) + cast(gxa, both), narrow)  # (linear.8)
+    return gx, g
 
-    low = compute_dtype(adapter.A)
-    A, B, m, gt = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.m, low), cast(gy, low)
+
+def branch_backward(
+    gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, *, scaling: float, norm_gradient: bool
+) -> tuple[Array, Adapter]:
+    """Adjoint of branch_forward: gx of the branch, in the dtype it computes in, and the adapter's gradients.
+
+    b, where the adapter has it, is among them. Nothing is checked.  specs/lora.md, specs/dora.md.
+    """
+    low, lora = compute_dtype(_present(adapter.A)), _present(saved.lora)
+    A, B = cast(_present(adapter.A), low), cast(_present(adapter.B), low)
+    m, gt = cast(adapter.m, low), cast(gy, low)
     gm = None
     if m is None or saved.dora is None:
-        gxd, gA, gB = lora_backward(gt, saved.lora, A, B, scaling=s)
+        gxd, gA, gB = lora_backward(gt, lora, A, B, scaling=scaling)
     else:
         W = cast(base.W, low)
-        V = W + delta_forward(A, B, scaling=s)
+        V = W + delta_forward(A, B, scaling=scaling)
         n = row_norm_forward(V)
         gP, gQ, gm, gn = magnitude_backward(gt, saved.dora, m=m, n=n)
-        gxd, gA, gB = lora_backward(gQ, saved.lora, A, B, scaling=s)
+        gxd, gA, gB = lora_backward(gQ, lora, A, B, scaling=scaling)
         gxd = gxd + linear_backward_x(gP, W)  # (dora.14)
         if norm_gradient:
-            gA_n, gB_n = delta_backward(row_norm_backward(gn, V, n=n), A, B, scaling=s)
+            gA_n, gB_n = delta_backward(row_norm_backward(gn, V, n=n), A, B, scaling=scaling)
             gA, gB = gA + gA_n, gB + gB_n
-    gbB = None if adapter.bB is None else lora_backward_bB(gt, scaling=s)
-
-    both = _wider(wide, low)
-    gxa = dropout_backward(gxd, cast(saved.mask, low))
-    gx = cast(cast(gx, both) + cast(gxa, both), narrow)  # (linear.8)
-    return gx, Adapter(  # (linear.9)
-        A=cast(gA, dtype_name(adapter.A)),
-        B=cast(gB, dtype_name(adapter.B)),
+    gbB = None if adapter.bB is None else lora_backward_bB(gt, scaling=scaling)
+    g = Adapter(  # (linear.9)
+        A=_cast_like(gA, adapter.A),
+        B=_cast_like(gB, adapter.B),
         m=_cast_like(gm, adapter.m),
-        b=_cast_like(gb, adapter.b),
+        b=trained_bias(gy, adapter),
         bB=_cast_like(gbB, adapter.bB),
     )
+    return dropout_backward(gxd, cast(saved.mask, low)), g
 
 
 def lora_linear_backward_base(
@@ -167,7 +192,7 @@ def lora_linear_backward_base(
         gW_dora = linear_backward_W(gP, saved.lora.x)
         if norm_gradient:
             gW_dora = gW_dora + row_norm_backward(gn, V, n=n)
-        both = _wider(wide, low)
+        both = wider(wide, low)
         gW = cast(gW, both) + cast(gW_dora, both)  # (dora.13)
     return Linear(cast(gW, narrow), cast(gb, narrow))
 
@@ -179,8 +204,22 @@ def _cast_like(x: Array | None, other: Array | None) -> Array | None:
     return None if x is None or other is None else cast(x, dtype_name(other))
 
 
-def _wider(one: str, other: str) -> str:
+def wider(one: str, other: str) -> str:
+    """The wider of two dtypes that arrays are computed in."""
     return "float64" if "float64" in (one, other) else one
+
+
+def trained_bias(gy: Array, adapter: Adapter) -> Array | None:
+    """The gradient by adapter.b, where the adapter has it.  (linear.5), (linear.9)"""
+    gb = None if adapter.b is None else linear_backward_b(cast(gy, compute_dtype(gy)))
+    return _cast_like(gb, adapter.b)
+
+
+def _present(value: Value | None) -> Value:
+    """What the checks of a layer with an adapter have seen to be there."""
+    if value is None:
+        raise TypeError("adapter: expected A and B, got None")
+    return value
 
 
 def _check_backward(gy: Array, saved: LoraLinearSaved, base: Linear, adapter: Adapter, scaling: float) -> float:
