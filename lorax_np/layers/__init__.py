@@ -1,1 +1,3 @@
-"""Layers of other kinds than linear, composed from ops/ and layer.py with their casts in sight."""
+"""Layers beside the linear one, each as a forward and its adjoint: embeddings, convolutions, experts, packed
+and several adapters, and the forms related to LoRA.
+"""
