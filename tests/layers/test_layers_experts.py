@@ -26,7 +26,9 @@ layouts = pytest.mark.parametrize("transposed", [False, True], ids=["(E, d_out, 
 small = st.integers(1, 4)
 
 
-def drawn(seed, library=LIBRARIES[0], *, E=3, r=2, d_in=4, d_out=5, lead=(7,), transposed=False, dtype="float64"):
+def drawn(
+    seed, library=LIBRARIES[0], *, E=3, r=2, d_in=4, d_out=5, lead=(7,), transposed=False, dtype="float64"
+):
     """x, base, adapter, ids and gy."""
     draw = normals(seed, library, dtype)
     shape = (E, d_in, d_out) if transposed else (E, d_out, d_in)
@@ -66,7 +68,10 @@ def test_the_forward_is_the_definition_and_the_backward_its_adjoint(
     for name, got in (("x", gx), ("W", gbase.W), ("A", g.A), ("B", g.B)):
         assert got.shape == at[name].shape
         v = rng.standard_normal(at[name].shape)
-        ends = [definition(**{**at, name: at[name] + sign * v}, ids=ids, s=s, transposed=transposed) for sign in (1, -1)]
+        ends = [
+            definition(**{**at, name: at[name] + sign * v}, ids=ids, s=s, transposed=transposed)
+            for sign in (1, -1)
+        ]
         terms = [
             definition(*map(np.abs, {**at, name: at[name] + sign * v}.values()), ids, s, transposed)
             for sign in (1, -1)
@@ -91,7 +96,11 @@ def test_every_element_by_complex_steps(transposed):
             moved = {**at, name: at[name].astype("complex128")}
             moved[name][i] += TINY * 1j
             y, _ = lora_experts_forward(
-                moved["x"], Experts(moved["W"], transposed), lx.Adapter(moved["A"], moved["B"]), scaling=s, ids=ids
+                moved["x"],
+                Experts(moved["W"], transposed),
+                lx.Adapter(moved["A"], moved["B"]),
+                scaling=s,
+                ids=ids,
             )
             want[i] = pairing(gy, np.imag(y) / TINY)
             size[name][i] = total(gy, np.imag(y) / TINY)
@@ -253,7 +262,9 @@ def test_the_default_start_spends_torch_s_words():
 )
 def test_what_experts_cannot_start_from_is_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        init_experts_adapter(Experts(np.ones((3, 5, 7))), lx.LoraConfig(r=2, **change), rng=lx.torch_generator(0))
+        init_experts_adapter(
+            Experts(np.ones((3, 5, 7))), lx.LoraConfig(r=2, **change), rng=lx.torch_generator(0)
+        )
 
 
 # ---- what does not fit -------------------------------------------------------------------------------------
@@ -267,22 +278,42 @@ def forward(x=(7, 4), W=(3, 5, 4), A=(6, 4), B=(5, 6), ids=(0, 1, 2, 0, 1, 2, 0)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: forward(A=(4, 4), B=(5, 4)), ShapeError, "A: expected (r·E, d_in) with E=3 set by W, got (4, 4)"),
+        (
+            lambda: forward(A=(4, 4), B=(5, 4)),
+            ShapeError,
+            "A: expected (r·E, d_in) with E=3 set by W, got (4, 4)",
+        ),
         (lambda: forward(A=(6, 3)), ShapeError, "A: expected (r·E, d_in) with d_in=4 set by W, got (6, 3)"),
-        (lambda: forward(B=(4, 6)), ShapeError, "B: expected (d_out, r·E) with d_out=5 set by W, r·E=6 set by A"),
+        (
+            lambda: forward(B=(4, 6)),
+            ShapeError,
+            "B: expected (d_out, r·E) with d_out=5 set by W, r·E=6 set by A",
+        ),
         (lambda: forward(x=(7, 3)), ShapeError, "A: expected (r·E, d_in) with d_in=3 set by x, got (6, 4)"),
         (lambda: forward(ids=(0, 1)), ShapeError, "ids: expected 7 of them, one for each row of x, got 2"),
         (lambda: forward(ids=(0, 1, 2, 3, 0, 0, 0)), ConfigError, "ids: expected integers from 0 to 2, got 3"),
-        (lambda: forward(ids=(0, 1, 2, -1, 0, 0, 0)), ConfigError, "ids: expected integers from 0 to 2, got -1"),
+        (
+            lambda: forward(ids=(0, 1, 2, -1, 0, 0, 0)),
+            ConfigError,
+            "ids: expected integers from 0 to 2, got -1",
+        ),
         (lambda: forward(ids=np.zeros(7)), ConfigError, "ids: expected integers, got float64"),
         (lambda: forward(ids=None), ConfigError, "ids: expected ids or counts, got neither"),
         (lambda: forward(counts=(7, 0, 0)), ConfigError, "ids: expected ids or counts, got both"),
-        (lambda: forward(ids=None, counts=(7, 1, 0)), ShapeError, "counts: expected a sum of 7, the rows of x, got 8"),
+        (
+            lambda: forward(ids=None, counts=(7, 1, 0)),
+            ShapeError,
+            "counts: expected a sum of 7, the rows of x, got 8",
+        ),
         (lambda: forward(ids=None, counts=(7,)), ShapeError, "counts: expected 3 of them, one for each expert"),
         (lambda: forward(m=1), ConfigError, "m: expected None, since an experts' adapter has A and B alone"),
         (lambda: forward(bB=1), ConfigError, "bB: expected None, since an experts' adapter has A and B alone"),
         (lambda: Experts(np.ones(4)), ShapeError, "W: expected (E, d_out, d_in), got (4,)"),
-        (lambda: Experts(np.ones((4, 3)), True), ConfigError, "transposed: expected False for a weight of two axes"),
+        (
+            lambda: Experts(np.ones((4, 3)), True),
+            ConfigError,
+            "transposed: expected False for a weight of two axes",
+        ),
         (lambda: Experts(np.ones((2, 4, 3), int)), DtypeError, "W: expected one of"),
     ],
 )

@@ -119,7 +119,11 @@ def test_a_wrong_adjoint_is_refused(wrong, seed):
         (lambda A, B: split_experts(A, B[:, :4], experts=2), ShapeError, "B: expected (d_out, r·E) with r·E=6"),
         (lambda A, B: split_experts(A, B.astype("float32"), experts=2), DtypeError, "B: expected float64"),
         (lambda A, B: join_experts([], []), ShapeError, "A: expected the factors of one expert at least"),
-        (lambda A, B: join_experts([A, A[:3]], [B, B[:, :3]]), ShapeError, "A: expected every expert's factors"),
+        (
+            lambda A, B: join_experts([A, A[:3]], [B, B[:, :3]]),
+            ShapeError,
+            "A: expected every expert's factors",
+        ),
         (
             lambda A, B: experts_delta_backward(np.ones((3, 5, 9)), A, B, scaling=1.0),
             ShapeError,

@@ -59,11 +59,19 @@ class Model(torch.nn.Module):
         return self.moe(x, ids)
 
 
-def wrapped(shape: tuple[int, ...], transposed: bool, dtype: str = "float64", **options: Any) -> tuple[Any, Any]:
+def wrapped(
+    shape: tuple[int, ...], transposed: bool, dtype: str = "float64", **options: Any
+) -> tuple[Any, Any]:
     """PEFT's model over a random parameter, right after manual_seed(3), and its layer."""
     W = np.random.default_rng(1).standard_normal(shape).astype(dtype)
     model = Model(Moe(W, transposed))
-    options = {"r": R, "lora_alpha": ALPHA, "target_modules": [], "target_parameters": ["moe.weight"], **options}
+    options = {
+        "r": R,
+        "lora_alpha": ALPHA,
+        "target_modules": [],
+        "target_parameters": ["moe.weight"],
+        **options,
+    }
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +83,9 @@ def factors(layer: Any) -> tuple[Any, Any]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-def both(layout: str, dtype: str = "float64") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+def both(
+    layout: str, dtype: str = "float64"
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
     """y, gradients and merged W, ours and PEFT's, every trainable perturbed; and the sizes of the terms."""
     shape, transposed = LAYOUTS[layout]
     model, layer = wrapped(shape, transposed, dtype)
@@ -178,7 +188,9 @@ def test_one_transposed_expert_is_wrong_in_peft(sizes: tuple[int, int]) -> None:
         B.copy_(to_torch(rng.standard_normal((d_out, R))))
     x, ids = rng.standard_normal((4, d_in)), np.zeros(4, int)
     adapter = lx.Adapter(to_numpy(A), to_numpy(B))
-    y, _ = lora_experts_forward(x, Experts(to_numpy(layer.get_param()), True), adapter, scaling=ALPHA / R, ids=ids)
+    y, _ = lora_experts_forward(
+        x, Experts(to_numpy(layer.get_param()), True), adapter, scaling=ALPHA / R, ids=ids
+    )
     delta = ALPHA / R * to_numpy(B) @ to_numpy(A)
     assert np.allclose(y, x @ (to_numpy(layer.get_param())[0] + delta.T), EXACT, EXACT), "the definition"
     if d_in != d_out:

@@ -76,7 +76,8 @@ def parts(layer: Any, name: str) -> dict[str, Any]:
 def records(layer: Any) -> tuple[lx.Linear, dict[str, lx.Adapter], dict[str, float]]:
     base = lx.Linear(to_numpy(layer.base_layer.weight), to_numpy(layer.base_layer.bias))
     adapters = {
-        name: lx.Adapter(**{key: to_numpy(value) for key, value in parts(layer, name).items()}) for name in NAMES
+        name: lx.Adapter(**{key: to_numpy(value) for key, value in parts(layer, name).items()})
+        for name in NAMES
     }
     return base, adapters, {name: float(layer.scaling[name]) for name in NAMES}
 
@@ -85,7 +86,9 @@ def sizes(x: Any, gy: Any, base: lx.Linear, adapters: Any, s: Any, masks: Any) -
     """The sums of absolute terms: the same layer on absolute values, for adapters without m."""
 
     def absolute(record: Any, *names: str) -> Any:
-        return type(record)(*(None if getattr(record, n) is None else np.abs(getattr(record, n)) for n in names))
+        return type(record)(
+            *(None if getattr(record, n) is None else np.abs(getattr(record, n)) for n in names)
+        )
 
     base = absolute(base, "W", "b")
     adapters = {name: absolute(adapter, "A", "B", "m", "b", "bB") for name, adapter in adapters.items()}
