@@ -50,6 +50,7 @@ SEEN_BESIDES = {
 # CuPy 14.2's namespace, restricted to what we use: look a new name up in CuPy's reference before adding it.
 CUPY = {
     *("abs", "all", "arange", "asarray", "concat", "float64", "full_like", "isfinite", "max", "ones"),
+    *("abs", "all", "any", "arange", "asarray", "concat", "float64", "full_like", "isfinite", "max", "ones"),
     *("permute_dims", "real", "reshape", "sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
