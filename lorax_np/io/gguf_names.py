@@ -85,7 +85,7 @@ def to_ggml_rows(rows: HostArray, heads: int) -> HostArray:
     >>> to_ggml_rows(np.arange(8), 2).tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """
-    return _swapped(rows, heads, 2, rows.shape[0] // heads // 2)
+    return _swapped(rows, heads, 2, rows.shape[0] // max(2 * heads, 1))
 
 
 def to_hf_rows(rows: HostArray, heads: int) -> HostArray:
@@ -94,7 +94,7 @@ def to_hf_rows(rows: HostArray, heads: int) -> HostArray:
     >>> to_hf_rows(np.array([0, 2, 1, 3, 4, 6, 5, 7]), 2).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    return _swapped(rows, heads, rows.shape[0] // heads // 2, 2)
+    return _swapped(rows, heads, rows.shape[0] // max(2 * heads, 1), 2)
 
 
 def _swapped(rows: HostArray, heads: int, a: int, b: int) -> HostArray:

@@ -166,7 +166,7 @@ def test_the_config(tmp_path):
     assert weights.config["head_dim"] == HEAD
     assert weights.config["tie_word_embeddings"] is True
     assert "rope_scaling" not in weights.config
-    with pytest.raises(KeyError, match="no tensor named 'lm_head.weight'"):
+    with pytest.raises(KeyError, match=r"no tensor named 'lm_head\.weight'"):
         _ = weights["lm_head.weight"]
 
 
