@@ -42,7 +42,7 @@ from .starts import Moments, eva_ranks, input_moments
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
+__all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "Adapter",
     "BackendError",
     "ConfigError",
