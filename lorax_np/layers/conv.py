@@ -10,7 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..backend import Array, cast, compute_dtype, dtype_name, namespace_of
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, DtypeError, ShapeError
 from ..layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
 from ..merge import merge
 from ..ops.conv import Window, blocks_backward, blocks_forward, cols_backward, cols_forward
@@ -112,7 +112,9 @@ def lora_conv_forward(
     k = _check(x, base, adapter, mask)
     cols = cols_forward(x, base.window)
     drops = None if mask is None else cols_forward(mask, base.window)
-    y, saved = lora_linear_forward(cols, base.linear, _linear(adapter, base), scaling=scaling, mask=drops)
+    y, saved = lora_linear_forward(
+        cols, base.linear, linear_adapter(adapter, base), scaling=scaling, mask=drops
+    )
     return _channels_first(y, k), LoraConvSaved(saved, tuple(x.shape[len(x.shape) - k :]))  # (conv.12)
 
 
@@ -138,7 +140,7 @@ def lora_conv_backward(
     """
     rows, linear, kept = _check_backward(gy, saved, base, adapter)
     how: Any = {"scaling": scaling, "norm_gradient": norm_gradient}
-    gcols, g = lora_linear_backward(rows, kept, linear, _linear(adapter, base), **how)
+    gcols, g = lora_linear_backward(rows, kept, linear, linear_adapter(adapter, base), **how)
     gx = cast(cols_backward(gcols, base.window, saved.L), dtype_name(gy))  # (conv.13)
     if adapter.A is None or adapter.B is None or g.A is None or g.B is None:
         return gx, g
@@ -165,7 +167,7 @@ def lora_conv_backward_base(
     """
     rows, linear, kept = _check_backward(gy, saved, base, adapter)
     how: Any = {"scaling": scaling, "norm_gradient": norm_gradient}
-    g = lora_linear_backward_base(rows, kept, linear, _linear(adapter, base), **how)
+    g = lora_linear_backward_base(rows, kept, linear, linear_adapter(adapter, base), **how)
     narrow = dtype_name(base.W)
     return replace(base, W=_kernels(cast(g.W, narrow), base), b=cast(g.b, narrow))  # (conv.16)
 
@@ -174,8 +176,8 @@ def merge_conv(base: Conv, adapter: AnyAdapter, *, scaling: float) -> Conv:
     """Return the one Conv that computes what base and adapter compute together without dropout.
 
     W' = W + s·BA over channels and kernel, with DoRA k∘(W + s·BA);  b' = b + s·bB: merge of the linear
-    layers on windows, in float64, rounded once. Raises as merge does, and ConfigError for groups > 1: the update
-    mixes channels that the base's weight keeps apart.
+    layers on windows, in float64, rounded once. Raises as merge does, and ConfigError for groups > 1: the
+    update mixes channels that the base's weight keeps apart.
     Source: specs/conv.md (conv.17), specs/merge.md.
 
     >>> import numpy as np
@@ -188,7 +190,7 @@ def merge_conv(base: Conv, adapter: AnyAdapter, *, scaling: float) -> Conv:
         raise ConfigError(
             f"groups: expected 1 to merge, since the update reaches channels of all groups, got {base.groups}"
         )
-    merged = merge(base.linear, _linear(adapter, base), scaling=scaling)
+    merged = merge(base.linear, linear_adapter(adapter, base), scaling=scaling)
     return replace(base, W=_kernels(merged.W, base), b=merged.b)  # (conv.17)
 
 
@@ -207,8 +209,8 @@ def _kernels(W: Array, base: Conv) -> Array:
     return own
 
 
-def _linear(adapter: AnyAdapter, base: Conv) -> Adapter:
-    """The adapter of the linear layer on windows."""
+def linear_adapter(adapter: AnyAdapter, base: Conv) -> Adapter:
+    """The adapter of the linear layer on windows: A : (r, d_in·∏κ), B : (d_out, r) in blocks.  (conv.11)"""
     if adapter.A is None or adapter.B is None:
         return Adapter(None, None, b=adapter.b)
     B = blocks_forward(_flat(adapter.B), base.groups)
@@ -293,6 +295,8 @@ def _check_backward(
     want = (*lead, base.W.shape[0], *P)
     if tuple(gy.shape) != want:
         raise ShapeError(f"gy: expected {want}, set by x and W, got {tuple(gy.shape)}")
+    if dtype_name(gy) not in (dtype_name(saved.linear.x), "complex128"):
+        raise DtypeError(f"gy: expected {dtype_name(saved.linear.x)}, set by x, got {dtype_name(gy)}")
     wide = compute_dtype(gy)
     if adapter.A is not None and compute_dtype(adapter.A) == "float64":
         wide = "float64"

@@ -8,12 +8,11 @@ import numpy as np
 from ..backend import Array, all_finite, cast, compute_dtype, copy, dtype_name, from_host
 from ..config import LoraConfig, check_usable
 from ..errors import ConfigError, DtypeError
-from ..ops.conv import blocks_forward
 from ..ops.dora import row_norm_forward
 from ..ops.lora import delta_forward
 from ..params import Adapter, ConvAdapter, check_direction
 from ..random import skip, uniform
-from .conv import Conv
+from .conv import Conv, linear_adapter
 from .embedding import Embedding
 from .normals import torch_normals
 
@@ -32,7 +31,7 @@ def init_embedding_adapter(
 
     The adapter's dtype is config.adapter_dtype: unless said, the base's, or float32 where that only stores.
     With use_dora, m : (dim,) is the row norms of Wᵀ + s·BA. Raises ConfigError for another start, for
-    lora_bias, for a missing rng, and for a weight that is not finite or has a column of zeros where that matters.
+    lora_bias, for a missing rng, and for a weight not finite or with a column of zeros where that matters.
     Source: specs/embedding.md.
 
     >>> base = Embedding(np.eye(3))
@@ -99,8 +98,8 @@ def init_conv_adapter(
     A, B, bB = _placed(A, base.W, config), _placed(B, base.W, config), _placed(bB, base.W, config)
     m = None
     if config.use_dora:
-        rows = blocks_forward(B.reshape(d_out, r // groups), groups)
-        m = _magnitude(base.linear.W, A.reshape(r, fan_in), rows, config)
+        linear = linear_adapter(ConvAdapter(A, B), base)
+        m = _magnitude(base.linear.W, linear.A, linear.B, config)
     b = None if config.bias == "none" or base.b is None else copy(base.b)
     return base, ConvAdapter(A, B, m=m, b=b, bB=bB)
 
@@ -118,7 +117,7 @@ def _placed(values: Any, W: Array, config: LoraConfig) -> Any:
     return cast(from_host(values, W), dtype_name(W) if dtype == "base" else dtype)
 
 
-def _magnitude(W: Array, A: Array, B: Array, config: LoraConfig) -> Array:
+def _magnitude(W: Array, A: Any, B: Any, config: LoraConfig) -> Array:
     """The row norms of W + s·BA, by the steps that the forward takes, so that k is 1 to the bit.  (init.10)"""
     low = compute_dtype(A)
     V = cast(W, low) + delta_forward(cast(A, low), cast(B, low), scaling=config.scaling)
