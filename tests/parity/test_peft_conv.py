@@ -1,4 +1,4 @@
-"""Convolutions against torch's autograd through PEFT's own layers, merged and not; starts.  See specs/conv.md."""
+"""Convolutions against autograd through PEFT's own layers, merged and not; starts.  See specs/conv.md."""
 
 import warnings
 from itertools import product
@@ -318,7 +318,7 @@ def test_pefts_norm_of_groups_pairs_wrong_rows() -> None:
     apart = np.abs(got["y"] - want["y"]).max() / np.abs(want["y"]).max()
     print(f"conv-dora-groups: y parts by {apart:.2f}")
     assert apart > 0.05
-    base, adapter = records(kernel, v)
+    base, _ = records(kernel, v)
     y = lx.lora_conv_forward(v["x"], base, lx.ConvAdapter(v["A"], v["B"]), scaling=kernel.scaling)[0]
     b, n = v["b0"][:, None, None], np.linalg.norm(base.linear.W + kernel.scaling * _dense(kernel, v), axis=1)
     assert np.abs(got["y"] - ((v["m"] / n)[:, None, None] * (y - b) + b)).max() < 1e-12, "k∘(y − b) + b"

@@ -1,4 +1,4 @@
-"""Embeddings against torch's autograd through PEFT's own layer, merged and not; starts.  See specs/embedding.md."""
+"""Embeddings against autograd through PEFT's own layer, merged and not; starts.  See specs/embedding.md."""
 
 import warnings
 from itertools import product
@@ -216,7 +216,7 @@ def test_peft_takes_an_unknown_start_for_the_default() -> None:
     assert not layer.lora_embedding_A[SITE].any()
     config = lx.LoraConfig(r=3, init_lora_weights="pissa")
     with pytest.raises(
-        lx.ConfigError, match="^init_lora_weights: expected True, False or 'gaussian' at an embedding"
+        lx.ConfigError, match=r"^init_lora_weights: expected True, False or 'gaussian' at an embedding"
     ):
         lx.init_embedding_adapter(lx.Embedding(np.ones((7, 5))), config, rng=lx.torch_generator(0))
 
