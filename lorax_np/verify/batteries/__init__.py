@@ -9,6 +9,7 @@ from . import (
     conduct,
     edges,
     embedding,
+    family,
     files,
     forms,
     generic,
@@ -51,6 +52,9 @@ BATTERIES: dict[str, Battery] = {
     "distribution": starts.battery_distribution,
     "orthogonal": starts.battery_orthogonal,
     "first step": starts.battery_first_step,
+    # init_from
+    "started": family.battery_started,
+    "starting": family.battery_starting,
     # convert, combine
     "converted": several.battery_converted,
     "on base": several.battery_on_base,

@@ -42,13 +42,18 @@ def battery_start(subject: Any, profile: str, seed: int, level: str, only: str) 
 def start_of(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, HostArray]:
     """What a subject's init makes at W, in float64; W itself where it returns no other base."""
     got = by_name("init", ask(subject, "init", W.copy(), config, seed), ("W", "A", "B", "m", "bB"))
-    got.setdefault("W", W)
+    return {name: value.astype(np.float64) for name, value in fitting(got, W, config).items()}
+
+
+def fitting(got: dict[str, HostArray], W: HostArray, config: LoraConfig) -> dict[str, HostArray]:
+    """What a start returned, W itself where it has no other base; Crash where shapes or dtypes do not fit."""
+    got = {"W": W} | got
     shapes = {"A": (config.r, W.shape[1]), "B": (W.shape[0], config.r), "W": W.shape}
     for name, shape in (shapes | {"m": W.shape[:1]} if config.use_dora else shapes).items():
         if name not in got or got[name].shape != shape or got[name].dtype.kind != "f":
             came = f"{got[name].dtype} {got[name].shape}" if name in got else "none"
             raise Crash(f"init: expected {name} as floating {shape}, got {came}")
-    return {name: value.astype(np.float64) for name, value in got.items()}
+    return got
 
 
 def _start_laws(subject: Any, W: HostArray, config: LoraConfig, seed: int) -> dict[str, Law]:

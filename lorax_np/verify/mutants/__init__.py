@@ -5,7 +5,21 @@
 's = α, not divided by the rank'
 """
 
-from . import adapters, conduct, dora, dropout, files, gradient, merge, packed, rounding, scale, shape, start
+from . import (
+    adapters,
+    conduct,
+    dora,
+    dropout,
+    family,
+    files,
+    gradient,
+    merge,
+    packed,
+    rounding,
+    scale,
+    shape,
+    start,
+)
 from .dora import CONVENTIONS
 from .fault import KINDS, Fault, Faulty, Kind
 
@@ -28,6 +42,7 @@ CATALOGUE: dict[str, Fault] = _by_id(
     dora.FAULTS,
     conduct.FAULTS,
     start.FAULTS,
+    family.FAULTS,
     merge.FAULTS,
     files.FAULTS,
     packed.FAULTS,

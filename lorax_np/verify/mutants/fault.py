@@ -20,6 +20,7 @@ Kind = Literal[
     "conduct",
     "start",
     "pissa",
+    "family",
     "merge",
     "file",
     "packed",
@@ -38,6 +39,10 @@ class Faulty(Plain):
     def init(self, W: Any, config: Any, seed: int) -> dict[str, Any]:
         """The engine's start of an adapter at W."""
         return self.right.init(W, config, seed)
+
+    def init_from(self, W: Any, config: Any, seed: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The engine's start of an adapter at W, of more than a draw."""
+        return self.right.init_from(W, config, seed, given)
 
     def merge(self, case: Case) -> dict[str, Any]:
         """The engine's merged weight and bias."""

@@ -33,6 +33,8 @@ SEES: Mapping[
     "distribution": STARTS,
     "orthogonal": STARTS,
     "first step": STARTS | {"dora"},
+    "started": frozenset(("family",)),
+    "starting": frozenset(("family",)),
     "converted": frozenset(("pissa",)),
     "on base": frozenset(("pissa",)),
     "combined": frozenset(("merge",)),

@@ -20,7 +20,8 @@ class Subject(Protocol):
     """Anything with these methods, or forward alone. Arrays of any library may come back; NumPy arrays go in.
 
     Besides, where it has them: spec : Spec;  run(case, gy) -> (y, gradients) instead of the two;
-    init(W, config, seed) -> {"A", "B", and "W", "m", "bB" where they apply};  merge(case) -> {"W", and "b"}.
+    init(W, config, seed) -> {"A", "B", and "W", "m", "bB" where they apply};  merge(case) -> {"W", and "b"};
+    init_from(W, config, seed, given), as init for the other starts, with "inputs" or "gradient" in given.
     A method that meets a case it does not cover raises NotImplementedError: that is not run, never passed.
     """
 

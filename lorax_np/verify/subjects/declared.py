@@ -21,8 +21,8 @@ class Declared:
     def __getattr__(self, name: str) -> Any:
         if name == "backward" and self.spec.gradients == ():
             return lambda case, gy: {}
-        if name == "merges" and self.spec.transposed:
-            raise AttributeError("merges: only the one that is turned")
+        if name in ("merges", "init_from") and self.spec.transposed:
+            raise AttributeError(f"{name}: only what is turned")
         method = getattr(self._subject, name)
         return getattr(self, f"_{name}") if name in TURNED and self.spec.transposed else method
 

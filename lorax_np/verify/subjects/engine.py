@@ -56,6 +56,15 @@ class Reference:
         found = {"W": base.W, "A": adapter.A, "B": adapter.B, "m": adapter.m, "bB": adapter.bB}
         return {name: value for name, value in found.items() if value is not None}
 
+    def init_from(self, W: Any, config: LoraConfig, seed: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The start of an adapter at W, of the layer's inputs or the loss's gradient where it takes them."""
+        there = {name: value if self.xp is np else self.xp.asarray(value) for name, value in given.items()}
+        W, rng = W if self.xp is np else self.xp.asarray(W), torch_generator(seed)
+        handed: Any = {"inputs": there.get("inputs"), "gradient": there.get("gradient")}
+        base, adapter = init_adapter(Linear(W), config, rng=rng, **handed)
+        found = {"W": base.W, "A": adapter.A, "B": adapter.B, "m": adapter.m}
+        return {name: value for name, value in found.items() if value is not None}
+
     def merge(self, case: Case) -> dict[str, Any]:
         """The merged weight and bias."""
         _, base, adapter, _ = self._records(case)
