@@ -205,7 +205,7 @@ def _cast_like(x: Array | None, other: Array | None) -> Array | None:
 
 
 def wider(one: str, other: str) -> str:
-    """The wider of two dtypes that arrays are computed in."""
+    """The wider of two dtypes that arrays are computed in.  (linear.7)"""
     return "float64" if "float64" in (one, other) else one
 
 
