@@ -243,7 +243,7 @@ def test_the_default_start_spends_torch_s_words():
     u = ((raw & 0xFFFFFF) * 2.0**-24).reshape(6, 7)
     assert np.allclose(adapter.A, (2 * u - 1) / np.sqrt(7), 1e-6, 1e-6)
     assert adapter.A.dtype == np.float64
-    with pytest.raises(ConfigError, match="rng: expected a numpy.random.Generator"):
+    with pytest.raises(ConfigError, match=r"rng: expected a numpy\.random\.Generator"):
         init_experts_adapter(base, config)
 
 

@@ -188,7 +188,7 @@ def test_merging_all_is_the_forward_with_all(kind):
 
 def test_a_merge_is_rounded_once():
     """float32: three updates, and each entry the number nearest to the sum in float64."""
-    x, base, adapters, _, _ = drawn(8, kind="bB", dtype="float32")
+    _, base, adapters, _, _ = drawn(8, kind="bB", dtype="float32")
     merged = merge_several(base, adapters, scalings=SCALINGS)
     W, b = base.W.astype("float64"), base.b.astype("float64")
     for name, a in adapters.items():
@@ -235,7 +235,7 @@ def test_a_batch_permutes():
 
 
 def test_what_does_not_fit_is_named():
-    x, base, adapters, masks, gy = drawn(10)
+    x, base, adapters, _, gy = drawn(10)
     names, m, b = ["one"] * 3, np.ones(5), np.ones(5)
     two = {"one": adapters["one"], "two": lx.Adapter(adapters["two"].A, adapters["two"].B, m=m)}
     magnitudes = {"one": lx.Adapter(adapters["one"].A, adapters["one"].B, m=m), "two": two["two"]}

@@ -217,6 +217,6 @@ def test_what_experts_have_not_is_refused_by_both(field: str) -> None:
     value: Any = 0.5 if field == "lora_dropout" else True
     with pytest.raises(ValueError, match=field):
         wrapped((4, D_OUT, D_IN), False, **{field: value})
+    config = lx.LoraConfig(r=2, **{field: value})
     with pytest.raises(lx.ConfigError, match=f"{field}: expected none for fused experts"):
-        config = lx.LoraConfig(r=2, **{field: value})
         init_experts_adapter(Experts(np.ones((4, 5, 7))), config, rng=lx.torch_generator(0))
