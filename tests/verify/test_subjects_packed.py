@@ -62,7 +62,7 @@ def test_the_right_pass(subject, profile):
     assert max(check.ratio for check in checks if check.ratio is not None) < 0.5
     assert len({check.id for check in checks}) == len(checks)
     assert {check.id.split("/")[1] for check in judged(subject, only="packed/last/0")} == {"last"}
-    assert 0 < len(judged(subject, level="quick")) < len(checks) / 2
+    assert 0 < len(judged(subject, level="quick")) <= len(checks) / 2
 
 
 def test_the_truth_is_the_definition():

@@ -10,6 +10,7 @@ from . import (
     edges,
     embedding,
     family,
+    experts,
     files,
     forms,
     generic,
@@ -67,11 +68,14 @@ BATTERIES: dict[str, Battery] = {
     "resumed": files.battery_resumed,
     # embedding_forward, embedding_backward
     "embedding": embedding.battery_embedding,
-    # packed_forward, packed_backward, together
+    # packed_forward, packed_backward, together, mixed
     "packed": packed.battery_packed,
     "unpacked": several.battery_unpacked,
     "together": several.battery_together,
     "apart": several.battery_apart,
+    # experts_forward, experts_backward, experts_merge
+    "experts": experts.battery_experts,
+    "routed": experts.battery_routed,
 }
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles

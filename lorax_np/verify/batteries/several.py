@@ -11,7 +11,7 @@ from ..cases import PROFILES, UNIT, Case, HostArray, draw
 from ..layers.plain import rows
 from ..truths import truth
 from .edges import Checks, law, off
-from .packed import LAYOUTS, PackedCase
+from .packed import LAYOUTS, NONE, PackedCase
 from .packed import draw as draw_pack
 from .tensors import answer, ask, chosen
 
@@ -70,6 +70,14 @@ def battery_together(subject: Any, profile: str, seed: int, level: str, only: st
         return
     cases = _two(profile, (seed, 55))
     u, gy = FEW * UNIT[PROFILES[profile]], cases[0].gy
+    if chosen("together/mixed/0", only) and hasattr(subject, "mixed"):
+        yield law(
+            "together/mixed/0",
+            "together",
+            "mixed",
+            "a sample, an adapter",
+            lambda: _mixed(subject, profile, seed),
+        )
     if chosen("together/lora/0", only):
         yield law(
             "together/lora/0",
@@ -104,6 +112,9 @@ def battery_apart(subject: Any, profile: str, seed: int, level: str, only: str) 
                     return wrong
         return None
 
+    if chosen("apart/mixed/0", only) and hasattr(subject, "mixed"):
+        name = "a mixed batch is its samples alone"
+        yield law("apart/mixed/0", "apart", "mixed", name, lambda: _mixed(subject, profile, seed, alone=True))
     if chosen("apart/lora/0", only):
         yield law("apart/lora/0", "apart", "lora", "two adapters less one are the other", run)
 
@@ -123,6 +134,26 @@ def _summed(subject: Any, cases: list[Case], gy: HostArray, u: float) -> str | N
                 return wrong
     limit = 4 * u * (1 + np.abs(want).max())
     return off("y", rows(y), want, limit) or off("x", rows(g["x"]), gx, 4 * u * (1 + np.abs(gx).max()))
+
+
+def _mixed(subject: Any, profile: str, seed: int, *, alone: bool = False) -> str | None:
+    """A sample, an adapter or none: against the definition, or the subject's layer on each.  (faults.7)"""
+    first = draw("", "lora", (5, 7, 3, (7, 2)), PROFILES[profile], (seed, 63), alpha=3.7, bias="frozen")
+    second = draw("", "lora", (5, 7, 2, (7, 2)), PROFILES[profile], (seed, 64), alpha=5.3)
+    cases, ids = (
+        [first, replace(second, x=first.x, W=first.W, b=first.b, gy=first.gy)],
+        [0, 1, NONE, 1, 0, NONE, 1],
+    )
+    y = ask(subject, "mixed", [case.copy() for case in cases], list(ids))
+    wide, W = first.x.astype(WIDE), first.W.astype(WIDE)
+    want = wide @ W.T + (0 if first.b is None else first.b)
+    for i, a in enumerate(ids):
+        case = replace(first, B=0 * first.B) if a == NONE else cases[a]
+        if alone:
+            want[i] = answer(subject, replace(case, x=first.x[i], gy=first.gy[i]))["y"]
+        else:
+            want[i] += case.scaling * (wide[i] @ case.A.astype(WIDE).T) @ case.B.astype(WIDE).T
+    return off("y", y, want, 4 * FEW * UNIT[PROFILES[profile]] * (1 + np.abs(want).max()))
 
 
 # ---- adapters turned into others -------------------------------------------------------------------------

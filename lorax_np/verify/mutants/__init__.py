@@ -11,12 +11,14 @@ from . import (
     dora,
     dropout,
     family,
+    experts,
     files,
     gradient,
     merge,
     packed,
     rounding,
     scale,
+    several,
     shape,
     start,
 )
@@ -47,6 +49,8 @@ CATALOGUE: dict[str, Fault] = _by_id(
     files.FAULTS,
     packed.FAULTS,
     adapters.FAULTS,
+    several.FAULTS,
+    experts.FAULTS,
 )
 
 __all__ = ["CATALOGUE", "CONVENTIONS", "KINDS", "Fault", "Faulty", "Kind"]

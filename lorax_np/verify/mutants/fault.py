@@ -24,6 +24,7 @@ Kind = Literal[
     "merge",
     "file",
     "packed",
+    "experts",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

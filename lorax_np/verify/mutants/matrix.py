@@ -48,6 +48,8 @@ SEES: Mapping[
     "unpacked": frozenset(("packed",)),
     "together": frozenset(("packed",)),
     "apart": frozenset(("packed",)),
+    "experts": frozenset(("experts",)),
+    "routed": frozenset(("experts",)),
 }
 NAIVE: dict[str, Callable[[Any], str]] = {
     "close at start": close_at_start,
@@ -130,13 +132,13 @@ class Matrix:
         kinds = [kind for kind in KINDS if any(fault.kind == kind for fault in self.faults)]
         shown = [*self.checks, *NAIVE]
         yield ""
-        yield f"{'killed of run':<20}{'all':>8}" + "".join(f"{kind[:5]:>6}" for kind in kinds)
+        yield f"{'killed of run':<20}{'all':>8}" + "".join(f"{kind[:4]:>5}" for kind in kinds)
         for check in shown:
             if not self.applied(check):
                 continue
-            cells = "".join(f"{self.killed(check, k) if self.applied(check, k) else '-':>6}" for k in kinds)
+            cells = "".join(f"{self.killed(check, k) if self.applied(check, k) else '-':>5}" for k in kinds)
             yield f"{check:<20}{f'{self.killed(check)}/{self.applied(check)}':>8}{cells}"
-        counts = "".join(f"{sum(fault.kind == kind for fault in self.faults):>6}" for kind in kinds)
+        counts = "".join(f"{sum(fault.kind == kind for fault in self.faults):>5}" for kind in kinds)
         yield f"{'faults':<20}{len(self.faults):>8}{counts}"
 
     def _few(self) -> Iterator[str]:

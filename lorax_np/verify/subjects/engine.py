@@ -14,17 +14,22 @@ from ... import (
     lora_linear_backward,
     lora_linear_backward_base,
     lora_linear_forward,
+    lora_mixed_forward,
+    lora_several_backward,
+    lora_several_forward,
     merge,
     row_norms,
     torch_generator,
     unmerge,
 )
+from ..batteries.experts import ExpertsReference
+from ..batteries.packed import PackedReference
 from ..cases import Case
 from ..conventions import Spec
 
 
-class Reference:
-    """lora_linear_forward and its two adjoints, judged like a stranger's."""
+class Layer:
+    """lora_linear_forward and its two adjoints, start and merge."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
 
@@ -80,7 +85,31 @@ class Reference:
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
 
 
-class Fast(Reference):
+class Reference(Layer, PackedReference, ExpertsReference):
+    """All that the engine has, judged like a stranger's; several adapters on NumPy."""
+
+    def together(self, cases: list[Case], gy: Any) -> tuple[Any, dict[str, Any]]:
+        """y, and the gradients by x and by each adapter's A and B, named A0, B0, A1, B1."""
+        adapters = {str(i): Adapter(case.A, case.B) for i, case in enumerate(cases)}
+        scalings, base = _scalings(cases), Linear(cases[0].W, cases[0].b)
+        masks = {str(i): case.mask for i, case in enumerate(cases)}
+        y, saved = lora_several_forward(cases[0].x, base, adapters, scalings=scalings, masks=masks)
+        gx, g = lora_several_backward(gy, saved, base, adapters, scalings=scalings)
+        return y, {"x": gx} | {f"{name}{i}": getattr(g[i], name) for i in adapters for name in ("A", "B")}
+
+    def mixed(self, cases: list[Case], ids: list[int]) -> Any:
+        """y of a batch whose samples each have one of these adapters, or none where the id is −1."""
+        adapters = {str(i): Adapter(case.A, case.B) for i, case in enumerate(cases)}
+        names = ["__base__" if i < 0 else str(i) for i in ids]
+        base = Linear(cases[0].W, cases[0].b)
+        return lora_mixed_forward(cases[0].x, base, adapters, names, scalings=_scalings(cases))
+
+
+def _scalings(cases: list[Case]) -> dict[str, float]:
+    return {str(i): case.scaling for i, case in enumerate(cases)}
+
+
+class Fast(Layer):
     """lx.fast on NumPy or CuPy: forward, backward and merge; starts and unmerging are the reference's."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
