@@ -26,7 +26,24 @@ from .layers.embedding import (
     merge_embedding,
 )
 from .layers.starting import init_conv_adapter, init_embedding_adapter
+from .layers.experts import (
+    Experts,
+    init_experts_adapter,
+    lora_experts_backward,
+    lora_experts_backward_base,
+    lora_experts_forward,
+    merge_experts,
+)
+from .layers.packed import lora_packed_backward, lora_packed_forward
+from .layers.packing import Pack, pack, unpack
+from .layers.several import (
+    lora_mixed_forward,
+    lora_several_backward,
+    lora_several_forward,
+    merge_several,
+)
 from .merge import merge, row_norms, unmerge
+from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .quant import (
     NF4,
@@ -50,6 +67,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "ConvAdapter",
     "DtypeError",
     "Embedding",
+    "Experts",
     "FormatError",
     "Int8",
     "Linear",
@@ -57,6 +75,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "LoraLinearSaved",
     "Moments",
     "NF4",
+    "Pack",
     "SafetensorsFile",
     "ShapeError",
     "Site",
@@ -79,20 +98,41 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "lora_embedding_backward",
     "lora_embedding_backward_base",
     "lora_embedding_forward",
+    "experts_delta_backward",
+    "experts_delta_forward",
+    "fast",
+    "init_adapter",
+    "init_experts_adapter",
+    "join_experts",
+    "linear_from_stored",
+    "linear_to_stored",
+    "lora_experts_backward",
+    "lora_experts_backward_base",
+    "lora_experts_forward",
     "lora_linear_backward",
     "lora_linear_backward_base",
     "lora_linear_forward",
+    "lora_mixed_forward",
+    "lora_packed_backward",
+    "lora_packed_forward",
+    "lora_several_backward",
+    "lora_several_forward",
     "merge",
     "merge_conv",
     "merge_embedding",
+    "merge_experts",
+    "merge_several",
     "open_safetensors",
+    "pack",
     "param_count",
     "quantise_int8",
     "quantise_nf4",
     "row_norms",
     "site_key",
+    "split_experts",
     "torch_generator",
     "unmerge",
+    "unpack",
     "verify",
 ]
 

@@ -52,6 +52,8 @@ CUPY = {
     *("abs", "all", "arange", "asarray", "concat", "float64", "full_like", "isfinite", "max", "ones"),
     *("abs", "all", "any", "arange", "asarray", "concat", "float64", "full_like", "isfinite", "max", "ones"),
     *("permute_dims", "real", "reshape", "sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
+    *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
+    *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",

@@ -17,9 +17,10 @@ from lorax_np.verify.mutants import CATALOGUE, CONVENTIONS, KINDS, Fault
 from lorax_np.verify.mutants import matrix as kill
 from lorax_np.verify.mutants.adapters import Arithmetic
 from lorax_np.verify.mutants.equivalent import EQUIVALENT, exact_cases, first_differences
+from lorax_np.verify.mutants.experts import Routed
 from lorax_np.verify.mutants.files import Filed
 from lorax_np.verify.mutants.naive import close_at_start, differences
-from lorax_np.verify.mutants.packed import Serving
+from lorax_np.verify.mutants.several import Mixing
 from lorax_np.verify.subjects import reference
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -34,7 +35,7 @@ PUBLISHED = (
 )
 
 
-class Whole(Filed, Serving, Arithmetic, EmbeddingReference):
+class Whole(Filed, Mixing, Routed, Arithmetic, EmbeddingReference):
     """All methods there are, all right."""
 
 
