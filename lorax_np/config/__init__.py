@@ -1,6 +1,7 @@
 """What an adapter is: LoraConfig in PEFT's names, and Site, its resolved numbers at one name."""
 
-from .lora import DEFAULTS, FIELDS, OURS, STARTS, TIERS, LoraConfig, check_usable, start_name
+from .fields import STARTS, start_name
+from .lora import DEFAULTS, FIELDS, OURS, TIERS, LoraConfig, check_usable
 from .settings import settings_of
 from .site import Site, site_at
 

@@ -1,100 +1,54 @@
 """LoraConfig: what an adapter is, in PEFT's names and defaults; frozen, checked when made, no arrays."""
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 from ..kinds import (
     ANY,
     FLAG,
     SETTINGS,
-    Kind,
-    Test,
     content,
-    dict_of,
-    finite,
-    list_of,
     name_of,
     nearest,
-    or_none,
     problem,
     read,
     refuse,
-    regex,
     shown,
     silent,
-    text,
     thawed,
-    whole,
     word,
 )
+from .fields import (
+    ALPHA,
+    ALPHAS,
+    B_BIAS,
+    BIAS,
+    DROPOUT,
+    DTYPE,
+    LAYERS,
+    NAMES,
+    PREFIXES,
+    RANK,
+    RANKS,
+    RATIO,
+    START,
+    STARTS,
+    TARGETS,
+    TASK,
+    TEXT,
+    TOKENS,
+    Tier,
+    start_name,
+)
+from .fields import declared as _field
+from .rules import RULES
 from .settings import SETTINGS as SETTINGS_OF_STARTS
 from .settings import setting_problems, unused_settings
-
-# core: in the mathematics.  family: needed to read, place or write adapters.  exotic: carried unchanged from
-# file to file, and refused where the adapter is used unless it says nothing.
-Tier = Literal["core", "family", "exotic"]
-
-STARTS: Mapping[str, Tier] = {  # the words of init_lora_weights, next to True and False
-    "gaussian": "core",
-    "pissa": "core",
-    "pissa_niter_k": "core",  # k in digits, as in pissa_niter_4
-    "olora": "family",
-    "loftq": "family",
-    "orthogonal": "family",
-    "eva": "family",
-    "corda": "family",
-    "lora_ga": "family",
-    "mica": "exotic",
-}
-ROOTS = "pissa", "pissa_niter_k", "corda", "loftq"  # these starts scale A and B by √(S/s): s must be above 0
-
-
-def start_name(start: bool | str) -> str:
-    """Return the name of a start in STARTS: pissa_niter_4 -> pissa_niter_k; "" for True and False."""
-    return re.sub("(?<=^pissa_niter_)[0-9]+$", "k", start) if isinstance(start, str) else ""
-
-
-START = Kind(
-    f"True, False or one of {', '.join(STARTS)} (k = 0, 1, ...)",
-    lambda v: isinstance(v, bool) or (text(v) and v != "pissa_niter_k" and start_name(v) in STARTS),
-    tuple(STARTS),
-)
-B_BIAS = Kind("True or False (for ms-swift's lora_bias, a word, see LoraConfig.from_swift)", FLAG.fits)
-TEXT = Kind("a str", text)
-RANK = Kind("an int of at least 1 (and below 2**63)", lambda v: whole(v) and v > 0)
-ALPHA = Kind("a finite number other than 0", lambda v: finite(v) and v != 0)
-RATIO = Kind("a finite number above 0", lambda v: finite(v) and v > 0)
-DROPOUT = Kind(
-    "a probability 0 <= p < 1 with round(65536 p) < 65536, since what is kept is scaled by 1/(1-p)",
-    lambda v: finite(v) and 0 <= v < 1 and round(v * 65536) < 65536,
-)
-BIAS = word("none", "all", "lora_only")
-TASK = word("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-DTYPE = word("float16", "bfloat16", "float32", "float64", "base")
-NAMES = Kind("a list of names", list_of(text))
-TARGETS = Kind("a list of names, or one regular expression", lambda v: list_of(text)(v) or regex(v))
-LAYERS = Kind("an int or a list of ints, from 0", lambda v: list_of(whole)(v) or whole(v))
-PREFIXES = Kind("a name or a list of names", lambda v: list_of(text)(v) or text(v))
-RANKS = Kind("a mapping from regular expressions to ints of at least 1", dict_of(regex, RANK.fits))
-ALPHAS = Kind("a mapping from regular expressions to finite numbers other than 0", dict_of(regex, ALPHA.fits))
-TOKENS = Kind(
-    "a list of ints from 0, or a mapping from names to such lists",
-    lambda v: list_of(whole)(v) or dict_of(text, list_of(whole))(v),
-)
-
-# ---- The record --------------------------------------------------------------------------------------------
-
-
-def _field(default: Any, tier: Tier, kind: Kind, optional: bool = False) -> Any:
-    kind = or_none(kind) if default is None or optional else kind
-    metadata = {"default": default, "tier": tier, "kind": kind}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from .swift import read_swift
+from .unsloth import read_unsloth
 
 
 def _same(value: Any) -> Any:
@@ -236,28 +190,33 @@ class LoraConfig:
 
     @classmethod
     def from_swift(cls, d: Mapping[str, Any]) -> Self:
-        """Read the LoRA arguments of ms-swift, in its names and with its defaults: the table SWIFT.
+        """Read the LoRA arguments of ms-swift, in its names and with its defaults: SWIFT in config/swift.py.
 
-        Its lora_bias is PEFT's bias, and its lora_dtype None keeps the adapter in the dtype of the base.
-        Raises ConfigError as the class does, or for an argument that is not in the table.
+        Its lora_bias is PEFT's bias, its init_weights PEFT's init_lora_weights, and lora_dtype None keeps the
+        adapter in the dtype of the base. Names of several versions are read; two names of one field may not
+        differ. Raises ConfigError as the class does, or for an argument that is not in the table.
 
         >>> LoraConfig.from_swift({"lora_rank": 4, "lora_bias": "all"}).bias
         'all'
         """
-        given = content("ms-swift arguments", d)
-        problems = [
-            f"{name_of(name)}: expected one of {', '.join(SWIFT)}{nearest(name, SWIFT)}"
-            for name in given
-            if name not in SWIFT
-        ]
-        values, unfit = read({k: (kind, given.get(k, default)) for k, (_, default, kind) in SWIFT.items()})
-        refuse(problems + unfit)
-        ours = {SWIFT[name][0]: value for name, value in values.items()}
-        ours["peft_type"] = "LORA"  # train_type, for which there is one word
-        ours["adapter_dtype"] = SWIFT_DTYPES.get(ours["adapter_dtype"], ours["adapter_dtype"])
-        if ours["target_modules"] == ("all-linear",):
-            ours["target_modules"] = "all-linear"
-        return cls(**ours)
+        return cls(**read_swift(d))
+
+    @classmethod
+    def from_unsloth(cls, d: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Read the arguments of unsloth's get_peft_model, with its defaults; return what trains beside.
+
+        Arguments that say how to train, not what the adapter is, come back as the second value: random_state,
+        3407 unless said, which seeds torch_generator, and use_gradient_checkpointing, max_seq_length and
+        temporary_location where they were given. Whatever else PEFT's LoraConfig has is read as in from_dict.
+        "embed_tokens" in target_modules goes to modules_to_save, as there. Raises ConfigError as the class
+        does, for an unknown argument, and for one that changes what is trained in ways this version cannot.
+
+        >>> config, training = LoraConfig.from_unsloth({"r": 4, "use_gradient_checkpointing": "unsloth"})
+        >>> config.lora_alpha, training
+        (16, {'random_state': 3407, 'use_gradient_checkpointing': 'unsloth'})
+        """
+        values, training = read_unsloth(d, {name: f.metadata["kind"] for name, f in FIELDS.items()})
+        return cls(**values), training
 
     def __repr__(self) -> str:
         """Return the call that makes this config: the fields that differ from their defaults."""
@@ -283,22 +242,6 @@ SETTLED: Mapping[str, Callable[[Any], Any]] = {
     "lora_dropout": float,
 }  # after reading
 OURS = "adapter_dtype", "loraplus_lr_ratio"  # not PEFT's, so not written while they say nothing
-
-SWIFT_DTYPES = {None: "base", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# ms-swift's argument -> the field it means, ms-swift's default, what it may hold
-SWIFT: Mapping[str, tuple[str, Any, Kind]] = {
-    "lora_rank": ("r", 8, RANK),
-    "lora_alpha": ("lora_alpha", 32, ALPHA),
-    "lora_dropout": ("lora_dropout", 0.05, DROPOUT),
-    "lora_bias": ("bias", "none", word("none", "all")),
-    "lora_dtype": ("adapter_dtype", None, or_none(word("fp16", "bf16", "fp32", *DTYPE.words[:3]))),
-    "lorap_lr_ratio": ("loraplus_lr_ratio", None, or_none(RATIO)),
-    "use_rslora": ("use_rslora", False, FLAG),
-    "use_dora": ("use_dora", False, FLAG),
-    "target_modules": ("target_modules", "all-linear", TARGETS),
-    "modules_to_save": ("modules_to_save", None, or_none(NAMES)),
-    "train_type": ("peft_type", "lora", word("lora")),
-}
 
 
 def check_usable(config: LoraConfig, *, starting: bool = True) -> None:
@@ -326,77 +269,3 @@ def check_usable(config: LoraConfig, *, starting: bool = True) -> None:
         if starting and given:
             problems += unused_settings(name, given, start)
     refuse(problems)
-
-
-# ---- Fields against each other -----------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """What a field must be, given others: those it reads, itself first; the words; the test of a fault."""
-
-    reads: str
-    wanted: str  # {0} is the config
-    broken: Test
-
-
-def _with_target_parameters(name: str, c: LoraConfig) -> Any:
-    return c.target_parameters and getattr(c, name)
-
-
-_ROOT = "above 0 with init_lora_weights={0.init_lora_weights!r}, which scales by the root of S/s"
-
-RULES = (
-    Rule("lora_alpha r use_rslora", "a number whose alpha/r is not 0", lambda c: c.scaling == 0),
-    Rule(
-        "lora_alpha init_lora_weights",
-        f"a number {_ROOT}",
-        lambda c: start_name(c.init_lora_weights) in ROOTS and c.lora_alpha < 0,
-    ),
-    Rule(
-        "alpha_pattern init_lora_weights",
-        f"numbers {_ROOT}",
-        lambda c: (
-            start_name(c.init_lora_weights) in ROOTS and any(a < 0 for a in (c.alpha_pattern or {}).values())
-        ),
-    ),
-    Rule(
-        "lora_bias init_lora_weights",
-        "False with init_lora_weights={0.init_lora_weights!r}, since bB starts only with True or False",
-        lambda c: c.lora_bias and isinstance(c.init_lora_weights, str),
-    ),
-    Rule("lora_bias use_dora", "False with use_dora=True", lambda c: c.lora_bias and c.use_dora),
-    Rule(
-        "loftq_config init_lora_weights",
-        "{{}} with init_lora_weights={0.init_lora_weights!r}, since only 'loftq' reads it",
-        lambda c: c.loftq_config and c.init_lora_weights != "loftq",
-    ),
-    Rule(
-        "loftq_config init_lora_weights",
-        "loftq_bits and loftq_iter with init_lora_weights='loftq'",
-        lambda c: not c.loftq_config and c.init_lora_weights == "loftq",
-    ),
-    *(
-        Rule(
-            f"{name} target_parameters",
-            f"{FIELDS[name].metadata['default']} with target_parameters",
-            partial(_with_target_parameters, name),
-        )
-        for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
-    ),
-    Rule(
-        "target_modules target_parameters",
-        "names, since target_parameters has none",
-        lambda c: c.target_modules == () and not c.target_parameters,
-    ),
-    Rule(
-        "layers_pattern layers_to_transform",
-        "None without layers_to_transform",
-        lambda c: c.layers_pattern and c.layers_to_transform in (None, ()),
-    ),
-    Rule(
-        "layers_to_transform target_modules",
-        "None with a regular expression in target_modules, which can name the layers itself",
-        lambda c: isinstance(c.target_modules, str) and c.layers_to_transform not in (None, ()),
-    ),
-    Rule("extra", "names that are no fields of LoraConfig", lambda c: c.extra.keys() & TIERS.keys()),
-)
