@@ -2,6 +2,7 @@
 
 from .fields import STARTS, start_name
 from .lora import DEFAULTS, FIELDS, OURS, TIERS, LoraConfig, check_usable
+from .plan import Plan
 from .settings import settings_of
 from .site import Site, site_at
 
@@ -12,6 +13,7 @@ __all__ = [
     "STARTS",
     "TIERS",
     "LoraConfig",
+    "Plan",
     "Site",
     "check_usable",
     "settings_of",

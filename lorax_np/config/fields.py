@@ -61,7 +61,7 @@ TOKENS = Kind(
 
 
 def declared(default: Any, tier: Tier, kind: Kind, optional: bool = False) -> Any:
-    """Declare a field of LoraConfig: its default, its tier, its kind; None joins the kind where it is the default."""
+    """Declare a field of LoraConfig: its default, tier and kind; where the default is None it may be None."""
     kind = or_none(kind) if default is None or optional else kind
     metadata = {"default": default, "tier": tier, "kind": kind}
     if isinstance(default, dict):

@@ -1,0 +1,194 @@
+"""A config laid over a model's weights: which places it means, and an adapter started at each.
+
+Nothing is put into a model: the result is dictionaries by name.  See specs/inject.md.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, copy
+from .config import LoraConfig, Plan, Site
+from .config.plan import counted, planned
+from .config.tree import Shape, Tree, named
+from .errors import ConfigError, DtypeError, ShapeError
+from .init import init_adapter
+from .params import Adapter, AnyAdapter, linear_from_stored, linear_to_stored
+
+Weights = Mapping[str, Array]
+Rng = np.random.Generator | None
+Started = tuple[Array | None, AnyAdapter]  # the new weight as it is stored, where the start leaves a residual
+
+
+class Overlay(Mapping[str, Array]):
+    """Weights with some of them replaced; the others stay where they are, and are read when asked for."""
+
+    def __init__(self, under: Weights, over: Weights) -> None:
+        """Lay over : arrays by name, each a name of under's, over under."""
+        self.under, self.over = under, over
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json, as far as it came with the weights."""
+        return _model(self.under)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of one tensor, which is never another than before."""
+        return _shape(self.under, name)
+
+    def __getitem__(self, name: str) -> Array:
+        return self.over[name] if name in self.over else self.under[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.under
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.under)
+
+    def __len__(self) -> int:
+        return len(self.under)
+
+
+def plan(
+    weights: Mapping[str, Any],
+    config: LoraConfig,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    groups: Mapping[str, int] | None = None,
+    model_type: str | None = None,
+) -> Plan:
+    """Return what inject would make of the same arguments, without an array being read.
+
+    weights : arrays, or their shapes, by their names in a checkpoint
+
+    Raises as inject does, as far as shapes tell.
+
+    >>> shapes = {"up.weight": (5, 3), "up.bias": (5,), "down.weight": (3, 5)}
+    >>> found = plan(shapes, LoraConfig(2, target_modules=["up"]))
+    >>> list(found.sites), str(found)
+    (['up'], 'trainable params: 16 || all params: 51 || trainable%: 31.3725')
+    """
+    model = _model(weights, model_type)
+    tree, found = planned(
+        weights, lambda name: _shape(weights, name), config, model=model, kinds=kinds, groups=groups
+    )
+    return counted(found, tree, weights, config, model)
+
+
+def inject(
+    weights: Weights,
+    config: LoraConfig,
+    rng: np.random.Generator | None = None,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    groups: Mapping[str, int] | None = None,
+    model_type: str | None = None,
+) -> tuple[Weights, dict[str, AnyAdapter], dict[str, Site]]:
+    """Start the adapters that a config means on a model's weights.
+
+    weights : arrays by their names in a checkpoint, such as "model.layers.0.self_attn.q_proj.weight"; read one
+        at a time, those that are adapted and no others, and never written to
+    config : LoraConfig  target_modules, exclude_modules, layers_to_transform, target_parameters, rank_pattern,
+        alpha_pattern, modules_to_save, bias and task_type say where; init_lora_weights says how
+    rng : the source of random values, such as torch_generator(seed), which gives PEFT's A bit for bit
+    kinds : what modules are, by names or their ends, where weights' shapes and names do not tell: linear,
+        embedding or conv
+    groups : groups of convolutions in the same way; 1 where nothing is said
+    model_type : as in config.json, which is read where the weights bring it as `.config`
+
+    Returns the weights, the same mapping unless a start leaves a residual, whose new weights then lie over it;
+    the adapters by name, those without A and B where only a bias trains; and the sites by name, in injection
+    order. What modules_to_save and trainable_token_indices mean is in plan(): the caller copies it.
+    Raises ConfigError where a name, pattern, layer or key fits nothing, where a module cannot be adapted, and,
+    with the site in front, whatever a start refuses.
+    Source: specs/inject.md.
+
+    >>> weights = {"up.weight": np.eye(3), "down.weight": np.eye(3)}
+    >>> _, adapters, sites = inject(weights, LoraConfig(r=2, target_modules=["up"]), np.random.default_rng(0))
+    >>> adapters["up"].A.shape, sites["up"].scaling
+    ((2, 3), 4.0)
+    """
+    tree, found = planned(
+        weights,
+        lambda name: _shape(weights, name),
+        config,
+        model=_model(weights, model_type),
+        kinds=kinds,
+        groups=groups,
+    )
+    new: dict[str, Array] = {}
+    adapters: dict[str, AnyAdapter] = {}
+    for name, site in found.sites.items():
+        own = replace(
+            config, r=site.r, lora_alpha=site.alpha, rank_pattern={}, alpha_pattern={}, lora_dropout=site.p
+        )
+        b = weights[str(tree.bias(name))] if name in found.biases else None
+        try:
+            residual, adapters[name] = STARTS[site.kind](weights[site.weight], b, site, own, rng, tree)
+        except (ConfigError, DtypeError, ShapeError) as refused:
+            raise type(refused)(f"{name}: {refused}") from None
+        if residual is not None:
+            new[site.weight] = residual
+    for name in found.biases:
+        if name not in adapters:
+            adapters[name] = Adapter(None, None, b=copy(weights[str(tree.bias(name))]))
+    return Overlay(weights, new) if new else weights, adapters, found.sites
+
+
+def _model(weights: Mapping[str, Any], model_type: str | None = None) -> dict[str, Any]:
+    """What config.json says, where the weights bring it, under the model_type that was given."""
+    found = dict(getattr(weights, "config", None) or {})
+    return found | {"model_type": model_type} if model_type else found
+
+
+def _shape(weights: Mapping[str, Any], name: str) -> Shape:
+    """A tensor's shape: as the mapping tells it without reading, or an array's own, or the value itself."""
+    if callable(tell := getattr(weights, "shape", None)):
+        return tuple(tell(name))
+    value = weights[name]
+    return tuple(int(n) for n in getattr(value, "shape", value))
+
+
+# ---- starts, by kind ---------------------------------------------------------------------------------------
+
+
+def _linear(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
+    base = linear_from_stored(W, b, fan_in_fan_out=site.transposed)
+    new, adapter = init_adapter(base, config, rng=rng)
+    if new is base:
+        return None, adapter
+    return linear_to_stored(new, fan_in_fan_out=site.transposed)[0], adapter
+
+
+def _embedding(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
+    home = _layers("embedding", site)
+    return None, home.init_embedding_adapter(home.Embedding(W), config, rng=rng)[1]
+
+
+def _conv(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
+    home = _layers("conv", site)
+    base = home.Conv(W, b, groups=named(tree.groups, site.name) or 1)
+    return None, home.init_conv_adapter(base, config, rng=rng)[1]
+
+
+def _experts(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
+    home = _layers("experts", site)
+    return None, home.init_experts_adapter(home.Experts(W, site.transposed), config, rng=rng)[1]
+
+
+def _layers(room: str, site: Site) -> Any:
+    try:
+        return import_module(f".layers.{room}", __package__)
+    except ImportError:
+        raise ConfigError(f"expected a linear module, the only kind that is started, got {site.kind}") from None
+
+
+STARTS: Mapping[str, Callable[..., Started]] = {
+    "linear": _linear,
+    "embedding": _embedding,
+    "conv": _conv,
+    "experts": _experts,
+}
