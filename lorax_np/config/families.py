@@ -1,7 +1,7 @@
 """What is known of models by their type and by the names in their checkpoints. Facts only, no logic.
 
-Source: PEFT 0.21.2, peft/utils/constants.py, for TARGETS; transformers 5.24, where models register their modules,
-for ORDERS and the layouts.
+Source: PEFT 0.21.2, peft/utils/constants.py, for TARGETS; for ORDERS and the layouts transformers 5.24, in the
+order in which models register their modules.
 """
 
 from collections.abc import Mapping
@@ -51,25 +51,30 @@ HEADS_OF_TASKS: Mapping[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+# Parts of names that stand behind their siblings, whatever these are called.
+LAST = ("lm_head", "embed_out", "proj_out", "generator_lm_head", "classifier", "score", "qa_outputs")
+
+# Weights of two axes that belong to no linear module, where fused experts stand beside them.
+ROUTERS = ("gate", "router")
 # Modules that no adapter reaches, since a kernel reads their weight past the module, by model_type.
 MAMBA = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
 PAST_THE_MODULE = ("out_proj", "conv1d")
 
 # Tensors of checkpoints that are not parameters, by the last part of the name.
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+BUFFERS = (
+    *("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias"),
+    "final_logits_bias",
+)
+# Output modules whose bias is their parent's, under a second name.
+TWINS = ("cls.predictions.decoder", "lm_head.decoder")
 
 # Siblings in the order in which models register them, where files, which list by the alphabet, have another.
 ORDERS: tuple[tuple[str, ...], ...] = (
-    ("model", "lm_head"),
-    ("transformer", "lm_head"),
-    ("model", "score"),
-    ("transformer", "score"),
-    ("model", "proj_out"),
-    ("gpt_neox", "embed_out"),
-    ("shared", "encoder", "decoder", "lm_head"),
+    ("shared", "encoder", "decoder"),
     ("text_model", "vision_model", "visual_projection", "text_projection"),
     ("wte", "wpe", "h", "ln_f"),
-    ("word_embeddings", "h"),
+    ("word_embeddings", "h", "ln_f"),
+    ("embed_tokens", "block"),
     ("embed_tokens", "embed_positions", "layers"),
     ("conv1", "conv2", "embed_positions", "layers"),
     ("word_embeddings", "position_embeddings", "token_type_embeddings"),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..kinds import nearest
-from .families import BUFFERS, INPUT_EMBEDDINGS
+from .families import BUFFERS, HEADS, INPUT_EMBEDDINGS, TWINS
 from .fields import ROOTS, start_name
 from .lora import LoraConfig, check_usable
 from .site import Site, site_at
@@ -71,13 +71,15 @@ def planned(
 def counted(plan: Plan, tree: Tree, names: Iterable[str], config: LoraConfig, model: Mapping[str, Any]) -> Plan:
     """Return the plan with its counts, for which every tensor's shape is asked.
 
-    Embeddings that config.json calls tied count once. Trained biases are no copies, so they add nothing to all.
+    Embeddings that config.json calls tied count once, and so do biases under two names. A bias trains in place
+    of the base's, so it adds nothing to all.
     """
     size = {name: prod(tree.shape(name)) for name in names if name.rpartition(".")[2] not in BUFFERS}
-    ends = [f"{name}.weight" for name in (*INPUT_EMBEDDINGS, "lm_head")]
+    ends = [f"{name}.weight" for name in (*INPUT_EMBEDDINGS, *HEADS)]
     tied = [name for name in size if any(fits(end, name) for end in ends)]
-    for twin in tied[1:] if model.get("tie_word_embeddings") else ():
-        del size[twin]
+    again = [f"{name}.bias" for name in tree.modules if _twin(tree, name)]
+    for name in (tied[1:] if model.get("tie_word_embeddings") else []) + again:
+        del size[name]
     added = sum(adapter_size(tree, site, config) for site in plan.sites.values())
     added += sum(prod(tree.shape(name)) for name in plan.saved if name.rpartition(".")[2] not in BUFFERS)
     added += sum(len(rows) * tree.shape(str(tree.weight(name)))[1] for name, rows in plan.tokens.items())
@@ -185,7 +187,14 @@ def _biases(config: LoraConfig, tree: Tree, sites: Mapping[str, Site], whole: Co
     if config.bias == "none":
         return []
     names = sites if config.bias == "lora_only" else tree.modules
-    return [name for name in names if name in tree.modules and tree.bias(name) and not within(name, whole)]
+    found = [name for name in names if name in tree.modules and tree.bias(name)]
+    return [name for name in found if not within(name, whole) and not _twin(tree, name)]
+
+
+def _twin(tree: Tree, name: str) -> bool:
+    """Whether a module's bias is its parent's under a second name."""
+    twin = any(fits(key, name) for key in TWINS) and tree.bias(name) is not None
+    return twin and tree.bias(name.rpartition(".")[0]) is not None
 
 
 def _tokens(

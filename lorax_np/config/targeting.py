@@ -99,7 +99,7 @@ def _targets(config: LoraConfig, tree: Tree) -> str | Sequence[str] | None:
             return None
         if tree.model_type not in TARGETS:
             raise ConfigError(
-                f"target_modules: expected names (or 'all-linear') among {len(tree.sites())} modules, since none are "
+                f"target_modules: expected names, or 'all-linear', among {len(tree.sites())} modules, as none are "
                 f"known for model_type {tree.model_type!r}{nearest(tree.model_type, TARGETS)}, got None"
             )
         targets = TARGETS[str(tree.model_type)]

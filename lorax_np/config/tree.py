@@ -8,7 +8,7 @@ from typing import TypeVar, cast, get_args
 
 from ..errors import ConfigError
 from ..kinds import nearest
-from .families import EMBEDDINGS, ORDERS, TARGETS, TRANSPOSED, TRANSPOSED_EXPERTS
+from .families import EMBEDDINGS, LAST, ORDERS, ROUTERS, TARGETS, TRANSPOSED, TRANSPOSED_EXPERTS
 from .site import Kind
 
 Shape = tuple[int, ...]
@@ -57,10 +57,17 @@ class Tree:
         if (said := named(self.kinds, name)) is not None:
             return said
         axes, last = len(self.shape(weight)), name.rpartition(".")[2]
+        if axes == 2 and last in ROUTERS and self._fused(f"{name.removesuffix(last)}experts"):
+            return None
         if axes == 2:
             bare = self.modules[name].tensors.get("bias") is None
             return "embedding" if bare and re.fullmatch(EMBEDDINGS, last) else "linear"
         return "conv" if axes in (3, 4, 5) else None
+
+    def _fused(self, name: str) -> bool:
+        """Whether a module holds the weights of experts in parameters of three axes."""
+        found = self.modules.get(name)
+        return found is not None and any(len(self.shape(tensor)) == 3 for tensor in found.tensors.values())
 
     def transposed(self, name: str, declared: bool) -> bool:
         """Whether a linear module's weight lies (d_in, d_out): by the model's type, else as declared."""
@@ -125,8 +132,9 @@ def ordered(siblings: Iterable[str]) -> list[str]:
         return sorted(given, key=int)
     order = max(ORDERS, key=lambda order: len(set(order) & set(given)))
     if len(set(order) & set(given)) < 2:
-        return given
-    return sorted(given, key=lambda part: order.index(part) if part in order else len(order))
+        order = ()
+    place = {part: i for i, part in enumerate(order)}
+    return sorted(given, key=lambda part: (part in LAST, place.get(part, len(order))))
 
 
 def _walked(module: Module) -> Iterator[Module]:
