@@ -5,21 +5,24 @@ Nothing is put into a model: the result is dictionaries by name.  See specs/inje
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backend import Array, copy
 from .config import LoraConfig, Plan, Site
 from .config.plan import counted, planned
-from .config.tree import Shape, Tree, named
+from .config.tree import Shape, named
 from .errors import ConfigError, DtypeError, ShapeError
 from .init import init_adapter
+from .kinds import nearest
+from .layers.conv import Conv
+from .layers.embedding import Embedding
+from .layers.experts import Experts, init_experts_adapter
+from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .params import Adapter, AnyAdapter, linear_from_stored, linear_to_stored
 
 Weights = Mapping[str, Array]
-Rng = np.random.Generator | None
 Started = tuple[Array | None, AnyAdapter]  # the new weight as it is stored, where the start leaves a residual
 
 
@@ -86,6 +89,8 @@ def inject(
     kinds: Mapping[str, str] | None = None,
     groups: Mapping[str, int] | None = None,
     model_type: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    gradients: Mapping[str, Array] | None = None,
 ) -> tuple[Weights, dict[str, AnyAdapter], dict[str, Site]]:
     """Start the adapters that a config means on a model's weights.
 
@@ -98,6 +103,7 @@ def inject(
         embedding or conv
     groups : groups of convolutions in the same way; 1 where nothing is said
     model_type : as in config.json, which is read where the weights bring it as `.config`
+    inputs, gradients : what init_adapter takes under these names for eva, corda and lora_ga, by site
 
     Returns the weights, the same mapping unless a start leaves a residual, whose new weights then lie over it;
     the adapters by name, those without A and B where only a bias trains; and the sites by name, in injection
@@ -119,15 +125,27 @@ def inject(
         kinds=kinds,
         groups=groups,
     )
+    for argument, values in (("inputs", inputs or {}), ("gradients", gradients or {})):
+        if strangers := [name for name in values if name not in found.sites]:
+            hint = nearest(strangers[0], found.sites)
+            raise ConfigError(f"{argument}: expected names of sites, got {strangers[0]!r}{hint}")
     new: dict[str, Array] = {}
     adapters: dict[str, AnyAdapter] = {}
     for name, site in found.sites.items():
-        own = replace(
-            config, r=site.r, lora_alpha=site.alpha, rank_pattern={}, alpha_pattern={}, lora_dropout=site.p
+        given = Given(
+            W=weights[site.weight],
+            b=weights[str(tree.bias(name))] if name in found.biases else None,
+            site=site,
+            config=replace(
+                config, r=site.r, lora_alpha=site.alpha, rank_pattern={}, alpha_pattern={}, lora_dropout=site.p
+            ),
+            rng=rng,
+            groups=named(tree.groups, name) or 1,
+            inputs=(inputs or {}).get(name),
+            gradient=(gradients or {}).get(name),
         )
-        b = weights[str(tree.bias(name))] if name in found.biases else None
         try:
-            residual, adapters[name] = STARTS[site.kind](weights[site.weight], b, site, own, rng, tree)
+            residual, adapters[name] = STARTS[site.kind](given)
         except (ConfigError, DtypeError, ShapeError) as refused:
             raise type(refused)(f"{name}: {refused}") from None
         if residual is not None:
@@ -155,38 +173,42 @@ def _shape(weights: Mapping[str, Any], name: str) -> Shape:
 # ---- starts, by kind ---------------------------------------------------------------------------------------
 
 
-def _linear(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
-    base = linear_from_stored(W, b, fan_in_fan_out=site.transposed)
-    new, adapter = init_adapter(base, config, rng=rng)
+class Given(NamedTuple):
+    """What a start at one site is made from."""
+
+    W: Array  # as it is stored
+    b: Array | None  # where it is to train
+    site: Site
+    config: LoraConfig  # with this site's r and α, and no patterns
+    rng: np.random.Generator | None
+    groups: int
+    inputs: Any
+    gradient: Array | None
+
+
+def _linear(given: Given) -> Started:
+    base = linear_from_stored(given.W, given.b, fan_in_fan_out=given.site.transposed)
+    new, adapter = init_adapter(base, given.config, rng=given.rng, inputs=given.inputs, gradient=given.gradient)
     if new is base:
         return None, adapter
-    return linear_to_stored(new, fan_in_fan_out=site.transposed)[0], adapter
+    return linear_to_stored(new, fan_in_fan_out=given.site.transposed)[0], adapter
 
 
-def _embedding(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
-    home = _layers("embedding", site)
-    return None, home.init_embedding_adapter(home.Embedding(W), config, rng=rng)[1]
+def _embedding(given: Given) -> Started:
+    return None, init_embedding_adapter(Embedding(given.W), given.config, rng=given.rng)[1]
 
 
-def _conv(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
-    home = _layers("conv", site)
-    base = home.Conv(W, b, groups=named(tree.groups, site.name) or 1)
-    return None, home.init_conv_adapter(base, config, rng=rng)[1]
+def _conv(given: Given) -> Started:
+    base = Conv(given.W, given.b, groups=given.groups)
+    return None, init_conv_adapter(base, given.config, rng=given.rng)[1]
 
 
-def _experts(W: Array, b: Array | None, site: Site, config: LoraConfig, rng: Rng, tree: Tree) -> Started:
-    home = _layers("experts", site)
-    return None, home.init_experts_adapter(home.Experts(W, site.transposed), config, rng=rng)[1]
+def _experts(given: Given) -> Started:
+    base = Experts(given.W, given.site.transposed)
+    return None, init_experts_adapter(base, given.config, rng=given.rng)[1]
 
 
-def _layers(room: str, site: Site) -> Any:
-    try:
-        return import_module(f".layers.{room}", __package__)
-    except ImportError:
-        raise ConfigError(f"expected a linear module, the only kind that is started, got {site.kind}") from None
-
-
-STARTS: Mapping[str, Callable[..., Started]] = {
+STARTS: Mapping[str, Callable[[Given], Started]] = {
     "linear": _linear,
     "embedding": _embedding,
     "conv": _conv,

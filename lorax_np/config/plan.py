@@ -162,8 +162,6 @@ def _check_site(config: LoraConfig, tree: Tree, site: Site) -> None:
             f"r: expected at most {min(shape)}, the smaller axis of {site.weight}, for init_lora_weights="
             f"{config.init_lora_weights!r}, got {site.r}"
         )
-    if start in (*ROOTS, "olora") and site.alpha < 0:
-        raise ConfigError(f"alpha: expected a number above 0 at {site.name}, got {site.alpha}")
     groups = named(tree.groups, site.name)
     if site.kind == "conv" and groups is None and shape[1] == 1 < shape[0]:
         raise ConfigError(

@@ -99,8 +99,8 @@ def _targets(config: LoraConfig, tree: Tree) -> str | Sequence[str] | None:
             return None
         if tree.model_type not in TARGETS:
             raise ConfigError(
-                f"target_modules: expected names, or 'all-linear', among {len(tree.sites())} modules, as none are "
-                f"known for model_type {tree.model_type!r}{nearest(tree.model_type, TARGETS)}, got None"
+                f"target_modules: expected names, or 'all-linear', among {len(tree.sites())} modules, as none "
+                f"are known for model_type {tree.model_type!r}{nearest(tree.model_type, TARGETS)}, got None"
             )
         targets = TARGETS[str(tree.model_type)]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
