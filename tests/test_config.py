@@ -449,6 +449,139 @@ def test_an_unknown_swift_name_is_refused_with_the_nearest():
         LoraConfig.from_swift({"r": 4, "lora_alpha": 0})
 
 
+@pytest.mark.parametrize(
+    ("said", "start"),
+    [("true", True), ("false", False), (True, True), (False, False), ("gaussian", "gaussian"), ("pissa", "pissa"),
+     ("pissa_niter_4", "pissa_niter_4"), ("olora", "olora"), ("lora-ga", "lora_ga"), ("lora_ga", "lora_ga")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["init_weights", "init_lora_weights"])
+def test_swift_starts_by_both_names(name, said, start):
+    assert LoraConfig.from_swift({name: said}).init_lora_weights == start
+
+
+def test_swift_newer_names():
+    config = LoraConfig.from_swift({
+        "tuner_type": "lora", "target_regex": r".*\.q_proj", "target_parameters": None, "task_type": "seq_cls",
+        "init_weights": "lora-ga", "lora_ga_direction": "ArBr", "lora_ga_stable_gamma": 8, "modules_to_save": [],
+    })  # fmt: skip
+    assert (config.target_modules, config.task_type, config.init_lora_weights) == (
+        r".*\.q_proj",
+        "SEQ_CLS",
+        "lora_ga",
+    )
+    assert config.lora_ga_config == {"direction": "ArBr", "stable_gamma": 8}
+    assert config.modules_to_save == ()
+    assert LoraConfig.from_swift({"target_regex": None}).target_modules == "all-linear"
+    fused = LoraConfig.from_swift(
+        {"target_parameters": ["experts.w1"], "lora_dropout": 0.0, "target_modules": []}
+    )
+    assert (fused.target_parameters, fused.target_modules) == (("experts.w1",), ())
+
+
+@pytest.mark.parametrize(
+    ("d", "message"),
+    [
+        ({"tuner_type": "longlora"}, r"^tuner_type: expected one of lora, got 'longlora'"),
+        ({"train_type": "lora", "tuner_type": "full"}, r"^tuner_type: expected one of lora, got 'full'$"),
+        (
+            {"init_weights": "guassian"},
+            r"^init_weights: expected .*, got 'guassian' \(did you mean 'gaussian'\?\)",
+        ),
+        ({"init_weights": "pissa_niter_k"}, r"^init_weights: expected "),
+        (
+            {"init_weights": "true", "init_lora_weights": "pissa"},
+            r"^init_lora_weights: expected 'true', set by",
+        ),
+        ({"target_regex": "("}, r"^target_regex: expected a regular expression, or None, got '\('"),
+        ({"lora_ga_direction": "arbr"}, r"^lora_ga_direction: .*did you mean 'ArBr'"),
+        (
+            {"task_type": "CAUSAL_LM"},
+            r"^task_type: expected one of causal_lm, seq_cls, or None, got 'CAUSAL_LM'",
+        ),
+        ({"freeze_vit": True}, r"^freeze_vit: expected one of lora_rank, "),
+    ],
+)
+def test_what_swift_says_otherwise_is_refused(d, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig.from_swift(d)
+
+
+# ---- unsloth -----------------------------------------------------------------------------------------------
+
+PASTED = {  # as its notebooks have it
+    "r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora_alpha": 16, "lora_dropout": 0, "bias": "none", "use_gradient_checkpointing": "unsloth",
+    "random_state": 3407, "use_rslora": False, "loftq_config": None,
+}  # fmt: skip
+
+
+def test_what_people_paste_from_unsloth():
+    before = copy.deepcopy(PASTED)
+    config, training = LoraConfig.from_unsloth(PASTED)
+    assert PASTED == before
+    assert config == LoraConfig(16, 16, target_modules=PASTED["target_modules"], task_type="CAUSAL_LM")
+    assert training == {"use_gradient_checkpointing": "unsloth", "random_state": 3407}
+    assert LoraConfig.from_unsloth({}) == (config, {"random_state": 3407})
+    check_usable(config)
+
+
+def test_unsloths_arguments_act_or_come_back():
+    config, training = LoraConfig.from_unsloth({
+        "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+        "bias": "all", "use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}, "max_seq_length": 2048,
+        "layers_to_transform": [0], "init_lora_weights": "gaussian", "random_state": 1, "task_type": "SEQ_CLS",
+        "temporary_location": "x", "use_gradient_checkpointing": True, "qat_scheme": None,
+        "ensure_weight_tying": False,
+    })  # fmt: skip
+    assert config == LoraConfig(
+        4, 8, lora_dropout=0.1, target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"], bias="all",
+        use_rslora=True, use_dora=True, rank_pattern={"q_proj": 2}, layers_to_transform=[0],
+        init_lora_weights="gaussian", task_type="SEQ_CLS",
+    )  # fmt: skip
+    assert training == {
+        "random_state": 1, "max_seq_length": 2048, "temporary_location": "x", "use_gradient_checkpointing": True
+    }  # fmt: skip
+    loftq, _ = LoraConfig.from_unsloth({"init_lora_weights": "loftq"})
+    assert loftq.loftq_config == {"loftq_bits": 4, "loftq_iter": 1}
+    assert LoraConfig.from_unsloth({"target_modules": "all-linear"})[0].target_modules == "all-linear"
+    both, _ = LoraConfig.from_unsloth(
+        {"target_modules": ["embed_tokens", "q"], "modules_to_save": ("embed_tokens",)}
+    )
+    assert both.modules_to_save == ("embed_tokens",)
+
+
+@pytest.mark.parametrize(
+    ("d", "message"),
+    [
+        ({"r": 0}, r"^r: expected an int"),
+        ({"r": 4, "lora_r": 8}, r"^lora_r: expected 4, set by r, got 8$"),
+        ({"lora_r": 0}, r"^r: expected an int"),
+        ({"random_state": "x"}, r"^random_state: expected an int from 0, got 'x'"),
+        (
+            {"use_gradient_checkpointing": "yes"},
+            r"^use_gradient_checkpointing: expected True, False or 'unsloth'",
+        ),
+        (
+            {"qat_scheme": "int4"},
+            r"^qat_scheme: expected None, since this version does not train through a quantiser",
+        ),
+        (
+            {"finetune_mlp_modules": True},
+            r"^finetune_mlp_modules: expected nothing, but target_modules that name",
+        ),
+        ({"use_gradient_checkpoint": True}, r"did you mean 'use_gradient_checkpointing'"),
+        ({"lora_rank": 4}, r"^lora_rank: expected an argument of unsloth's get_peft_model"),
+        ({"extra": {}}, r"^extra: expected an argument"),
+        ({"bias": "al", "r": 0}, r"^r: .*; bias: expected one of none, all, lora_only, got 'al'"),
+        ([1], r"^unsloth arguments: expected a mapping"),
+    ],
+)
+def test_what_unsloth_says_otherwise_is_refused(d, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        LoraConfig.from_unsloth(d)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 # ---- Use ---------------------------------------------------------------------------------------------------
 
 
