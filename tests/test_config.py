@@ -4,11 +4,13 @@ import copy
 import json
 import math
 import pickle
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -451,8 +453,9 @@ def test_an_unknown_swift_name_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize(
     ("said", "start"),
-    [("true", True), ("false", False), (True, True), (False, False), ("gaussian", "gaussian"), ("pissa", "pissa"),
-     ("pissa_niter_4", "pissa_niter_4"), ("olora", "olora"), ("lora-ga", "lora_ga"), ("lora_ga", "lora_ga")],
+    [("true", True), ("false", False), (True, True), (False, False), ("gaussian", "gaussian"),
+     ("pissa", "pissa"), ("pissa_niter_4", "pissa_niter_4"), ("olora", "olora"),
+     ("lora-ga", "lora_ga"), ("lora_ga", "lora_ga")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["init_weights", "init_lora_weights"])
 def test_swift_starts_by_both_names(name, said, start):
@@ -462,7 +465,8 @@ def test_swift_starts_by_both_names(name, said, start):
 def test_swift_newer_names():
     config = LoraConfig.from_swift({
         "tuner_type": "lora", "target_regex": r".*\.q_proj", "target_parameters": None, "task_type": "seq_cls",
-        "init_weights": "lora-ga", "lora_ga_direction": "ArBr", "lora_ga_stable_gamma": 8, "modules_to_save": [],
+        "init_weights": "lora-ga", "lora_ga_direction": "ArBr", "lora_ga_stable_gamma": 8,
+        "modules_to_save": [],
     })  # fmt: skip
     assert (config.target_modules, config.task_type, config.init_lora_weights) == (
         r".*\.q_proj",
@@ -518,7 +522,7 @@ PASTED = {  # as its notebooks have it
 def test_what_people_paste_from_unsloth():
     before = copy.deepcopy(PASTED)
     config, training = LoraConfig.from_unsloth(PASTED)
-    assert PASTED == before
+    assert before == PASTED
     assert config == LoraConfig(16, 16, target_modules=PASTED["target_modules"], task_type="CAUSAL_LM")
     assert training == {"use_gradient_checkpointing": "unsloth", "random_state": 3407}
     assert LoraConfig.from_unsloth({}) == (config, {"random_state": 3407})
@@ -527,15 +531,16 @@ def test_what_people_paste_from_unsloth():
 
 def test_unsloths_arguments_act_or_come_back():
     config, training = LoraConfig.from_unsloth({
-        "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "embed_tokens", "lm_head"],
-        "bias": "all", "use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}, "max_seq_length": 2048,
+        "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "all", "use_rslora": True, "use_dora": True,
+        "target_modules": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"q_proj": 2},
+        "max_seq_length": 2048,
         "layers_to_transform": [0], "init_lora_weights": "gaussian", "random_state": 1, "task_type": "SEQ_CLS",
         "temporary_location": "x", "use_gradient_checkpointing": True, "qat_scheme": None,
         "ensure_weight_tying": False,
     })  # fmt: skip
     assert config == LoraConfig(
-        4, 8, lora_dropout=0.1, target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"], bias="all",
-        use_rslora=True, use_dora=True, rank_pattern={"q_proj": 2}, layers_to_transform=[0],
+        4, 8, lora_dropout=0.1, target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"],
+        bias="all", use_rslora=True, use_dora=True, rank_pattern={"q_proj": 2}, layers_to_transform=[0],
         init_lora_weights="gaussian", task_type="SEQ_CLS",
     )  # fmt: skip
     assert training == {
@@ -723,6 +728,44 @@ def test_settings_and_their_defaults_are_those_of_peft(peft):
     classes |= {"corda_config": lora.CordaConfig, "lora_ga_config": lora.LoraGAConfig}
     for field, theirs in classes.items():
         assert settings_of(field, None) == {f.name: f.default for f in fields(theirs)}
+
+
+# ---- The page of all fields -------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The table of fields: name -> default, tier, what it does, the tests."""
+    lines = [re.split(r" *\| *", line) for line in page.splitlines() if line.startswith("| `")]
+    return {cells[1].strip("`"): cells[2:6] for cells in lines if len(cells) == 7}
+
+
+def page_faults(page: str) -> list[str]:
+    """What is wrong with the table: fields missing or unknown, other defaults or tiers, tests not there."""
+    table = rows(page)
+    faults = [f"{name}: not in the table" for name in FIELDS.keys() - table.keys()]
+    faults += [f"{name}: no field" for name in table.keys() - FIELDS.keys()]
+    for name in table.keys() & FIELDS.keys():
+        default, tier, _, tests = table[name]
+        if eval(default) != FIELDS[name].metadata["default"] or tier != TIERS.get(name, ""):
+            faults.append(f"{name}: another default or tier")
+        file, _, test = tests.strip("`").partition("::")
+        if not (ROOT / file).is_file() or f"def {test}(" not in (ROOT / file).read_text():
+            faults.append(f"{name}: {tests} does not exist")
+    return faults
+
+
+def test_the_page_of_fields_is_complete():
+    page = (ROOT.parent / "specs" / "config.md").read_text()
+    assert page_faults(page) == []
+    for planted in (
+        page.replace("| `use_dora` |", "| `use_dorra` |"),
+        page.replace("| 16 | exotic |", "| 17 | exotic |"),
+        page.replace("| `revision` | None | family |", "| `revision` | None | core |"),
+        page.replace("test_inject.py::test_layout", "test_inject.py::test_lay"),
+    ):
+        assert page_faults(planted)
 
 
 # ---- Against PEFT itself -----------------------------------------------------------------------------------

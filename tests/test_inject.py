@@ -252,7 +252,7 @@ REFUSED = [
     ({"target_modules": r".*layers\.0.*"}, "got model.layers.0, which has no weight"),
     (
         {},
-        "target_modules: expected names, or 'all-linear', among 23 modules, as none .* model_type None, got None",
+        "target_modules: expected names, or 'all-linear', among 23 modules, .* model_type None, got None",
     ),
     (
         {"target_modules": ["q_proj"], "exclude_modules": ["k_porj"]},

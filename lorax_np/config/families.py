@@ -33,7 +33,7 @@ TARGETS: Mapping[str, tuple[str, ...] | str] = {
 
 # Linear modules stored (d_in, d_out), by model_type and the last part of the module's name.
 TRANSPOSED: Mapping[str, tuple[str, ...]] = dict.fromkeys(
-    ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), ("c_attn", "q_attn", "c_proj", "c_fc")
+    ("gpt2", "imagegpt", "decision_transformer"), ("c_attn", "q_attn", "c_proj", "c_fc")
 )
 # Fused experts stored (E, d_in, d_out), by model_type.
 TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter", "aria", "aria_text"))

@@ -84,7 +84,7 @@ def counted(plan: Plan, tree: Tree, names: Iterable[str], config: LoraConfig, mo
     added += sum(prod(tree.shape(name)) for name in plan.saved if name.rpartition(".")[2] not in BUFFERS)
     added += sum(len(rows) * tree.shape(str(tree.weight(name)))[1] for name, rows in plan.tokens.items())
     biases = sum(tree.shape(str(tree.bias(name)))[0] for name in plan.biases)
-    return plan._replace(trainable=added + biases, total=sum(size.values()) + added)
+    return plan._replace(trainable=added + biases, total=sum(size.values()) + added)  # (inject.5), (inject.6)
 
 
 def adapter_size(tree: Tree, site: Site, config: LoraConfig) -> int:
@@ -96,12 +96,12 @@ def adapter_size(tree: Tree, site: Site, config: LoraConfig) -> int:
     d_out, d_in = shape[1::-1] if site.transposed else shape[:2]
     if site.kind == "experts":
         *experts, a, b = shape
-        return prod(experts) * site.r * (a + b)
+        return prod(experts) * site.r * (a + b)  # (inject.4)
     if site.kind == "embedding":  # (vocab, dim), whose magnitude has one entry a dim
-        return site.r * (d_in + d_out) + d_in * config.use_dora
+        return site.r * (d_in + d_out) + d_in * config.use_dora  # (inject.2)
     groups = named(tree.groups, site.name) or 1
-    up = d_out * (site.r // groups)
-    return site.r * d_in * groups * prod(shape[2:]) + up + d_out * (config.use_dora + config.lora_bias)
+    down, up = site.r * d_in * groups * prod(shape[2:]), d_out * (site.r // groups)
+    return down + up + d_out * (config.use_dora + config.lora_bias)  # (inject.1), (inject.3)
 
 
 # ---- sites -------------------------------------------------------------------------------------------------
