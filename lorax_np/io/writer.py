@@ -5,6 +5,7 @@ by name, a header without spaces, padded with them to a multiple of 8. Where the
 chance, here it is by name. What the file promises and how it appears at once: specs/checkpoints.md.
 """
 
+import errno
 import json
 import math
 import os
@@ -37,6 +38,7 @@ ORDER |= {"F6_E3M2": "", "F6_E2M3": "", "F4": "", "BOOL": "bool"}  # packed: no 
 WORDS = {name: word for word, name in ORDER.items() if name}
 PLACE = {word: place for place, word in enumerate(ORDER)}
 PIECE = 1 << 24  # bytes of an array that are encoded at a time
+_POSITION = threading.Lock()  # where the system reads and writes at a file's one position only
 
 Entry = tuple[str, tuple[int, ...]]  # the format's word for the dtype, and the shape
 Buffer = bytes | bytearray | memoryview
@@ -178,15 +180,24 @@ class SafetensorsWriter:
             size = memoryview(part).nbytes
         else:
             found, size = pieces(to_host(part)), _nbytes(part, slot, name)
-        if start < 0 or start + size > slot.size or (whole and size != slot.size):
-            wanted = f"{slot.size} bytes" if whole else f"bytes 0 to {slot.size}"
-            raise FormatError(f"{show(name)}: expected {wanted}, got {size} from {start} on")
-        with self._lock:
-            if size > self._left[name]:
-                raise ConfigError(f"{show(name)}: expected a tensor that is not yet written, got it twice")
-            self._left[name] -= size
+        self._account(name, start, size, whole)
         for piece in found:
             offset += self._put(memoryview(piece), slot.begin + offset)
+
+    def copy_part(self, name: str, start: int, source: int, offset: int, size: int) -> None:
+        """Write some of a tensor's bytes from another file, by the system where it can, without seeing them.
+
+        start  : offset in bytes from where the tensor begins
+        source : descriptor of the other file, open for reading; its position is left alone
+        offset, size : where the bytes lie in it, and how many
+        """
+        place = self._slot(name).begin + start
+        self._account(name, start, size, whole=False)
+        while size:
+            done = copy_range(source, self._file, size, offset, place)
+            if not done:
+                raise FormatError(f"{self.path}: {show(name)}: expected {size} more bytes to copy, got the end")
+            offset, place, size = offset + done, place + done, size - done
 
     def place(self, name: str) -> tuple[int, int]:
         """Where a tensor lies in the file: its first byte, and how many. Raises KeyError."""
@@ -198,12 +209,23 @@ class SafetensorsWriter:
             raise KeyError(f"{self.path}: no tensor named {show(name)} in the entries")
         return self._slots[name]
 
+    def _account(self, name: str, start: int, size: int, whole: bool) -> None:
+        """Check that bytes lie within a tensor and are not more than it still wants, and count them."""
+        wanted = self._slots[name].size
+        if start < 0 or start + size > wanted or (whole and size != wanted):
+            words = f"{wanted} bytes" if whole else f"bytes 0 to {wanted}"
+            raise FormatError(f"{show(name)}: expected {words}, got {size} from {start} on")
+        with self._lock:
+            if size > self._left[name]:
+                raise ConfigError(f"{show(name)}: expected a tensor that is not yet written, got it twice")
+            self._left[name] -= size
+
     def _put(self, data: memoryview, offset: int) -> int:
         """Write bytes at an offset in the file, and return how many they were."""
         if data.nbytes:
             view = memoryview(data if data.c_contiguous else data.tobytes()).cast("B")
             while len(view):
-                done = _pwrite(self._file, view, offset, self._lock)
+                done = _pwrite(self._file, view, offset)
                 view, offset = view[done:], offset + done
         return data.nbytes
 
@@ -241,6 +263,30 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def copy_range(source: int, target: int, size: int, offset: int, place: int) -> int:
+    """Copy at most `size` bytes from one open file to another; return how many, 0 at the end of the source."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, size, offset, place)
+        except OSError as error:  # two file systems, or one that cannot
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+    data = memoryview(read_at(source, min(size, PIECE), offset))
+    done = 0
+    while done < len(data):
+        done += _pwrite(target, data[done:], place + done)
+    return done
+
+
+def read_at(file: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file from an offset on; fewer at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, offset)
+    with _POSITION:
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.read(file, size)
+
+
 def pieces(array: HostArray) -> Iterator[HostArray]:
     """An array's bytes in C order and little-endian, as arrays of uint8 of about PIECE each."""
     if array.flags.c_contiguous and _little(array.dtype):
@@ -258,10 +304,10 @@ def _little(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1 or np.dtype("<u2").isnative == dtype.isnative
 
 
-def _pwrite(file: int, view: memoryview, offset: int, lock: threading.Lock) -> int:
+def _pwrite(file: int, view: memoryview, offset: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(file, view, offset)
-    with lock:
+    with _POSITION:
         os.lseek(file, offset, os.SEEK_SET)
         return os.write(file, view)
 

@@ -1,0 +1,251 @@
+"""An adapter's update as a matrix laid like the stored weight, some rows at a time.  specs/checkpoints.md.
+
+The sums are those of lorax_np.merge, in float64 and in its order, so that the bits are its bits.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from math import frexp, prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backend import HostArray, cast, quiet, to_host
+from ..config import Site
+from ..errors import ConfigError, ShapeError
+from ..ops.dora import row_norm_forward
+from ..params import AnyAdapter, check_direction
+
+WIDE = "float64"
+HALF = 0x8000  # half an ulp of bfloat16, in the bits of a float32
+MANY = 100  # entries midway in one block, from which on all of it is rounded again at once
+OVERFLOW = (2 - 2.0**-8) * 2.0**127  # from here on a number is rounded to bfloat16's infinity
+
+
+class Part(NamedTuple):
+    """Rows of the stored weight whose update is one product: s·LR."""
+
+    start: int
+    stop: int
+    L: HostArray  # (stop - start, r)
+    R: HostArray  # (r, cols)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Update:
+    """The update of one stored weight, seen as (rows, cols).
+
+    s : float         s = α/r or α/√r; negative to take the update out
+    m : (rows,) or (cols,), or None   DoRA's magnitude, of the rows where by_rows, else of the columns
+    """
+
+    site: str
+    parts: tuple[Part, ...]
+    s: float
+    m: HostArray | None
+    by_rows: bool
+
+    def add(self, V: HostArray, first: int, D: HostArray) -> None:
+        """V ← V + s·LR : (rows, cols) float64, whose first row is that one of the weight; D, as V, is written to."""
+        for part in self.parts:
+            a, b = max(first, part.start), min(first + len(V), part.stop)
+            if a < b:
+                L = part.L[a - part.start : b - part.start].astype(WIDE)
+                here, product = V[a - first : b - first], D[a - first : b - first]
+                exact = frexp(abs(self.s))[0] == 0.5  # a power of two may be on either side of the product
+                np.matmul(self.s * L if exact else L, _wide(part.R), out=product)
+                if not exact:
+                    np.multiply(product, self.s, out=product)
+                np.add(here, product, out=here)  # (merge.1)
+
+    def scale_rows(self, V: HostArray, first: int) -> None:
+        """V ← (m/n)∘V by rows, n the norms of V: (merge.2), where each row is whole."""
+        if self.m is not None and self.by_rows:
+            try:
+                check_direction(V)
+            except ConfigError as error:
+                raise ConfigError(f"{self.site}: rows from {first} on: {error}") from None
+            k = self.m[first : first + len(V)].astype(WIDE) / to_host(row_norm_forward(V))
+            np.multiply(k[:, None], V, out=V)
+
+    def ratio_of_columns(self, blocks: "Blocks") -> HostArray | None:
+        """k = m/n by columns, which takes all rows, twice; None where there is nothing to scale so."""
+        if self.m is None or self.by_rows:
+            return None
+        largest = np.zeros(len(self.m))
+        for V in blocks():
+            np.maximum(largest, np.abs(V).max(axis=0), out=largest)  # (dora.1)
+        if not largest.all():
+            zero = np.flatnonzero(largest == 0)
+            raise ConfigError(
+                f"{self.site}: W + s·BA: expected a direction in every output under DoRA, "
+                f"got {len(zero)} of zeros, the first at {zero[0]}"
+            )
+        squares = np.zeros(len(self.m))
+        for V in blocks():
+            squares += ((V / largest) ** 2).sum(axis=0)
+        return np.asarray(self.m.astype(WIDE) / (largest * np.sqrt(squares)))
+
+
+class Blocks:
+    """All rows of W + s·BA, from the start as often as they are asked for."""
+
+    def __init__(self, make: Any) -> None:
+        """Take what makes an iterator over them."""
+        self._make = make
+
+    def __call__(self) -> Iterable[HostArray]:
+        """From the first row again."""
+        found: Iterable[HostArray] = self._make()
+        return found
+
+
+def matrix_shape(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
+    """How a stored weight is seen: experts one below the other, a kernel beside its channels."""
+    if kind == "experts" and len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return shape[0], prod(shape[1:])
+
+
+def update_of(adapter: AnyAdapter, site: Site, shape: tuple[int, ...], *, sign: float = 1.0) -> Update | None:
+    """Lay out an adapter's update as its weight is stored; None where it has no A and B.
+
+    shape : of the stored weight
+
+    Raises ShapeError where the factors do not fit that shape, naming the site; ConfigError for a convolution
+    in groups, whose update has no place in the weight.
+    """
+    if adapter.A is None or adapter.B is None:
+        return None
+    A, B, s = to_host(adapter.A), to_host(adapter.B), sign * site.scaling
+    m = None if adapter.m is None else to_host(adapter.m)
+    if site.kind == "experts" and len(shape) == 3:
+        return Update(site.name, _experts(A, B, site, shape), s, m, True)
+    turned = site.kind == "embedding" or site.transposed
+    if site.kind == "conv":
+        if A.shape[1:] != shape[1:] and A.shape[2:] == shape[2:]:
+            raise ConfigError(
+                f"{site.name}: groups: expected 1 to merge, since the update reaches channels of all groups, "
+                f"got {A.shape[1] // max(shape[1], 1)}"
+            )
+        A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
+    rows, cols = matrix_shape(shape, site.kind)
+    d_out, d_in = (cols, rows) if turned else (rows, cols)
+    _fit(site, "A", A, (B.shape[1], d_in))
+    _fit(site, "B", B, (d_out, A.shape[0]))
+    L, R = (A.T, B.T) if turned else (B, A)
+    return Update(site.name, (Part(0, rows, L, _wide(R)),), s, m, not turned)
+
+
+def _experts(A: HostArray, B: HostArray, site: Site, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """A : (E·r, d_in) holds expert after expert, B : (d_out, r·E) one column of each expert in turn."""
+    E, rows, cols = shape
+    d_out, d_in = (cols, rows) if site.transposed else (rows, cols)
+    r = len(A) // E
+    _fit(site, "A", A, (r * E, d_in))
+    _fit(site, "B", B, (d_out, r * E))
+    parts = []
+    for e in range(E):
+        A_e, B_e = A[e * r : (e + 1) * r], B[:, e::E]
+        L, R = (A_e.T, B_e.T) if site.transposed else (B_e, A_e)
+        parts.append(Part(e * rows, (e + 1) * rows, L, R))
+    return tuple(parts)
+
+
+def _fit(site: Site, name: str, array: HostArray, want: tuple[int, ...]) -> None:
+    if array.shape != want:
+        raise ShapeError(f"{site.name}: {name}: expected {want}, set by {site.weight}, got {array.shape}")
+
+
+def _wide(x: HostArray) -> HostArray:
+    return np.ascontiguousarray(to_numpy(x, WIDE))
+
+
+# ---- one rounding ------------------------------------------------------------------------------------------
+
+
+class Scratch:
+    """Memory for one thread's blocks, made once: fresh memory for each would cost more than the sums in it."""
+
+    def __init__(self) -> None:
+        """Nothing yet; each purpose gets its memory when it first asks."""
+        self._arrays: dict[str, HostArray] = {}
+
+    def __call__(self, what: str, shape: tuple[int, int], dtype: Any) -> HostArray:
+        """An array for one purpose, which holds whatever it held. A purpose has one dtype."""
+        count = shape[0] * shape[1]
+        flat = self._arrays.get(what)
+        if flat is None or flat.size < count or flat.dtype != dtype:
+            flat = self._arrays[what] = np.zeros(-(-count // 8) * 8, dtype)
+        return flat[:count].reshape(shape)
+
+    def eights(self, what: str, count: int) -> HostArray:
+        """So many bytes of a purpose, eight at a time; those past the count are set to 0."""
+        flat, whole = self._arrays[what], -(-count // 8) * 8
+        flat[count:whole] = 0
+        return flat[:whole].view(np.uint64)
+
+
+def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch) -> HostArray:
+    """V : (rows, cols) float64 in a stored dtype, rounded once, as lorax_np.backend.cast does.
+
+    The result may lie in the scratch, or be V itself. Raises ConfigError where an entry is not finite.
+    """
+    with quiet():
+        if dtype == WIDE:
+            found = V
+        elif dtype == "bfloat16":
+            found = _to_bfloat16(V, scratch)
+        else:
+            found = scratch("found", V.shape, dtype)
+            np.copyto(found, V, casting="unsafe")
+    if not _finite(found, scratch):
+        raise ConfigError(f"{where}: expected finite numbers, got NaN or infinity")
+    return found
+
+
+def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray:
+    """V in bfloat16, the upper half of a float32: half an ulp is added, and the lower half cut off.
+
+    Two roundings, to float32 and on, differ from one only where the first ends midway between two numbers of
+    bfloat16. Half an ulp lifts those to a lower half of zeros; they, with their neighbours, are rounded again,
+    to odd first.
+    """
+    near, low = scratch("near", V.shape, np.float32), scratch("low", V.shape, np.uint32)
+    found, hit = scratch("found", V.shape, bfloat16()), scratch("hit", V.shape, np.bool_)
+    bits = near.view(np.uint32)
+    np.copyto(near, V, casting="unsafe")
+    if not (near.max(initial=0.0) < OVERFLOW and near.min(initial=0.0) > -OVERFLOW):
+        return to_numpy(V, "bfloat16")
+    np.add(bits, HALF, out=bits)
+    np.equal(np.bitwise_and(bits, 0xFFFF, out=low), 0, out=hit)
+    np.copyto(found.view(np.uint16), np.right_shift(bits, 16, out=low), casting="unsafe")
+    eights = np.flatnonzero(scratch.eights("hit", V.size))
+    if len(eights) > MANY:
+        return to_numpy(V, "bfloat16")
+    for first in eights * 8:
+        some = slice(first, first + 8)
+        found.reshape(-1)[some] = to_numpy(V.reshape(-1)[some], "bfloat16")
+    return found
+
+
+def _finite(x: HostArray, scratch: Scratch) -> bool:
+    """Whether x holds neither NaN nor infinity."""
+    if x.itemsize > 2:
+        return bool(np.isfinite(x.max(initial=0.0)) and np.isfinite(x.min(initial=0.0)))
+    ones = 0x7C00 if x.dtype == np.float16 else 0x7F80  # an exponent of all ones
+    powers = np.bitwise_and(x.view(np.uint16), ones, out=scratch("powers", x.shape, np.uint16))
+    return int(powers.max(initial=0)) < ones
+
+
+@cache
+def bfloat16() -> np.dtype[Any]:
+    """The dtype, of ml_dtypes. Raises DtypeError without that package."""
+    return to_numpy(np.zeros(0), "bfloat16").dtype
+
+
+def to_numpy(x: HostArray, dtype: str) -> HostArray:
+    """x in a stored dtype."""
+    found: Any = cast(x, dtype)
+    return np.asarray(found)

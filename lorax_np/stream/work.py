@@ -1,0 +1,263 @@
+"""One file of a new checkpoint, made: rows are read, updated, rounded and written, block by block.
+
+Beside the blocks nothing of a tensor is in memory. Blocks do not depend on how many threads there are, so
+neither do the bytes.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backend import HostArray, to_host
+from ..errors import FormatError
+from ..io.checkpoint import open_checkpoint
+from ..io.safetensors import NUMPY, _bfloat16, show
+from ..io.writer import SafetensorsWriter
+from .plan import NAMES, FilePlan, Task
+from .update import WIDE, Blocks, Scratch, Update, matrix_shape, rounded, to_numpy, update_of
+
+BLOCK = 1 << 17  # entries of rows that are updated at a time: in float64 they stay in a core's own cache
+UNIT = 1 << 24  # bytes of a tensor that one thread takes at a time
+Progress = Callable[[int], None]  # told how many bytes more are written
+
+
+class Job(NamedTuple):
+    """What another process has to know to make one file."""
+
+    base: str
+    adapter: str
+    original: str  # where tensors of the kind "original" come from; empty for none
+    folder: str
+    file: FilePlan
+    sign: float = 1.0  # of the update
+    threads: int = 1
+
+
+class Unit(NamedTuple):
+    """Some rows of one tensor; of one that is copied, some bytes."""
+
+    task: Task
+    start: int
+    stop: int
+
+
+def make_file(job: Job, progress: Progress | None = None, stop: threading.Event | None = None) -> str:
+    """Make one file of a new checkpoint, whole or not at all, and return its name."""
+    with ExitStack() as stack:
+        maker = _Maker(job, stack)
+        path = Path(job.folder, job.file.name)
+        writer = stack.enter_context(SafetensorsWriter(path, job.file.entries(), job.file.metadata))
+        order = {name: place for place, name in enumerate(writer.names)}
+        tasks = sorted(job.file.tasks, key=lambda task: order[task.name])
+        units = (unit for task in tasks for unit in maker.units(task))
+        _run(units, lambda unit: maker.make(unit, writer, progress), job.threads, stop or threading.Event())
+    return job.file.name
+
+
+def _run(units: Iterator[Unit], make: Callable[[Unit], None], threads: int, stop: threading.Event) -> None:
+    """Make all units, by several threads where there are several; the first error stops them all."""
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                unit = next(units, None)
+            if unit is None:
+                return
+            make(unit)
+
+    lock = threading.Lock()
+    if threads == 1:
+        work()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        workers = [pool.submit(work) for _ in range(threads)]
+        try:
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for worker in workers:
+        worker.result()
+
+
+class _Maker:
+    """The open files behind one job."""
+
+    def __init__(self, job: Job, stack: ExitStack) -> None:
+        self.job, self.stack = job, stack
+        self.base = open_checkpoint(job.base)
+        self.original = open_checkpoint(job.original) if job.original else None
+        self._files: dict[Path, int] = {}
+        self._ratios: dict[str, HostArray | None] = {}
+        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @property
+    def scratch(self) -> Scratch:
+        """The memory of this thread."""
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        found: Scratch = self._local.scratch
+        return found
+
+    # ---- what is to be done --------------------------------------------------------------------------------
+
+    def units(self, task: Task) -> Iterator[Unit]:
+        """Cut one tensor into units: of bytes where it is copied, of rows where it is computed."""
+        if task.kind in ("copy", "original"):
+            count, step = task.nbytes, 4 * UNIT
+        elif task.kind in ("cast", "update"):
+            count, cols = matrix_shape(task.shape or (1,), self._kind(task))
+            step = _rows_of(cols) * max(1, UNIT // max(1, _rows_of(cols) * cols * 4))
+        else:
+            count = step = 1
+        for start in range(0, count, step):
+            yield Unit(task, start, min(start + step, count))
+
+    def make(self, unit: Unit, writer: SafetensorsWriter, progress: Progress | None) -> None:
+        """Write one unit."""
+        task = unit.task
+        if task.kind in ("copy", "original"):
+            source = self.original if task.kind == "original" and self.original is not None else self.base
+            file = source.shard(task.source)
+            offset = file.place(task.source)[0] + unit.start
+            size = unit.stop - unit.start
+            writer.copy_part(task.name, unit.start, self._file(file.path), offset, size)
+            written = size
+        elif task.kind in ("cast", "update"):
+            written = self._rows(unit, writer)
+        else:
+            found = self._small(task)
+            if task.word in NAMES:
+                flat = to_numpy(found, WIDE).reshape(1, -1)
+                found = rounded(flat, NAMES[task.word], show(task.name), Scratch()).reshape(task.shape)
+            writer.write(task.name, found)
+            written = task.nbytes
+        if progress is not None:
+            progress(written)
+
+    # ---- rows ------------------------------------------------------------------------------------------------
+
+    def _rows(self, unit: Unit, writer: SafetensorsWriter) -> int:
+        """Rows of a tensor read, updated, rounded and written, block by block."""
+        task, written = unit.task, 0
+        update = self._update(task)
+        ratio = self._ratio(task, update)
+        cols = matrix_shape(task.shape or (1,), self._kind(task))[1]
+        for first, V in self._sums(task, update, unit.start, unit.stop):
+            if update is not None:
+                update.scale_rows(V, first)
+            if ratio is not None:
+                np.multiply(V, ratio, out=V)  # (merge.2)
+            found = rounded(V, NAMES[task.word], show(task.name), self.scratch)
+            place = written + unit.start * cols * found.itemsize
+            writer.write_part(task.name, place, found)
+            written += found.nbytes
+        return written
+
+    def _sums(
+        self, task: Task, update: Update | None, start: int, stop: int
+    ) -> Iterator[tuple[int, HostArray]]:
+        """First row, and rows of W + s·BA in float64, by blocks of rows."""
+        cols = matrix_shape(task.shape or (1,), self._kind(task))[1]
+        step = _rows_of(cols)
+        for first in range(start, stop, step):
+            W = self._read(task, first, min(first + step, stop), cols)
+            V = self.scratch("V", W.shape, WIDE)
+            np.copyto(V, W)
+            if update is not None:
+                update.add(V, first, self.scratch("D", W.shape, WIDE))
+            yield first, V
+
+    def _read(self, task: Task, start: int, stop: int, cols: int) -> HostArray:
+        """Some rows of a tensor of the base, as it stores them."""
+        if not self.base.shards:
+            return np.ascontiguousarray(to_host(self.base[task.source]).reshape(-1, cols)[start:stop])
+        file = self.base.shard(task.source)
+        dtype = _dtype(file.dtype(task.source), str(file.path))
+        found = self.scratch("W", (stop - start, cols), dtype)
+        offset = file.place(task.source)[0] + start * cols * dtype.itemsize
+        _read_into(self._file(file.path), found, offset, file.path)
+        return found
+
+    def _ratio(self, task: Task, update: Update | None) -> HostArray | None:
+        """k = m/n of DoRA by columns, computed once, by whichever thread needs it first."""
+        if update is None or update.m is None or update.by_rows:
+            return None
+        with self._lock:
+            if task.name not in self._ratios:
+                rows = matrix_shape(task.shape, self._kind(task))[0]
+                blocks = Blocks(lambda: (V for _, V in self._sums(task, update, 0, rows)))
+                self._ratios[task.name] = update.ratio_of_columns(blocks)
+            return self._ratios[task.name]
+
+    # ---- the adapter -----------------------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter directory, loaded once in a process."""
+        return loaded(self.job.adapter)
+
+    def _kind(self, task: Task) -> str:
+        return str(self.adapter.sites[task.site].kind) if task.site else "linear"
+
+    def _update(self, task: Task) -> Update | None:
+        if task.kind != "update":
+            return None
+        site = self.adapter.sites[task.site]
+        return update_of(self.adapter.adapters[task.site], site, task.shape, sign=self.job.sign)
+
+    def _small(self, task: Task) -> HostArray:
+        """A bias, or a tensor that the adapter brings along."""
+        if task.kind == "saved":
+            return to_host(self.adapter.saved[task.saved])
+        adapter, site = self.adapter.adapters[task.site], self.adapter.sites[task.site]
+        b = to_numpy(to_host(self.base[task.source] if adapter.b is None else adapter.b), WIDE)
+        if adapter.bB is not None:
+            b = b + self.job.sign * site.scaling * to_numpy(to_host(adapter.bB), WIDE)  # (merge.3)
+        return b
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def _file(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self.stack.callback(os.close, self._files[path])
+            return self._files[path]
+
+
+@lru_cache(maxsize=2)
+def loaded(adapter: str) -> Any:
+    """An adapter directory, read once in a process."""
+    from ..io.peft import load_adapter
+
+    return load_adapter(adapter)
+
+
+def _rows_of(cols: int) -> int:
+    """How many rows are a block."""
+    return max(8, BLOCK // max(cols, 1) // 8 * 8)
+
+
+def _dtype(word: str, where: str) -> np.dtype[Any]:
+    if word == "BF16":
+        return _bfloat16(where)
+    if word not in NUMPY:
+        raise FormatError(f"{where}: expected a dtype whose values can be read, got {word}")
+    return np.dtype(NUMPY[word])
+
+
+def _read_into(file: int, found: HostArray, offset: int, path: Path) -> None:
+    view = memoryview(found.reshape(-1).view(np.uint8).data)
+    while len(view):
+        done = os.preadv(file, [view], offset)
+        if not done:
+            raise FormatError(f"{path}: expected {len(view)} more bytes at {offset}, got the end of the file")
+        view, offset = view[done:], offset + done
