@@ -32,14 +32,19 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def check_free(path: Path) -> None:
+    """Raise FormatError where there is a file, or a folder with something in it."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FormatError(f"{path}: expected no such path or an empty directory, got one that holds something")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to be filled; it takes its place when the block ends well. What is there must be empty.
 
     Raises FormatError where there is a file or a folder with something in it.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FormatError(f"{path}: expected no such path or an empty directory, got one that holds something")
+    check_free(path)
     part = beside(path)
     part.mkdir()
     try:

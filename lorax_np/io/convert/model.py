@@ -1,0 +1,183 @@
+"""What all formats share: an adapter in memory, what is known of its base, and a plan of what to write."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ...backend import HostArray, to_host
+from ...config import Site
+from ...errors import ConfigError, DtypeError, FormatError, ShapeError
+from ...params import Adapter, AnyAdapter
+from ..checkpoint import open_checkpoint
+from ..peft import AdapterFiles
+from ..safetensors import SafetensorsFile, open_safetensors, show
+
+Factors = dict[str, AnyAdapter]
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions", "shared", "tok_embeddings")
+
+
+class Base(NamedTuple):
+    """What a checkpoint says without its values: the shape of each weight by name, and its config.json."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of what has a weight of at least two axes."""
+        return [name[:-7] for name, shape in self.shapes.items() if name.endswith(".weight") and len(shape) > 1]
+
+    def shape(self, module: str) -> tuple[int, ...] | None:
+        """Shape of a module's weight, or None."""
+        return self.shapes.get(f"{module}.weight")
+
+
+def base_of(path: str | os.PathLike[str]) -> Base:
+    """Read names, shapes and config of a checkpoint, none of its values. Raises as open_checkpoint does."""
+    found = open_checkpoint(path)
+    source = found if found.shards else found._arrays
+    return Base({name: source.shape(name) for name in found}, found.config)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some formats need to be told.
+
+    base        : the base checkpoint's names, shapes and config
+    alpha       : α, of a file that does not say it
+    names       : kohya's name of a module -> its dotted name
+    prefix      : kohya's word for the part of the model, such as lora_unet
+    enable_lora : which of the equal parts of a fused layer have an update, for loralib's MergedLinear
+    fold        : whether B may be rounded once more, where a target has one scaling for all
+    """
+
+    base: Base | None = None
+    alpha: float | None = None
+    names: Mapping[str, str] | None = None
+    prefix: str | None = None
+    enable_lora: Sequence[bool] | None = None
+    fold: bool = False
+
+
+class Read(NamedTuple):
+    """An adapter that was read, and what had to be assumed or could not be kept, a sentence each."""
+
+    files: AdapterFiles
+    notes: list[str]
+
+
+class Plan(NamedTuple):
+    """What a conversion would write: names of files in a directory if it is one, and how to write them."""
+
+    names: list[str]
+    notes: list[str]
+    store: Callable[[Path], None]
+
+
+def refuse(where: object, wanted: str, came: object) -> NoReturn:
+    """Raise FormatError: where, what was wanted, what came."""
+    raise FormatError(f"{where}: expected {wanted}, got {came}") from None
+
+
+def tensors_of(path: Path) -> SafetensorsFile:
+    """Open the tensors of an adapter, once they hold something."""
+    file = open_safetensors(path)
+    if not len(file):
+        refuse(path, "an adapter's tensors", "none")
+    return file
+
+
+def grouped(
+    file: SafetensorsFile, ends: Mapping[str, str], *, alone: Set[str] = frozenset()
+) -> dict[str, dict[str, HostArray]]:
+    """Tensors by module and then by part: ends gives the part that the end of a name stands for.
+
+    Raises FormatError for another end, and for a module that has neither A and B nor just parts of `alone`.
+    """
+    found: dict[str, dict[str, HostArray]] = {}
+    for name in file.names:
+        for end, part in ends.items():
+            if name.endswith(end) and name != end:
+                found.setdefault(name[: -len(end)], {})[part] = file[name]
+                break
+        else:
+            refuse(file.path, f"names that end in {', '.join(ends)}", show(name))
+    for module, parts in found.items():
+        missing = {"A", "B"} - parts.keys()
+        if missing and not parts.keys() <= alone:
+            refuse(f"{file.path}: {show(module)}", f"{min(missing)} beside {', '.join(sorted(parts))}", "none")
+    return found
+
+
+def made(where: object, parts: Mapping[str, HostArray]) -> Adapter:
+    """An Adapter of parts. Raises FormatError where they do not fit each other."""
+    two_axes(where, parts)
+    try:
+        return Adapter(**parts)
+    except (ConfigError, DtypeError, ShapeError) as error:
+        refuse(where, "parts that fit each other", f"{type(error).__name__}: {error}")
+
+
+def with_bias(where: object, adapter: AnyAdapter, b: HostArray) -> AnyAdapter:
+    """An adapter with a trained base bias besides. Raises FormatError where it does not fit."""
+    try:
+        return replace(adapter, b=b)
+    except (DtypeError, ShapeError) as error:
+        refuse(where, "a bias that fits B", f"{type(error).__name__}: {error}")
+
+
+def two_axes(where: object, parts: Mapping[str, HostArray]) -> None:
+    """Check that A and B are matrices."""
+    for part in ("A", "B"):
+        if parts[part].ndim != 2:
+            refuse(f"{where}: {part}", "two axes", f"the shape {parts[part].shape}")
+
+
+# ---- what a target can hold --------------------------------------------------------------------------------
+
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts after which the base is another
+
+
+def check_holds(
+    files: AdapterFiles,
+    target: str,
+    *,
+    dora: bool = False,
+    biases: bool = False,
+    kinds: Sequence[str] = ("linear",),
+) -> None:
+    """Raise FormatError, naming the site, for what a target format has no place for."""
+    start = files.config.init_lora_weights
+    if isinstance(start, str) and start.startswith(RESIDUAL):
+        refuse(
+            f"{target}: init_lora_weights",
+            "a start that leaves the base as it is",
+            f"{start!r}, whose A and B belong to a changed base: make it a plain adapter of rank 2r first",
+        )
+    for name in files.saved:
+        if not (biases and name.endswith(".bias")):
+            refuse(target, f"no more than A and B{' and m' if dora else ''}", f"{show(name)} besides")
+    for name, adapter in files.adapters.items():
+        kind = files.sites[name].kind if name in files.sites else "linear"
+        where = f"{target}: {name}"
+        if adapter.A is None:
+            refuse(where, "A and B", "a trained bias alone")
+        if kind not in kinds:
+            refuse(where, f"{' or '.join(kinds)} sites", f"{kind}, for which the format has no place")
+        if adapter.m is not None and not dora:
+            refuse(
+                where, "no magnitude, for which the format has no place", "DoRA's m; merge the adapter instead"
+            )
+        if adapter.bB is not None:
+            refuse(where, "no bias of B, for which the format has no place", "bB (lora_bias)")
+        if adapter.b is not None and not biases:
+            refuse(where, "no trained bias, for which the format has no place", "b (bias)")
+
+
+def matrices(site: Site, adapter: AnyAdapter) -> tuple[HostArray, HostArray]:
+    """A and B on the host, whose presence check_holds has seen to."""
+    if adapter.A is None or adapter.B is None:
+        refuse(site.name, "A and B", "none")
+    return to_host(adapter.A), to_host(adapter.B)
