@@ -25,7 +25,6 @@ from .layers.embedding import (
     lora_embedding_forward,
     merge_embedding,
 )
-from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .layers.experts import (
     Experts,
     init_experts_adapter,
@@ -42,6 +41,7 @@ from .layers.several import (
     lora_several_forward,
     merge_several,
 )
+from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .merge import merge, row_norms, unmerge
 from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
@@ -85,11 +85,15 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "dequantise_nf4",
     "dropout_mask",
     "eva_ranks",
+    "experts_delta_backward",
+    "experts_delta_forward",
     "fast",
     "init_adapter",
     "init_conv_adapter",
     "init_embedding_adapter",
+    "init_experts_adapter",
     "input_moments",
+    "join_experts",
     "linear_from_stored",
     "linear_to_stored",
     "lora_conv_backward",
@@ -98,14 +102,6 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "lora_embedding_backward",
     "lora_embedding_backward_base",
     "lora_embedding_forward",
-    "experts_delta_backward",
-    "experts_delta_forward",
-    "fast",
-    "init_adapter",
-    "init_experts_adapter",
-    "join_experts",
-    "linear_from_stored",
-    "linear_to_stored",
     "lora_experts_backward",
     "lora_experts_backward_base",
     "lora_experts_forward",
