@@ -142,6 +142,27 @@ def test_one_adapter_alone_is_the_linear_layer_bit_for_bit(kind, dtype, full):
                 assert got.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
+def test_y_and_gx_are_rounded_once_whatever_the_number_of_adapters(narrow):
+    """The rounded base product, then every update in float32, then one rounding: written out here."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = {"bfloat16": ml_dtypes.bfloat16}.get(narrow, narrow)
+    x, base, adapters, _, gy = drawn(11, lead=(40,), dtype="float32")
+    x, gy, base = x.astype(dtype), gy.astype(dtype), lx.Linear(base.W.astype(dtype), base.b.astype(dtype))
+    y, saved = lora_several_forward(x, base, adapters, scalings=SCALINGS)
+    gx, _ = lora_several_backward(gy, saved, base, adapters, scalings=SCALINGS)
+    wide, gwide, W = x.astype("float32"), gy.astype("float32"), base.W.astype("float32")
+    want, gwant = (wide @ W.T + base.b.astype("float32")).astype(dtype).astype("float32"), gwide @ W
+    for name, a in adapters.items():
+        s = SCALINGS[name]
+        u = (wide @ a.A.T) @ a.B.T
+        want = want + s * (u if a.bB is None else u + a.bB)
+        gwant = gwant + ((s * gwide) @ a.B) @ a.A
+    assert y.dtype == gx.dtype == np.dtype(dtype)
+    assert y.tobytes() == want.astype(dtype).tobytes()
+    assert gx.tobytes() == gwant.astype(dtype).tobytes()
+
+
 def test_no_adapter_is_the_base():
     x, base, _, _, gy = drawn(5)
     y, saved = lora_several_forward(x, base, {}, scalings={})

@@ -153,6 +153,19 @@ def test_float32_equals_peft_within_rounding(kind: str) -> None:
     assert_within(got, want, {k: 2 * gamma(counts[k.split()[0]] + 12, "float32") * size[k] for k in got})
 
 
+def test_in_16_bits_the_sum_is_rounded_once_as_in_peft() -> None:
+    """bfloat16 base, float32 adapters: the same schedule on the plain path, in nearly every bit of y."""
+    model, layer = layer_of("bfloat16")
+    assert layer.lora_A["one"].weight.dtype == torch.float32
+    x = np.random.default_rng(16).standard_normal((200, D_IN)).astype(to_numpy(layer.base_layer.weight).dtype)
+    base, adapters, s = records(layer)
+    y, _ = lora_several_forward(x, base, adapters, scalings=s)
+    model.eval()
+    theirs = to_numpy(model(to_torch(x)))
+    assert y.dtype == theirs.dtype
+    assert np.mean(y.astype("float32") != theirs.astype("float32")) < 0.01
+
+
 @pytest.mark.parametrize("kind", ["plain", "a bias of B", "a magnitude, first"])
 def test_merging_all_equals_peft(kind: str) -> None:
     model, layer = layer_of(**OPTIONS[kind])

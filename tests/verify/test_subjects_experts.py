@@ -208,3 +208,78 @@ def test_through_the_pipe():
     assert bad(judged(subject, level="quick")) == set()
     subject.close()
     assert lx.verify.Report("", "", 0, "", judged(ExpertsReference())).passed
+
+
+# ---- PEFT --------------------------------------------------------------------------------------------------
+
+
+class PeftExperts:
+    """PEFT's wrapper of a parameter, over a module that multiplies each row by its expert's weight."""
+
+    def __init__(self, s=1.0):
+        """s : what PEFT's scaling is spoiled by."""
+        self.s = s
+
+    def model(self, case):
+        import peft
+        import torch
+
+        class Moe(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.from_numpy(case.W))
+                self.is_transposed = case.transposed
+
+            def forward(self, x, ids):
+                W = self.weight.transpose(1, 2) if self.is_transposed else self.weight
+                return torch.einsum("noi,ni->no", W[ids], x)
+
+        options = {
+            "r": case.config.r,
+            "lora_alpha": case.config.lora_alpha,
+            "use_rslora": case.config.use_rslora,
+        }
+        config = peft.LoraConfig(target_modules=[], target_parameters=["moe.weight"], **options)
+        layer = peft.get_peft_model(torch.nn.ModuleDict({"moe": Moe()}), config).base_model.model["moe"]
+        layer.scaling["default"] *= self.s
+        parts = {
+            "A": layer.lora_A["default"].weight,
+            "B": layer.lora_B["default"].weight,
+            "W": layer.get_param(),
+        }
+        with torch.no_grad():
+            parts["A"].copy_(torch.from_numpy(case.A))
+            parts["B"].copy_(torch.from_numpy(case.B))
+        parts["W"].requires_grad_(True)
+        parts["x"] = torch.from_numpy(case.x).requires_grad_(True)
+        return layer, parts, layer(parts["x"], torch.from_numpy(case.ids))
+
+    def experts_forward(self, case):
+        return self.model(case)[2].detach().numpy()
+
+    def experts_backward(self, case, gy):
+        import torch
+
+        _, parts, y = self.model(case)
+        y.backward(torch.from_numpy(gy))
+        return {name: part.grad.numpy() for name, part in parts.items()}
+
+    def experts_merge(self, case):
+        layer, _, _ = self.model(case)
+        layer.merge()
+        return {"W": layer.get_param().detach().numpy()}
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("profile", PROFILES)
+def test_peft_s_experts_are_right(profile):
+    for seed in range(2):
+        checks = judged(PeftExperts(), profile, seed=seed)
+        assert bad(checks) == set()
+        assert {check.kind for check in checks} == KINDS
+
+
+@pytest.mark.peft
+def test_a_fault_in_peft_s_experts_is_refused():
+    found = bad(judged(PeftExperts(1.001), "fp32", "quick"))
+    assert {tensor for _, tensor in found} == {"y", "x", "A", "B", "W"}
