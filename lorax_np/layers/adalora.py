@@ -28,7 +28,7 @@ from ..shapes import axes, bind
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class SvdAdapter:
+class AdaLoraAdapter:
     """What is trained at one linear layer under AdaLoRA, and equally the gradients by it.
 
     A : (r, d_in)    right singular vectors, near orthonormal rows
@@ -47,38 +47,38 @@ class SvdAdapter:
         one_dtype(A=self.A, B=self.B, E=self.E)
 
 
-class SvdLinearSaved(NamedTuple):
-    """Activations that svd_linear_backward reads."""
+class AdaLoraLinearSaved(NamedTuple):
+    """Activations that adalora_linear_backward reads."""
 
     mask: Array | None  # (..., d_in)  as given
     svd: SvdSaved  # in the dtype the adapter computes in
 
 
-def svd_start(
+def adalora_start(
     base: Linear, r: int, *, rng: np.random.Generator, dtype: str | None = None, train_bias: bool = False
-) -> SvdAdapter:
+) -> AdaLoraAdapter:
     """Return the adapter that starts beside a base: A, B ~ N(0, 0.02²), E = 0, so that nothing moves.
 
     dtype : the one the base computes in, unless said
 
-    >>> svd_start(Linear(np.ones((3, 2))), 4, rng=np.random.default_rng(0)).E.tolist()
+    >>> adalora_start(Linear(np.ones((3, 2))), 4, rng=np.random.default_rng(0)).E.tolist()
     [0.0, 0.0, 0.0, 0.0]
     """
     d_out, d_in = base.W.shape
     name = compute_dtype(base.W) if dtype is None else dtype
     A, B = 0.02 * rng.standard_normal((r, d_in)), 0.02 * rng.standard_normal((d_out, r))  # (adalora.18)
     A, B, E = (cast(from_host(v, base.W), name) for v in (A, B, np.zeros(r)))
-    return SvdAdapter(A, B, E, copy(base.b) if train_bias and base.b is not None else None)
+    return AdaLoraAdapter(A, B, E, copy(base.b) if train_bias and base.b is not None else None)
 
 
-def svd_linear_forward(
-    x: Array, base: Linear, adapter: SvdAdapter, *, alpha: float, rank: float, mask: Array | None = None
-) -> tuple[Array, SvdLinearSaved]:
+def adalora_linear_forward(
+    x: Array, base: Linear, adapter: AdaLoraAdapter, *, alpha: float, rank: float, mask: Array | None = None
+) -> tuple[Array, AdaLoraLinearSaved]:
     """Linear layer with its AdaLoRA update: y = xWᵀ + b + α/(rank + 1e-5)·B diag(E) A(x∘mask).
 
     x : (..., d_in)      input, in W's dtype; any leading axes, of zero tokens too
     base : Linear        frozen weight and bias; adapter.b, where present, stands in for base.b
-    adapter : SvdAdapter in the base's dtype or another
+    adapter : AdaLoraAdapter in the base's dtype or another
     alpha, rank : float  α, and the rank it is divided by: the one at the start (PEFT's init_r) for good
     mask : (..., d_in)   dropout mask of 0 and 1/(1 − p) for the adapter's branch; None means no dropout
 
@@ -86,8 +86,8 @@ def svd_linear_forward(
     Raises ShapeError, DtypeError, ConfigError, and TypeError where array libraries mix.
     Source: specs/adalora.md; rounding schedule: specs/linear.md.
 
-    >>> adapter = SvdAdapter(np.ones((1, 2)), np.array([[1.0], [2.0]]), np.array([3.0]))
-    >>> svd_linear_forward(np.ones(2), Linear(np.eye(2)), adapter, alpha=0.500005, rank=1)[0].tolist()
+    >>> adapter = AdaLoraAdapter(np.ones((1, 2)), np.array([[1.0], [2.0]]), np.array([3.0]))
+    >>> adalora_linear_forward(np.ones(2), Linear(np.eye(2)), adapter, alpha=0.500005, rank=1)[0].tolist()
     [4.0, 7.0]
     """
     _check(base, adapter, alpha, rank)
@@ -102,16 +102,16 @@ def svd_linear_forward(
     A, B, E = cast(adapter.A, low), cast(adapter.B, low), cast(adapter.E, low)
     t, saved = svd_forward(xd, A, B, E, alpha=alpha, rank=rank)
     both = "float64" if "float64" in (wide, low) else wide
-    return cast(cast(y0, both) + cast(t, both), narrow), SvdLinearSaved(mask, saved)  # (linear.7)
+    return cast(cast(y0, both) + cast(t, both), narrow), AdaLoraLinearSaved(mask, saved)  # (linear.7)
 
 
-def svd_linear_backward(
-    gy: Array, saved: SvdLinearSaved, base: Linear, adapter: SvdAdapter, *, alpha: float, rank: float
-) -> tuple[Array, SvdAdapter]:
-    """Adjoint of svd_linear_forward in x and in the adapter: gy : (..., d_out) -> gx : (..., d_in), gradients.
+def adalora_linear_backward(
+    gy: Array, saved: AdaLoraLinearSaved, base: Linear, adapter: AdaLoraAdapter, *, alpha: float, rank: float
+) -> tuple[Array, AdaLoraAdapter]:
+    """Adjoint of adalora_linear_forward in x and the adapter: gy : (..., d_out) -> gx : (..., d_in), gradients.
 
-    The gradients are an SvdAdapter. Each comes in the dtype of what it differentiates. A pruned rank, whose E
-    is 0, still has a gradient by E, through which it may come back.
+    The gradients are an AdaLoraAdapter. Each comes in the dtype of what it differentiates. A pruned rank, whose
+    E is 0, still has a gradient by E, through which it may come back.
     Source: specs/adalora.md (adalora.6) to (adalora.12).
     """
     _check(base, adapter, alpha, rank)
@@ -125,11 +125,11 @@ def svd_linear_backward(
     gx = cast(cast(gx, both) + cast(gxa, both), narrow)  # (linear.8)
     gb = None if adapter.b is None else cast(linear_backward_b(cast(gy, wide)), dtype_name(adapter.b))
     own = dtype_name(adapter.A)
-    return gx, SvdAdapter(cast(gA, own), cast(gB, own), cast(gE, own), gb)
+    return gx, AdaLoraAdapter(cast(gA, own), cast(gB, own), cast(gE, own), gb)
 
 
-def orthogonality(
-    adapters: Mapping[str, SvdAdapter], *, weight: float
+def adalora_penalty(
+    adapters: Mapping[str, AdaLoraAdapter], *, weight: float
 ) -> tuple[float, dict[str, tuple[Array, Array]]]:
     """Return λ·mean‖PᵀP − I‖_F over all 2·len(adapters) factors P, and its gradients (gA, gB) by name.
 
@@ -137,8 +137,8 @@ def orthogonality(
     loss. Raises ConfigError for a weight below 0 and for no adapters.
     Source: specs/adalora.md (adalora.14) to (adalora.19).
 
-    >>> adapter = SvdAdapter(2 * np.eye(1), np.eye(1), np.ones(1))
-    >>> penalty, gradients = orthogonality({"q": adapter}, weight=0.5)
+    >>> adapter = AdaLoraAdapter(2 * np.eye(1), np.eye(1), np.ones(1))
+    >>> penalty, gradients = adalora_penalty({"q": adapter}, weight=0.5)
     >>> penalty, [g.tolist() for g in gradients["q"]]
     (0.75, [[[1.0]], [[0.0]]])
     """
@@ -160,25 +160,25 @@ def orthogonality(
     return penalty, gradients
 
 
-def prune(adapter: SvdAdapter, keep: Array) -> SvdAdapter:
+def adalora_prune(adapter: AdaLoraAdapter, keep: Array) -> AdaLoraAdapter:
     """Return the adapter with E set to 0 where keep : (r,), of booleans, is false: PEFT's mask of a rank.
 
-    >>> adapter = SvdAdapter(np.ones((2, 3)), np.ones((4, 2)), np.array([5.0, 6.0]))
-    >>> prune(adapter, np.array([True, False])).E.tolist()
+    >>> adapter = AdaLoraAdapter(np.ones((2, 3)), np.ones((4, 2)), np.array([5.0, 6.0]))
+    >>> adalora_prune(adapter, np.array([True, False])).E.tolist()
     [5.0, 0.0]
     """
     xp = namespace_of(keep=keep, E=adapter.E)
     _kept(adapter, keep)
-    return SvdAdapter(adapter.A, adapter.B, xp.where(keep, adapter.E, xp.zeros_like(adapter.E)), adapter.b)
+    return AdaLoraAdapter(adapter.A, adapter.B, xp.where(keep, adapter.E, xp.zeros_like(adapter.E)), adapter.b)
 
 
-def without(adapter: SvdAdapter, keep: Array) -> SvdAdapter:
+def adalora_without(adapter: AdaLoraAdapter, keep: Array) -> AdaLoraAdapter:
     """Return the adapter without the ranks that are not kept: the same update, if `rank` is left as it was.
 
     Raises ConfigError where nothing is kept.
 
-    >>> adapter = SvdAdapter(np.ones((2, 3)), np.ones((4, 2)), np.array([5.0, 6.0]))
-    >>> without(adapter, np.array([True, False])).B.shape
+    >>> adapter = AdaLoraAdapter(np.ones((2, 3)), np.ones((4, 2)), np.array([5.0, 6.0]))
+    >>> adalora_without(adapter, np.array([True, False])).B.shape
     (4, 1)
     """
     which = np.flatnonzero(_kept(adapter, keep))
@@ -186,15 +186,16 @@ def without(adapter: SvdAdapter, keep: Array) -> SvdAdapter:
         raise ConfigError("keep: expected at least one rank to be kept, got none")
     xp, at = namespace_of(A=adapter.A), from_host(which, adapter.A)
     A, B = xp.take(adapter.A, at, axis=0), xp.take(adapter.B, at, axis=1)
-    return SvdAdapter(A, B, xp.take(adapter.E, at, axis=0), adapter.b)
+    return AdaLoraAdapter(A, B, xp.take(adapter.E, at, axis=0), adapter.b)
 
 
-def svd_to_lora(adapter: SvdAdapter, *, alpha: float, rank: float) -> tuple[Adapter, float]:
+def adalora_to_lora(adapter: AdaLoraAdapter, *, alpha: float, rank: float) -> tuple[Adapter, float]:
     """Return the same update as an Adapter in float64, A' = E[:, None]∘A, B' = B, and its scaling.
 
     merge(base, lora, scaling=s) of the two folds it into the weight, rounding once. Source: specs/adalora.md.
 
-    >>> lora, s = svd_to_lora(SvdAdapter(np.ones((1, 2)), np.ones((3, 1)), np.array([4.0])), alpha=8, rank=2)
+    >>> adapter = AdaLoraAdapter(np.ones((1, 2)), np.ones((3, 1)), np.array([4.0]))
+    >>> lora, s = adalora_to_lora(adapter, alpha=8, rank=2)
     >>> lora.A.tolist(), round(s, 4)
     ([[4.0, 4.0]], 4.0)
     """
@@ -202,7 +203,7 @@ def svd_to_lora(adapter: SvdAdapter, *, alpha: float, rank: float) -> tuple[Adap
     return Adapter(E[:, None] * A, B, b=adapter.b), alpha / (rank + SMALL)  # (adalora.13)
 
 
-def _kept(adapter: SvdAdapter, keep: Array) -> HostArray:
+def _kept(adapter: AdaLoraAdapter, keep: Array) -> HostArray:
     axes(E=(adapter.E, "r"), keep=(keep, "r"))
     host = to_host(keep)
     if host.dtype != bool:
@@ -210,8 +211,8 @@ def _kept(adapter: SvdAdapter, keep: Array) -> HostArray:
     return host
 
 
-def _check(base: Linear, adapter: SvdAdapter, alpha: float, rank: float) -> None:
-    for name, value, kind in (("base", base, Linear), ("adapter", adapter, SvdAdapter)):
+def _check(base: Linear, adapter: AdaLoraAdapter, alpha: float, rank: float) -> None:
+    for name, value, kind in (("base", base, Linear), ("adapter", adapter, AdaLoraAdapter)):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     axes(W=(base.W, "d_out d_in"), A=(adapter.A, "r d_in"), B=(adapter.B, "d_out r"))

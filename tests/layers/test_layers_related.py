@@ -10,14 +10,14 @@ from strategies import LIBRARIES, leads, mask_of, normals, ranks, seeds, sizes
 import lorax_np as lx
 from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.layers.adalora import (
-    SvdAdapter,
-    orthogonality,
-    prune,
-    svd_linear_backward,
-    svd_linear_forward,
-    svd_start,
-    svd_to_lora,
-    without,
+    AdaLoraAdapter,
+    adalora_linear_backward,
+    adalora_linear_forward,
+    adalora_penalty,
+    adalora_prune,
+    adalora_start,
+    adalora_to_lora,
+    adalora_without,
 )
 from lorax_np.layers.embedding import Embedding
 from lorax_np.layers.lora_fa import lora_fa_corrected, lora_fa_linear_backward, lora_fa_linear_forward
@@ -64,16 +64,16 @@ HOW = {"alpha": 5.0, "rank": 3}
 
 
 def svd_parts(at):
-    return lx.Linear(at["W"], at.get("b0")), SvdAdapter(at["A"], at["B"], at["E"], at.get("b"))
+    return lx.Linear(at["W"], at.get("b0")), AdaLoraAdapter(at["A"], at["B"], at["E"], at.get("b"))
 
 
 def svd_y(at, mask=None):
-    return svd_linear_forward(at["x"], *svd_parts(at), **HOW, mask=mask)[0]
+    return adalora_linear_forward(at["x"], *svd_parts(at), **HOW, mask=mask)[0]
 
 
 def svd_g(gy, at, mask=None):
-    _, saved = svd_linear_forward(at["x"], *svd_parts(at), **HOW, mask=mask)
-    gx, g = svd_linear_backward(gy, saved, *svd_parts(at), **HOW)
+    _, saved = adalora_linear_forward(at["x"], *svd_parts(at), **HOW, mask=mask)
+    gx, g = adalora_linear_backward(gy, saved, *svd_parts(at), **HOW)
     return {"x": gx, "A": g.A, "B": g.B, "E": g.E} | ({} if g.b is None else {"b": g.b})
 
 
@@ -155,7 +155,7 @@ def test_merging_is_the_forward(form):
         lora, s = vera_to_lora(base, shared, adapter), 1.0
     else:
         base, adapter = svd_parts(at)
-        lora, s = svd_to_lora(adapter, **HOW)
+        lora, s = adalora_to_lora(adapter, **HOW)
     merged = lx.merge(base, lora, scaling=s)
     y = at["x"] @ merged.W.T + merged.b
     size = FORMS[form][0]({k: np.abs(v) for k, v in at.items()})
@@ -212,9 +212,9 @@ def test_a_layer_wider_than_the_shared_factors_is_named():
 def test_an_adalora_start_is_the_base():
     """(adalora.18)"""
     base = lx.Linear(normals(0)(40, 50))
-    adapter = svd_start(base, 8, rng=np.random.default_rng(0))
+    adapter = adalora_start(base, 8, rng=np.random.default_rng(0))
     x = normals(2)(3, 50)
-    assert (svd_linear_forward(x, base, adapter, **HOW)[0] == x @ base.W.T).all()
+    assert (adalora_linear_forward(x, base, adapter, **HOW)[0] == x @ base.W.T).all()
     for P in (adapter.A, adapter.B):
         assert abs(P.std() / 0.02 - 1) < 5 / np.sqrt(2 * P.size)
 
@@ -223,17 +223,17 @@ def test_a_pruned_rank_and_one_taken_out_compute_the_same():
     at = drawn("adalora", normals(0))
     base, adapter = svd_parts(at)
     keep = np.array([True, False, True])
-    pruned, cut = prune(adapter, keep), without(adapter, keep)
+    pruned, cut = adalora_prune(adapter, keep), adalora_without(adapter, keep)
     assert pruned.E.tolist() == [adapter.E[0], 0.0, adapter.E[2]]
     assert cut.A.shape == (2, 5)
-    y, saved = svd_linear_forward(at["x"], base, pruned, **HOW)
+    y, saved = adalora_linear_forward(at["x"], base, pruned, **HOW)
     assert_close(
         "y",
         y,
-        svd_linear_forward(at["x"], base, cut, **HOW)[0],
+        adalora_linear_forward(at["x"], base, cut, **HOW)[0],
         64 * EPS * svd_y({k: np.abs(v) for k, v in at.items()}),
     )
-    _, g = svd_linear_backward(normals(1)(2, 3, 4), saved, base, pruned, **HOW)
+    _, g = adalora_linear_backward(normals(1)(2, 3, 4), saved, base, pruned, **HOW)
     assert g.E[1] != 0
     assert not g.A[1].any()
     assert not g.B[:, 1].any()
@@ -243,14 +243,14 @@ def test_a_pruned_rank_and_one_taken_out_compute_the_same():
 def test_the_penalty_is_the_mean_over_both_factors_of_all_adapters(seed, d_in, d_out, r):
     """(adalora.14) to (adalora.19), the gradient against a central difference of the whole."""
     draw = normals(seed)
-    adapters = {n: SvdAdapter(draw(r, d_in), draw(d_out, r), draw(r)) for n in ("q", "v")}
-    penalty, gradients = orthogonality(adapters, weight=0.3)
+    adapters = {n: AdaLoraAdapter(draw(r, d_in), draw(d_out, r), draw(r)) for n in ("q", "v")}
+    penalty, gradients = adalora_penalty(adapters, weight=0.3)
     eye = np.eye(r)
     norms = [np.linalg.norm(G - eye) for a in adapters.values() for G in (a.A @ a.A.T, a.B.T @ a.B)]
     assert abs(penalty - 0.3 * np.mean(norms)) <= 64 * r * EPS * (penalty + 1) * (d_in + d_out)
     v, h = draw(r, d_in), 2.0**-17
     ends = [
-        orthogonality({**adapters, "q": SvdAdapter(a.A + t * v, a.B, a.E)}, weight=0.3)[0]
+        adalora_penalty({**adapters, "q": AdaLoraAdapter(a.A + t * v, a.B, a.E)}, weight=0.3)[0]
         for a in [adapters["q"]]
         for t in (h, -h, 2 * h, -2 * h)
     ]
@@ -270,22 +270,22 @@ def test_the_penalty_is_the_mean_over_both_factors_of_all_adapters(seed, d_in, d
 def test_numbers_without_meaning_are_refused(change, message):
     at = drawn("adalora", normals(0))
     with pytest.raises(ConfigError) as caught:
-        svd_linear_forward(at["x"], *svd_parts(at), **{**HOW, **change})
+        adalora_linear_forward(at["x"], *svd_parts(at), **{**HOW, **change})
     assert str(caught.value) == message
 
 
 def test_refusals_of_masks_and_weights():
     adapter = svd_parts(drawn("adalora", normals(0)))[1]
     with pytest.raises(ConfigError, match=r"^keep: expected booleans, got float64"):
-        prune(adapter, np.ones(3))
+        adalora_prune(adapter, np.ones(3))
     with pytest.raises(ShapeError, match=r"^keep: expected \(r,\) with r=3 set by E, got \(2,\)"):
-        prune(adapter, np.ones(2, bool))
+        adalora_prune(adapter, np.ones(2, bool))
     with pytest.raises(ConfigError, match=r"^keep: expected at least one rank to be kept, got none"):
-        without(adapter, np.zeros(3, bool))
+        adalora_without(adapter, np.zeros(3, bool))
     with pytest.raises(ConfigError, match=r"^weight: expected a finite float of at least 0, got -1"):
-        orthogonality({"q": adapter}, weight=-1)
+        adalora_penalty({"q": adapter}, weight=-1)
     with pytest.raises(ConfigError, match=r"^adapters: expected at least one, got none"):
-        orthogonality({}, weight=1.0)
+        adalora_penalty({}, weight=1.0)
 
 
 # ---- LoRA-FA ------------------------------------------------------------------------------------------------

@@ -144,20 +144,20 @@ def test_adalora(shape, p):
     want["E"] = want["E"][:, 0]
 
     def ours(v):
-        return lx.Linear(v["W"], v["b"]), adalora.SvdAdapter(v["A"], v["B"], v["E"])
+        return lx.Linear(v["W"], v["b"]), adalora.AdaLoraAdapter(v["A"], v["B"], v["E"])
 
     def backward(gy, saved, v):
-        gx, g = adalora.svd_linear_backward(gy, saved, *ours(v), **how)
+        gx, g = adalora.adalora_linear_backward(gy, saved, *ours(v), **how)
         return {"x": gx, "A": g.A, "B": g.B, "E": g.E}
 
     got, T = of(
-        gy, at, mask, lambda v, m: adalora.svd_linear_forward(v["x"], *ours(v), **how, mask=m), backward
+        gy, at, mask, lambda v, m: adalora.adalora_linear_forward(v["x"], *ours(v), **how, mask=m), backward
     )
     compare(got, want, T)
     if mask is None:
         base, adapter = ours(at)
         layer.merge()
-        lora, s = adalora.svd_to_lora(adapter, **how)
+        lora, s = adalora.adalora_to_lora(adapter, **how)
         merged = lx.merge(base, lora, scaling=s)
         size = np.abs(at["W"]) + s * np.abs(lora.B) @ np.abs(lora.A)
         assert relative(merged.W, to_numpy(layer.base_layer.weight), size) <= EXACT
@@ -175,7 +175,9 @@ def test_the_orthogonality_penalty(shape):
     model.base_model.model.forward = lambda: Output()
     loss = model.base_model.forward().loss
     loss.backward()
-    penalty, gradients = adalora.orthogonality({"q": adalora.SvdAdapter(at["A"], at["B"], at["E"])}, weight=0.3)
+    penalty, gradients = adalora.adalora_penalty(
+        {"q": adalora.AdaLoraAdapter(at["A"], at["B"], at["E"])}, weight=0.3
+    )
     assert abs(penalty - loss.item()) <= EXACT * penalty * (1 + sum(shape[:3]))
     for name, g in zip("AB", gradients["q"], strict=True):
         want = to_numpy(parts[name].grad)
@@ -191,9 +193,9 @@ def test_a_pruned_adapter_keeps_its_scaling_in_both():
         model.base_model.resize_modules_by_rank_pattern({"q.lora_E.default": keep.tolist()}, "default")
     layer.double()
     y = to_numpy(layer(to_torch(at["x"])))
-    adapter = adalora.without(adalora.SvdAdapter(at["A"], at["B"], at["E"]), keep)
+    adapter = adalora.adalora_without(adalora.AdaLoraAdapter(at["A"], at["B"], at["E"]), keep)
     base = lx.Linear(at["W"], at["b"])
-    ours, _ = adalora.svd_linear_forward(at["x"], base, adapter, alpha=5.0, rank=3)
+    ours, _ = adalora.adalora_linear_forward(at["x"], base, adapter, alpha=5.0, rank=3)
     assert relative(ours, y, np.abs(y) + 100) <= EXACT
 
 
