@@ -12,11 +12,22 @@
 
 from . import fast
 from .backend import backend_info
+from .combine import CombinedSet, combine, combine_sets
 from .config import LoraConfig, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
 from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
+from .layers.adalora import (
+    AdaLoraAdapter,
+    adalora_linear_backward,
+    adalora_linear_forward,
+    adalora_penalty,
+    adalora_prune,
+    adalora_start,
+    adalora_to_lora,
+    adalora_without,
+)
 from .layers.conv import Conv, lora_conv_backward, lora_conv_backward_base, lora_conv_forward, merge_conv
 from .layers.embedding import (
     Embedding,
@@ -33,6 +44,7 @@ from .layers.experts import (
     lora_experts_forward,
     merge_experts,
 )
+from .layers.lora_fa import lora_fa_corrected, lora_fa_linear_backward, lora_fa_linear_forward
 from .layers.packed import lora_packed_backward, lora_packed_forward
 from .layers.packing import Pack, pack, unpack
 from .layers.several import (
@@ -42,9 +54,26 @@ from .layers.several import (
     merge_several,
 )
 from .layers.starting import init_conv_adapter, init_embedding_adapter
+from .layers.tokens import (
+    TokenRows,
+    token_rows_backward,
+    token_rows_forward,
+    token_rows_merge,
+    token_rows_start,
+)
+from .layers.vera import (
+    VeraAdapter,
+    VeraShared,
+    vera_linear_backward,
+    vera_linear_forward,
+    vera_shared,
+    vera_start,
+    vera_to_lora,
+)
 from .merge import merge, row_norms, unmerge
 from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
+from .plain import plain, plain_config
 from .quant import (
     NF4,
     Int8,
@@ -60,8 +89,10 @@ from .starts import Moments, eva_ranks, input_moments
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
+    "AdaLoraAdapter",
     "Adapter",
     "BackendError",
+    "CombinedSet",
     "ConfigError",
     "Conv",
     "ConvAdapter",
@@ -79,7 +110,19 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "SafetensorsFile",
     "ShapeError",
     "Site",
+    "TokenRows",
+    "VeraAdapter",
+    "VeraShared",
+    "adalora_linear_backward",
+    "adalora_linear_forward",
+    "adalora_penalty",
+    "adalora_prune",
+    "adalora_start",
+    "adalora_to_lora",
+    "adalora_without",
     "backend_info",
+    "combine",
+    "combine_sets",
     "compress_absmax",
     "dequantise_int8",
     "dequantise_nf4",
@@ -105,6 +148,9 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "lora_experts_backward",
     "lora_experts_backward_base",
     "lora_experts_forward",
+    "lora_fa_corrected",
+    "lora_fa_linear_backward",
+    "lora_fa_linear_forward",
     "lora_linear_backward",
     "lora_linear_backward_base",
     "lora_linear_forward",
@@ -121,14 +167,25 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "open_safetensors",
     "pack",
     "param_count",
+    "plain",
+    "plain_config",
     "quantise_int8",
     "quantise_nf4",
     "row_norms",
     "site_key",
     "split_experts",
+    "token_rows_backward",
+    "token_rows_forward",
+    "token_rows_merge",
+    "token_rows_start",
     "torch_generator",
     "unmerge",
     "unpack",
+    "vera_linear_backward",
+    "vera_linear_forward",
+    "vera_shared",
+    "vera_start",
+    "vera_to_lora",
     "verify",
 ]
 

@@ -29,7 +29,7 @@ FLOORS = (
     ("errors.py", "kinds.py", "backend.py", "shapes.py", "tree.py", "random.py"),
     ("ops/", "params.py", "config/", "singular.py", "quant.py"),
     ("starts/",),
-    ("init.py", "layer.py", "fast/", "merge.py", "combine.py", "optim.py"),
+    ("init.py", "layer.py", "fast/", "merge.py", "combine/", "optim.py"),
     ("layers/", "plain.py", "spectra.py"),
     ("inject.py", "models/", "io/", "parallel.py"),
     ("stream/", "audit/", "train.py"),
@@ -54,6 +54,7 @@ CUPY = {
     *("permute_dims", "real", "reshape", "sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
     *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
     *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
+    *("any",),  # rows of tokens
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",
