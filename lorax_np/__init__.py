@@ -76,6 +76,7 @@ from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_
 from .plain import plain, plain_config
 from .quant import (
     NF4,
+    Absmax,
     Int8,
     compress_absmax,
     dequantise_int8,
@@ -90,6 +91,8 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "AdaLoraAdapter",
+__all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
+    "Absmax",
     "Adapter",
     "BackendError",
     "CombinedSet",
