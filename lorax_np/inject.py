@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array, copy
+from .backend import Array, copy, from_host, namespace_of
 from .config import LoraConfig, Plan, Site
 from .config.plan import counted, planned
 from .config.tree import Shape, named
@@ -107,7 +107,7 @@ def inject(
 
     Returns the weights, the same mapping unless a start leaves a residual, whose new weights then lie over it;
     the adapters by name, those without A and B where only a bias trains; and the sites by name, in injection
-    order. What modules_to_save and trainable_token_indices mean is in plan(): the caller copies it.
+    order. What modules_to_save and trainable_token_indices mean is in plan(), and saved_tensors() starts it.
     Raises ConfigError where a name, pattern, layer or key fits nothing, where a module cannot be adapted, and,
     with the site in front, whatever a start refuses.
     Source: specs/inject.md.
@@ -154,6 +154,25 @@ def inject(
         if name not in adapters:
             adapters[name] = Adapter(None, None, b=copy(weights[str(tree.bias(name))]))
     return Overlay(weights, new) if new else weights, adapters, found.sites
+
+
+def saved_tensors(weights: Weights, found: Plan) -> dict[str, Array]:
+    """Return what trains beside the adapters, as it starts: copies, by the names of adapters' files.
+
+    found : the plan of these weights: its saved tensors are copied under their own names, and the rows of each
+        embedding in tokens under "NAME.token_adapter.trainable_tokens_delta" : (rows, dim)
+
+    >>> weights = {"up.weight": np.eye(3), "head.weight": np.eye(3)}
+    >>> found = plan(weights, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
+    >>> list(saved_tensors(weights, found))
+    ['head.weight']
+    """
+    made = {name: copy(weights[name]) for name in found.saved}
+    for name, rows in found.tokens.items():
+        W = weights[f"{name}.weight"]
+        xp = namespace_of(W=W)
+        made[f"{name}.token_adapter.trainable_tokens_delta"] = xp.take(W, from_host(np.array(rows), W), axis=0)
+    return made
 
 
 def _model(weights: Mapping[str, Any], model_type: str | None = None) -> dict[str, Any]:

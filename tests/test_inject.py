@@ -1,6 +1,7 @@
 """Injection: where a config acts on a model's weights, what is refused there, and what is started."""
 
 import re
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -21,7 +22,7 @@ from lorax_np import (
     torch_generator,
 )
 from lorax_np.config.tree import fits, grown, ordered
-from lorax_np.inject import inject, plan
+from lorax_np.inject import inject, plan, saved_tensors
 from tests.strategies import LIBRARIES, seeds
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -535,6 +536,41 @@ def test_records_by_kind():
     grouped = LoraConfig(8, target_modules=["dw"])
     _, adapters, _ = inject(filled(MIXED), grouped, torch_generator(0), groups={"dw": 8})
     assert (adapters["dw"].A.shape, adapters["dw"].B.shape) == ((8, 8, 3), (8, 1, 1))
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_what_trains_beside_the_adapters_starts_as_copies(library):
+    host = filled(llama(1))
+    weights = {name: library.place(value) for name, value in host.items()}
+    said = {"model.embed_tokens": [3, 0, 10]}
+    config = LoraConfig(2, target_modules=["q_proj"], modules_to_save=["mlp"], trainable_token_indices=said)
+    made = saved_tensors(weights, plan(weights, config))
+    wanted = {name: value for name, value in host.items() if "mlp" in name}
+    wanted["model.embed_tokens.token_adapter.trainable_tokens_delta"] = host["model.embed_tokens.weight"][
+        [3, 0, 10]
+    ]
+    assert made.keys() == wanted.keys()
+    for name, value in made.items():
+        np.testing.assert_array_equal(library.host(value), wanted[name])
+        assert value is not weights.get(name)
+
+
+def test_thousands_of_modules_are_planned_in_a_blink():
+    """A mixture of 256 experts a layer: what is quadratic in the names would take minutes."""
+    shapes = {f"model.layers.{i}.mlp.experts.{e}.{name}_proj.weight": (2, 2)
+              for i in range(8) for e in range(256) for name in ("gate", "up", "down")}  # fmt: skip
+    everything = [name.removesuffix(".weight") for name in shapes]
+    for targets in ("all-linear", everything, ["up_proj", "down_proj"], r".*\.(up|down)_proj"):
+        start = time.perf_counter()
+        found = plan(
+            sorted_shapes(shapes), LoraConfig(2, target_modules=targets, rank_pattern={r".*\.7\..*up_proj": 1})
+        )
+        assert len(found.sites) == (6144 if len(targets) in (10, 6144) else 4096)
+        assert time.perf_counter() - start < 10
+
+
+def sorted_shapes(shapes):
+    return {name: shapes[name] for name in sorted(shapes)}
 
 
 def test_counts_are_those_of_the_records():

@@ -27,11 +27,7 @@ def targeted(config: LoraConfig, tree: Tree) -> list[str]:
         if not found:
             raise ConfigError(_nothing("target_modules", targets, tree))
     else:
-        listed = _listed(targets, tree.modules)
-        for key in targets:
-            if not any(fits(key, name) for name in listed):
-                raise ConfigError(_nothing("target_modules", key, tree))
-        found = [name for name in tree.modules if name in listed]
+        found = _listed("target_modules", targets, tree)
     kept = _in_layers(config, tree, _kept(config, tree, found))
     for name in kept:
         _check_place(tree, name)
@@ -113,10 +109,18 @@ def _targets(config: LoraConfig, tree: Tree) -> str | Sequence[str] | None:
     return targets if isinstance(targets, str) else tuple(targets)
 
 
-def _listed(keys: Sequence[str], names: Iterable[str]) -> set[str]:
-    """The names that a list of keys means; by their ends, so that thousands of both are quick."""
-    wanted = set(keys)
-    return {name for name in names if name and any(end in wanted for end in _ends(name))}
+def _listed(field: str, keys: Collection[str], tree: Tree) -> list[str]:
+    """The modules that a list of keys means; by the ends of names, so that thousands of both are quick."""
+    wanted, used = set(keys), set()
+    found = []
+    for name in tree.modules:
+        if hits := wanted.intersection(_ends(name)):
+            used |= hits
+            found.append(name)
+    for key in keys:
+        if key not in used:
+            raise ConfigError(_nothing(field, key, tree))
+    return found
 
 
 def _ends(name: str) -> Iterable[str]:
@@ -134,10 +138,7 @@ def _kept(config: LoraConfig, tree: Tree, found: Sequence[str]) -> list[str]:
         if not out:
             raise ConfigError(_nothing("exclude_modules", exclude, tree))
     elif exclude:
-        out = _listed(tuple(exclude), tree.modules)
-        for key in exclude:
-            if not any(fits(key, name) for name in out):
-                raise ConfigError(_nothing("exclude_modules", key, tree))
+        out = set(_listed("exclude_modules", exclude, tree))
     whole = saved_modules(config, tree)
     kept = [name for name in found if name not in out and not within(name, whole)]
     if not kept:
