@@ -477,7 +477,10 @@ def test_a_residual_lies_over_the_weights_as_they_are_stored(start, model_type):
     shapes = {"h.0.c_attn.weight": (4, 9), "h.0.c_proj.weight": (3, 4), "ln.weight": (4,)}
     weights = Watched(filled(shapes, dtype="float64"), {"model_type": model_type, "tie_word_embeddings": True})
     before = {name: np.array(value) for name, value in weights.values_.items()}
-    config = LoraConfig(2, 3, target_modules=["c_attn", "c_proj"], init_lora_weights=start)
+    config = LoraConfig(
+        2, 3, target_modules=["c_attn", "c_proj"], init_lora_weights=start, rank_pattern={"c_proj": 1},
+        alpha_pattern={"c_proj": 7},
+    )  # fmt: skip
     new, adapters, sites = inject(weights, config, torch_generator(0))
     assert list(new) == list(weights)
     assert len(new) == 3
@@ -533,6 +536,10 @@ def test_records_by_kind():
         "embedding": (Adapter, (2, 11), (6, 2)), "conv": (ConvAdapter, (2, 6, 3), (8, 2, 1)),
         "head.0": (Adapter, (2, 6), (6, 2)), "experts.gate_up_proj": (Adapter, (6, 6), (10, 6)),
     }  # fmt: skip
+    fused = LoraConfig(2, target_modules=[], target_parameters=["gate_up_proj"])
+    _, adapters, _ = inject(filled(MIXED), fused, torch_generator(0), model_type="gpt_oss")
+    turned = adapters["experts.gate_up_proj"]
+    assert (turned.A.shape, turned.B.shape) == ((6, 10), (6, 6))
     grouped = LoraConfig(8, target_modules=["dw"])
     _, adapters, _ = inject(filled(MIXED), grouped, torch_generator(0), groups={"dw": 8})
     assert (adapters["dw"].A.shape, adapters["dw"].B.shape) == ((8, 8, 3), (8, 1, 1))
@@ -594,6 +601,37 @@ def test_counts_are_those_of_the_records():
     assert str(plan({"w.weight": (2000, 3000)}, LoraConfig(target_modules=["w"]))) == (
         "trainable params: 40,000 || all params: 6,040,000 || trainable%: 0.6623"
     )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fields", "model_type"),
+    [
+        ({"c_fc.weight": (4, 9)}, {"target_modules": ["c_fc"], "use_dora": True}, "gpt2"),
+        ({"wte.weight": (11, 4)}, {"target_modules": ["wte"], "use_dora": True}, None),
+        (MIXED, {"target_modules": [], "target_parameters": ["gate_up_proj", "experts.down_proj"]}, "gpt_oss"),
+        (MIXED, {"target_modules": [], "target_parameters": ["gate_up_proj", "0.weight"]}, None),
+    ],
+)
+def test_counts_by_kind(shapes, fields, model_type):
+    """(inject.1) to (inject.4), for weights of either layout."""
+    config = LoraConfig(2, 3, rank_pattern={".*gate_up_proj": 3} if len(shapes) > 1 else {}, **fields)
+    found = plan(shapes, config, model_type=model_type)
+    _, adapters, _ = inject(filled(shapes), config, torch_generator(0), model_type=model_type)
+    parts = [getattr(a, f) for a in adapters.values() for f in ("A", "B", "m")]
+    assert found.trainable == sum(part.size for part in parts if part is not None)
+
+
+def test_what_has_two_names_counts_once():
+    """A head tied to its embedding, where config.json says so, and a bias that its parent owns."""
+    shapes = {"wte.weight": (11, 4), "q.weight": (4, 4), "lm_head.weight": (11, 4)}
+    config = LoraConfig(2, target_modules=["q"])
+    tied = plan(Watched(filled(shapes), {"tie_word_embeddings": True}), config)
+    assert (plan(shapes, config).total, tied.total) == (11 * 4 * 2 + 16 + 16, 11 * 4 + 16 + 16)
+    head = {"q.weight": (4, 4), "cls.predictions.bias": (9,), "cls.predictions.decoder.weight": (9, 4)}
+    head["cls.predictions.decoder.bias"] = (9,)
+    found = plan(head, LoraConfig(2, target_modules=["q"], bias="all"))
+    assert found.biases == ("cls.predictions",)
+    assert (found.trainable, found.total) == (16 + 9, 16 + 16 + 9 + 36)
 
 
 def test_inputs_and_gradients_go_to_their_sites():
