@@ -14,8 +14,10 @@ from . import fast
 from .backend import backend_info
 from .combine import CombinedSet, combine, combine_sets
 from .config import LoraConfig, Site
+from .config import LoraConfig, Plan, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
+from .inject import inject, plan, saved_tensors
 from .io.safetensors import SafetensorsFile, open_safetensors
 from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
 from .layers.adalora import (
@@ -110,6 +112,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "Moments",
     "NF4",
     "Pack",
+    "Plan",
     "SafetensorsFile",
     "ShapeError",
     "Site",
@@ -140,6 +143,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "init_experts_adapter",
     "input_moments",
     "join_experts",
+    "inject",
     "linear_from_stored",
     "linear_to_stored",
     "lora_conv_backward",
@@ -172,9 +176,11 @@ __all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "param_count",
     "plain",
     "plain_config",
+    "plan",
     "quantise_int8",
     "quantise_nf4",
     "row_norms",
+    "saved_tensors",
     "site_key",
     "split_experts",
     "token_rows_backward",
