@@ -70,11 +70,11 @@ def exchange(one: Path, other: Path) -> bool:
 @cache
 def _exchange() -> Callable[[bytes, bytes], int] | None:
     try:
-        library = ctypes.CDLL(None, use_errno=True)
+        system = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
-            swap = library.renamex_np
+            swap = system.renamex_np
             return lambda one, other: int(swap(one, other, ctypes.c_uint(EXCHANGE)))
-        rename = library.renameat2
+        rename = system.renameat2
     except (AttributeError, OSError, TypeError):  # no such call, or no such library
         return None
     return lambda one, other: int(rename(HERE, one, HERE, other, ctypes.c_uint(EXCHANGE)))

@@ -7,8 +7,7 @@ import copy
 from typing import Any
 
 import numpy as np
-
-from .peft_layers import Conv1D, nn, peft, torch
+from peft_layers import Conv1D, nn, peft, torch
 
 VOCAB, DIM = 11, 6
 

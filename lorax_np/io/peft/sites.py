@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ...config import LoraConfig, Site, site_at
 from ...config.regexes import Regex
+from ...config.site import Kind
 from ...errors import ConfigError, FormatError
 from ...kinds import nearest
 from ...params import AnyAdapter
@@ -73,12 +74,14 @@ class Numbers:
         self.used: set[tuple[str, str]] = set()  # keys that have fitted a name
         self._at = lru_cache(None)(self._own)
 
-    def site(self, name: str, **resolved: Any) -> Site:
-        """Return the site of a name; the keywords are site_at's."""
+    def site(
+        self, name: str, kind: Kind = "linear", weight: str | None = None, transposed: bool | None = None
+    ) -> Site:
+        """Return the site of a name, as site_at does."""
         r = self._value("rank_pattern", name, self.config.r)
         alpha = self._value("alpha_pattern", name, self.config.lora_alpha)
         try:
-            return site_at(self._at(r, alpha), name, **resolved)
+            return site_at(self._at(r, alpha), name, kind=kind, weight=weight, transposed=transposed)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None
 
@@ -192,9 +195,9 @@ class Resolver:
             wanted = f"{len(wrappers)} of its parameters in target_parameters"
             raise FormatError(f"{self.path}: {show(module)}: expected {wanted}, got none")
         if wrappers[0].embedding:
-            return [self.numbers.site(module, kind="embedding")]
+            return [self.numbers.site(module, kind="embedding", transposed=False)]
         if len(self.shapes[wrappers[0].keys["A"]]) > 2:
-            return [self.numbers.site(module, kind="conv")]
+            return [self.numbers.site(module, kind="conv", transposed=False)]
         attention = f"{module}.out_proj" in self.keys.wrappers
         return [self.numbers.site(module, weight=f"{module}.in_proj_weight" if attention else None)]
 
