@@ -8,6 +8,7 @@ is no matter of such sets (references to groups, atomic groups) is refused too.
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ _parser = importlib.import_module("re._parser")  # re's own, which has no public
 Reached = int  # bit i is set where position i of the text can have been reached
 
 LONGEST = 4_000  # characters of a pattern
-STEPS = 1_000_000  # of one pattern over all the names that it is held against
+STEPS = 3_000_000  # of patterns that share a budget, over all the names that they are held against
 FOLLOWED = re.UNICODE | re.VERBOSE | re.DOTALL | re.MULTILINE  # the last two matter to line breaks alone
 CATEGORIES: Mapping[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
@@ -27,8 +28,24 @@ CATEGORIES: Mapping[str, Callable[[str], bool]] = {
 }
 
 
+WORDS = frozenset(chr(c) for c in range(128) if chr(c).isalnum()) | set("_-.")
+
+
+def plain(pattern: str) -> bool:
+    """Whether a pattern is a name: letters, digits, and dots, which as a pattern are any character."""
+    return WORDS.issuperset(pattern)
+
+
+class Budget:
+    """Steps that are left to some patterns together."""
+
+    def __init__(self, steps: int = STEPS) -> None:
+        """Start with so many steps."""
+        self.left = steps
+
+
 class Regex:
-    """One pattern, to be held against many names.
+    """One pattern, to be held against many names; a budget may be shared with others.
 
     Raises ConfigError for a pattern that re does not take, or that this module does not follow.
 
@@ -38,13 +55,16 @@ class Regex:
     False
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, budget: Budget | None = None) -> None:
         """Parse the pattern; nothing is matched yet."""
         self.pattern = pattern
+        self._budget = budget or Budget()
         if len(pattern) > LONGEST:
             self._refuse(f"at most {LONGEST} characters")
         try:
-            tree = _parser.parse(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                tree = _parser.parse(pattern)
         except (re.error, OverflowError, RecursionError, ValueError) as error:
             self._refuse(f"what re can compile ({error})")
         if tree.state.flags & ~FOLLOWED:
@@ -52,7 +72,6 @@ class Regex:
         self._tree = list(tree)
         self._text = ""
         self._places: dict[tuple[int, str], int] = {}  # positions at which a part takes the character
-        self._steps = 0
 
     def match(self, text: str) -> bool:
         """Whether re.match finds the pattern at the start of a text without line breaks."""
@@ -72,8 +91,8 @@ class Regex:
     def _all(self, parts: Iterable[Any], starts: Reached) -> Reached:
         """Where a sequence of parts can end, from some starts."""
         for op, value in parts:
-            self._steps += 1
-            if self._steps > STEPS:
+            self._budget.left -= 1
+            if self._budget.left < 0:
                 self._refuse("what is matched in fewer steps")
             starts = self._one(str(op), value, starts)
             if not starts:

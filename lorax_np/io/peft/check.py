@@ -191,11 +191,11 @@ def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[
         return
     alone = [place.site.name for place in places.values() if place.site.weight not in keys.plain]
     if alone:
-        again = ", or compute it from the original again" if start in AGAIN else ""
+        again = ", compute it again" if start in AGAIN else ""
         raise FormatError(
             f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that this start "
             f"left, got none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a "
-            f"plain one of rank 2r, save the base with it{again}, or say residual_base=True with it"
+            f"plain one of rank 2r, save the base with it{again}, or say residual_base=True"
         )
 
 

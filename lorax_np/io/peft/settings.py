@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ...config import LoraConfig, check_usable
-from ...config.regexes import Regex
+from ...config.regexes import Regex, plain
 from ...errors import ConfigError, FormatError
 from ..safetensors import _unique, show
 
 CONFIG = "adapter_config.json"
 MOST = 1 << 24  # bytes of the file
 WHOLE = 500_000  # characters of regular expressions
+KEYS = 10_000  # of patterns; a tenth of it may be more than names
 EXPRESSIONS = "target_modules", "exclude_modules"  # regular expressions where they are text
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe may have no writer
 PATTERNS = "rank_pattern", "alpha_pattern"  # regular expressions as keys
@@ -51,9 +52,15 @@ def _check_expressions(path: Path, content: Mapping[str, Any]) -> None:
     for name in PATTERNS:
         said += content[name] if isinstance(content.get(name), dict) else ()
     texts = [value for value in said if isinstance(value, str)]
-    if (size := sum(map(len, texts))) > WHOLE:
-        raise FormatError(f"{path}: expected at most {WHOLE} characters of regular expressions, got {size}")
-    for text in texts:
+    expressions = [text for text in texts if not plain(text)]
+    for most, came, what in (
+        (WHOLE, sum(map(len, texts)), "characters of regular expressions"),
+        (KEYS, len(texts), "keys in patterns"),
+        (KEYS // 10, len(expressions), "keys in patterns that are no names"),
+    ):
+        if came > most:
+            raise FormatError(f"{path}: expected at most {most} {what}, got {came}")
+    for text in expressions:
         try:
             Regex(text)
         except ConfigError as error:

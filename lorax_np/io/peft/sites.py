@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...config import LoraConfig, Site, site_at
-from ...config.regexes import Regex
+from ...config.regexes import Budget, Regex, plain
 from ...config.site import Kind
 from ...errors import ConfigError, FormatError
 from ...kinds import nearest
@@ -71,6 +71,7 @@ class Numbers:
         if keys * names > PAIRS:
             raise FormatError(f"{path}: expected fewer keys in patterns for {names} sites, got {keys}")
         self._regexes: dict[str, Regex] = {}
+        self._budget = Budget()
         self.used: set[tuple[str, str]] = set()  # keys that have fitted a name
         self._at = lru_cache(None)(self._own)
 
@@ -101,17 +102,14 @@ class Numbers:
         return next(iter(found.values()), default)
 
     def _fits(self, key: str, name: str) -> bool:
-        if not set(key) - WORDS:  # a name, or the end of one, whose dots are any character
+        if plain(key):  # a name, or the end of one, whose dots are any character
             rest = len(name) - len(key)
             if rest < 0 or (rest and name[rest - 1] != "."):
                 return False
             return all(a in (b, ".") for a, b in zip(key, name[rest:], strict=True))
         if key not in self._regexes:
-            self._regexes[key] = Regex(rf"(.*\.)?({key})$")
+            self._regexes[key] = Regex(rf"(.*\.)?({key})$", self._budget)
         return self._regexes[key].match(name)
-
-
-WORDS = {chr(c) for c in range(128) if chr(c).isalnum()} | set("_-.")
 
 
 # ---- which names the config means --------------------------------------------------------------------------
