@@ -5,9 +5,8 @@ sent to another process.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from hashlib import sha256
 from math import prod
 from typing import Any, Literal
@@ -20,14 +19,6 @@ from ..io.writer import word_of
 Kind = Literal["copy", "cast", "update", "bias", "saved", "rows", "original"]
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what is computed with
 NAMES = {word: name for name, word in FLOATS.items()}
-INPUTS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +31,7 @@ class Task:
     shape: tuple[int, ...]
     source: str = ""  # the base's tensor that is read; empty for none
     site: str = ""  # the site whose update it gets, or whose bias it is
-    saved: str = ""  # the adapter's tensor that stands in for it, or whose rows do
+    saved: str = ""  # the adapter's tensor that stands in for it before an update, or whose rows do
 
     @property
     def nbytes(self) -> int:
@@ -95,45 +86,6 @@ class CheckpointPlan:
         metadata = dict(self.index or {}) | {"total_size": self.nbytes}
         where = {task.name: file.name for file in self.files for task in file.tasks}
         return json.dumps({"metadata": metadata, "weight_map": where}, indent=2, sort_keys=True) + "\n"
-
-
-# ---- names -------------------------------------------------------------------------------------------------
-
-
-def located(names: Iterable[str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Find each wanted tensor under the checkpoint's name for it.
-
-    names  : the checkpoint's tensors
-    wanted : for each, what it is needed for; the adapter's model may have been one with a head around this
-             one, or the reverse, so that all names differ by one prefix
-
-    Returns the checkpoint's name for each wanted one that it has. One prefix serves all: none, if any fits as
-    it is; else the one that most fit under.
-    """
-    held = set(names)
-    if not wanted or any(name in held for name in wanted):
-        return {name: name for name in wanted if name in held}
-    first = {name.partition(".")[2] for name in wanted} & held  # the checkpoint has no outer module
-    if first:
-        return {name: name.partition(".")[2] for name in wanted if name.partition(".")[2] in held}
-    prefixes: dict[str, int] = {}
-    ends = tuple(wanted)
-    for name in held:
-        for end in ends:
-            if name.endswith("." + end):
-                prefix = name[: -len(end)]
-                prefixes[prefix] = prefixes.get(prefix, 0) + 1
-    if not prefixes:
-        return {}
-    best = max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix), prefix))
-    return {name: best + name for name in wanted if best + name in held}
-
-
-def missing(path: object, names: Iterable[str], what: str, name: str) -> ConfigError:
-    """The error for an adapter that is not of this checkpoint."""
-    close = get_close_matches(name, list(names), 1, 0.6)
-    hint = f"; the nearest is {show(close[0])}" if close else ""
-    return ConfigError(f"{what}: expected its tensor {show(name)} in {path}, got no such tensor{hint}")
 
 
 # ---- from a checkpoint and an adapter to tasks -------------------------------------------------------------

@@ -47,7 +47,7 @@ class Update:
     by_rows: bool
 
     def add(self, V: HostArray, first: int, D: HostArray) -> None:
-        """V ← V + s·LR : (rows, cols) float64, whose first row is that one of the weight; D, as V, is written to."""
+        """V ← V + s·LR : (rows, cols) float64; V begins at that row of the weight; D, as V, is written to."""
         for part in self.parts:
             a, b = max(first, part.start), min(first + len(V), part.stop)
             if a < b:

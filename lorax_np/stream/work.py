@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,14 @@ from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
 from ..io.safetensors import NUMPY, _bfloat16, show
 from ..io.writer import SafetensorsWriter
+from .fitted import fitted
 from .plan import NAMES, FilePlan, Task
+from .plans import ROWS, indices_of
 from .update import WIDE, Blocks, Scratch, Update, matrix_shape, rounded, to_numpy, update_of
 
 BLOCK = 1 << 17  # entries of rows that are updated at a time: in float64 they stay in a core's own cache
 UNIT = 1 << 24  # bytes of a tensor that one thread takes at a time
+ROWWISE = "cast", "update", "rows"  # kinds of tasks that are computed rows by rows
 Progress = Callable[[int], None]  # told how many bytes more are written
 
 
@@ -37,6 +39,7 @@ class Job(NamedTuple):
     folder: str
     file: FilePlan
     sign: float = 1.0  # of the update
+    mark: str = ""  # what the sources looked like
     threads: int = 1
 
 
@@ -93,6 +96,7 @@ class _Maker:
         self.job, self.stack = job, stack
         self.base = open_checkpoint(job.base)
         self.original = open_checkpoint(job.original) if job.original else None
+        self.adapter = fitted(job.adapter, job.base, job.mark)
         self._files: dict[Path, int] = {}
         self._ratios: dict[str, HostArray | None] = {}
         self._lock = threading.RLock()
@@ -112,7 +116,7 @@ class _Maker:
         """Cut one tensor into units: of bytes where it is copied, of rows where it is computed."""
         if task.kind in ("copy", "original"):
             count, step = task.nbytes, 4 * UNIT
-        elif task.kind in ("cast", "update"):
+        elif task.kind in ROWWISE:
             count, cols = matrix_shape(task.shape or (1,), self._kind(task))
             step = _rows_of(cols) * max(1, UNIT // max(1, _rows_of(cols) * cols * 4))
         else:
@@ -130,7 +134,7 @@ class _Maker:
             size = unit.stop - unit.start
             writer.copy_part(task.name, unit.start, self._file(file.path), offset, size)
             written = size
-        elif task.kind in ("cast", "update"):
+        elif task.kind in ROWWISE:
             written = self._rows(unit, writer)
         else:
             found = self._small(task)
@@ -155,6 +159,7 @@ class _Maker:
                 update.scale_rows(V, first)
             if ratio is not None:
                 np.multiply(V, ratio, out=V)  # (merge.2)
+            self._put_rows(task, V, first)
             found = rounded(V, NAMES[task.word], show(task.name), self.scratch)
             place = written + unit.start * cols * found.itemsize
             writer.write_part(task.name, place, found)
@@ -176,9 +181,11 @@ class _Maker:
             yield first, V
 
     def _read(self, task: Task, start: int, stop: int, cols: int) -> HostArray:
-        """Some rows of a tensor of the base, as it stores them."""
-        if not self.base.shards:
-            return np.ascontiguousarray(to_host(self.base[task.source]).reshape(-1, cols)[start:stop])
+        """Some rows of a tensor of the base, as it stores them, or of what stands in for it."""
+        stands_in = task.saved in self.adapter.saved and not task.saved.endswith(ROWS)
+        if stands_in or not self.base.shards:
+            whole = to_host(self.adapter.saved[task.saved] if stands_in else self.base[task.source])
+            return whole.reshape(-1, cols)[start:stop]
         file = self.base.shard(task.source)
         dtype = _dtype(file.dtype(task.source), str(file.path))
         found = self.scratch("W", (stop - start, cols), dtype)
@@ -199,19 +206,22 @@ class _Maker:
 
     # ---- the adapter -----------------------------------------------------------------------------------------
 
-    @property
-    def adapter(self) -> Any:
-        """The adapter directory, loaded once in a process."""
-        return loaded(self.job.adapter)
-
     def _kind(self, task: Task) -> str:
-        return str(self.adapter.sites[task.site].kind) if task.site else "linear"
+        return self.adapter.sites[task.site].kind if task.site else "linear"
 
     def _update(self, task: Task) -> Update | None:
         if task.kind != "update":
             return None
         site = self.adapter.sites[task.site]
         return update_of(self.adapter.adapters[task.site], site, task.shape, sign=self.job.sign)
+
+    def _put_rows(self, task: Task, V: HostArray, first: int) -> None:
+        """Trained rows of an embedding in the place of the base's."""
+        if task.saved.endswith(ROWS):
+            rows = self.adapter.saved[task.saved]
+            for index, row in zip(indices_of(self.adapter, task.saved), rows, strict=True):
+                if first <= index < first + len(V):
+                    V[index - first] = row
 
     def _small(self, task: Task) -> HostArray:
         """A bias, or a tensor that the adapter brings along."""
@@ -231,14 +241,6 @@ class _Maker:
                 self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                 self.stack.callback(os.close, self._files[path])
             return self._files[path]
-
-
-@lru_cache(maxsize=2)
-def loaded(adapter: str) -> Any:
-    """An adapter directory, read once in a process."""
-    from ..io.peft import load_adapter
-
-    return load_adapter(adapter)
 
 
 def _rows_of(cols: int) -> int:

@@ -21,7 +21,8 @@ def weights(rng, dtype="bfloat16", *, layers=2, d=24, ff=40, vocab=56, head=True
         shapes |= {f"{at}mlp.up_proj.weight": (ff, d), f"{at}mlp.down_proj.weight": (d, ff)}
         shapes |= {f"{at}input_layernorm.weight": (d,)}
         if bias:
-            shapes |= {f"{at}self_attn.{p}_proj.bias": (d,) for p in "qv"}
+            shapes |= {f"{at}self_attn.{p}_proj.bias": (d,) for p in "qkvo"}
+            shapes |= {f"{at}mlp.up_proj.bias": (ff,), f"{at}mlp.down_proj.bias": (d,)}
     if head:
         shapes["lm_head.weight"] = (vocab, d)
     found = {name: (rng.standard_normal(shape) * 0.3).astype(DTYPES[dtype]) for name, shape in shapes.items()}
@@ -74,7 +75,7 @@ def write_adapter(folder, parts, **config):
         else:
             tensors[PREFIX + site] = found
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    plain = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], **config}
+    plain = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": "all-linear", **config}
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True))
     return folder
 

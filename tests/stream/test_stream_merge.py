@@ -38,7 +38,7 @@ def pair(
             3,
             dtype=adapter_dtype,
             dora=dora,
-            bB=bB and f"{site}.bias" in tensors,
+            bB=bB,
         )
         for site in sites(tensors)
     }

@@ -1,0 +1,79 @@
+"""An adapter directory held against the checkpoint that it is for, by names and shapes alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..io.checkpoint import Checkpoint, open_checkpoint
+from ..io.peft import AdapterFiles, load_adapter
+from ..io.peft.base import fit
+
+INPUTS = "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"
+HEAD = "lm_head.weight"
+
+
+class Ends:
+    """The two tensors of a language model that may be one: its input and its output embedding.
+
+    inputs, head : their names; head is None where the checkpoint has no tensor of its own for it
+    tied : whether the model takes them for one
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        """Look at a checkpoint's names and at its config."""
+        self.inputs = next((name for name in base if name.endswith(INPUTS)), None)
+        self.head = HEAD if HEAD in base else None
+        said = base.config.get("tie_word_embeddings")
+        if said is None:  # the word of a config that keeps its class's default
+            kinds = [str(kind) for kind in base.config.get("architectures") or ()]
+            said = self.head is None and any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
+        self.tied = bool(said) and self.inputs is not None
+
+
+class _Shapes(Mapping[str, Any]):
+    """A checkpoint's names and shapes, a head that shares the input embedding's tensor among them."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        ends = Ends(base)
+        self._base = base
+        self._alias = {HEAD: str(ends.inputs)} if ends.tied and ends.head is None else {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As the checkpoint's."""
+        return self._base.config
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._base.shape(self._alias.get(name, name))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._base[self._alias.get(name, name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base or name in self._alias
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._base
+        yield from self._alias
+
+    def __len__(self) -> int:
+        return len(self._base) + len(self._alias)
+
+
+@lru_cache(maxsize=2)
+def fitted(adapter: str, base: str, mark: str = "") -> AdapterFiles:
+    """Return an adapter under a checkpoint's names, read once in a process.
+
+    mark : what the files looked like; another mark reads them anew
+
+    Raises as load_adapter does. That no row of W + s·BA is zero under DoRA is looked at later, rows by rows,
+    when they are there anyway.
+    """
+    found = load_adapter(adapter)
+    bare = {name: replace(record, m=None) for name, record in found.adapters.items()}
+    fits = fit(Path(adapter), found._replace(adapters=bare), _Shapes(open_checkpoint(base)))
+    whole = zip(fits.adapters.items(), found.adapters.values(), strict=True)
+    return fits._replace(adapters={name: replace(record, m=old.m) for (name, record), old in whole})
