@@ -125,12 +125,12 @@ class Workplace:
 
 
 def known(path: Path) -> str:
-    """Return a word for a file: a hash of its first pages and of some spread over it."""
+    """Return a word for a file: a hash of its size and of pages spread over it, the first and the last among them."""
     size = path.stat().st_size
     found = sha256(str(size).encode())
     with path.open("rb") as file:
         for i in range(PAGES):
-            file.seek(size * i // PAGES // PAGE * PAGE)
+            file.seek(max(0, size - PAGE) * i // (PAGES - 1))
             found.update(file.read(PAGE))
     return found.hexdigest()
 

@@ -91,6 +91,8 @@ def written(base: Checkpoint, plan: CheckpointPlan, out: Path, sources: Sources,
     place = Workplace(out, plan.digest(sources.mark), resume=how.resume)
     sizes = {file.name: file.nbytes for file in plan.files}
     sizes |= {path.name: path.stat().st_size for path in others}
+    if plan.index is not None:
+        sizes[index_name(base)] = len(plan.index_text().encode())
     changed = tuple(task.name for task in plan.tasks if task.kind != "copy")
     outcome = Outcome(out, sizes, changed, plan.notes, 0, len(plan.tasks), dry=how.dry_run)
     if how.dry_run:

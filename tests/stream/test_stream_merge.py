@@ -1,10 +1,15 @@
 """A checkpoint merged file by file, against lorax_np.merge of each weight as a whole."""
 
+import json
+
 import numpy as np
 import pytest
 from making import DTYPES, content, factors, read, weights, write_adapter, write_checkpoint
 
 import lorax_np as lx
+from lorax_np import open_safetensors
+from lorax_np.backend import cast
+from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.stream import work
 from lorax_np.stream.merge import merge_checkpoint
 
@@ -84,3 +89,298 @@ def test_values_are_those_of_merge(tmp_path, blocks, dtype, dora, shards):
     for name in ("config.json", "tokenizer.json"):
         assert content(tmp_path / "out")[name] == before[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+# ---- other kinds of sites, each against merge of the weight seen as a linear layer's ------------------------
+
+
+def merged(W, part, s=S):
+    """What merge makes of a weight (d_out, d_in)."""
+    A, B = part["A"], part["B"]
+    return lx.merge(lx.Linear(W), lx.Adapter(A, B, m=part.get("m")), scaling=s).W
+
+
+def close(got, want, dtype):
+    """Equal bit for bit; in float64 within the roundings that norms summed in another order may differ by."""
+    if dtype == "float64":
+        assert got.shape == want.shape
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=2**-49)
+        return True
+    return same(got, want)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(tmp_path, blocks, dtype, dora):
+    rng = np.random.default_rng(1)
+    tensors = weights(rng, dtype)
+    vocab, dim = tensors["model.embed_tokens.weight"].shape
+    part = {
+        "lora_embedding_A": rng.standard_normal((3, vocab)).astype(np.float32),
+        "lora_embedding_B": rng.standard_normal((dim, 3)).astype(np.float32),
+    }
+    if dora:
+        part["lora_magnitude_vector"] = rng.uniform(0.5, 2, dim).astype(np.float32)
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(
+        tmp_path / "adapter", {"model.embed_tokens": part}, target_modules=["embed_tokens"], use_dora=dora
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    A, B, m = (part.get(key) for key in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"))
+    want = merged(tensors["model.embed_tokens.weight"].T, {"A": A, "B": B, "m": m}).T
+    got = read(tmp_path / "out")
+    assert close(got["model.embed_tokens.weight"], want, dtype if dora else "")
+    assert same(got["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv1d_lies_the_other_way(tmp_path, blocks, dtype, dora):
+    """GPT-2's Conv1D: (d_in, d_out) on the disk; the prefix of the model with a head is not in the checkpoint."""
+    rng = np.random.default_rng(2)
+    tensors = {
+        "h.0.attn.c_attn.weight": rng.standard_normal((24, 72)).astype(DTYPES[dtype]),
+        "h.0.attn.c_attn.bias": rng.standard_normal(72).astype(DTYPES[dtype]),
+        "wte.weight": rng.standard_normal((10, 24)).astype(DTYPES[dtype]),
+    }
+    part = factors(rng, (72, 24), 3, dora=dora, bB=not dora)
+    base = write_checkpoint(tmp_path / "base", tensors, config={"architectures": ["GPT2LMHeadModel"]})
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        {"transformer.h.0.attn.c_attn": part},
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        use_dora=dora,
+        lora_bias=not dora,
+    )
+    found = merge_checkpoint(base, adapter, tmp_path / "out")
+    record = lx.Adapter(
+        part["lora_A.weight"],
+        part["lora_B.weight"],
+        part.get("lora_magnitude_vector"),
+        bB=part.get("lora_B.bias"),
+    )
+    want = lx.merge(
+        lx.Linear(tensors["h.0.attn.c_attn.weight"].T, tensors["h.0.attn.c_attn.bias"]), record, scaling=S
+    )
+    got = read(tmp_path / "out")
+    assert close(got["h.0.attn.c_attn.weight"], want.W.T, dtype if dora else "")
+    assert same(got["h.0.attn.c_attn.bias"], want.b)
+    assert "tie_word_embeddings" not in (tmp_path / "out" / "config.json").read_text()
+    assert set(found.changed) == {"h.0.attn.c_attn.weight"} | (set() if dora else {"h.0.attn.c_attn.bias"})
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kernel", [(3,), (3, 2), (2, 1, 3)])
+def test_convolutions(tmp_path, blocks, kernel, dora):
+    rng = np.random.default_rng(3)
+    W = rng.standard_normal((16, 5, *kernel)).astype(np.float32)
+    ones = (1,) * len(kernel)
+    A, B = rng.standard_normal((3, 5, *kernel)), rng.standard_normal((16, 3, *ones))
+    part = {"lora_A.weight": A.astype(np.float32), "lora_B.weight": B.astype(np.float32)}
+    m = rng.uniform(0.5, 2, 16).astype(np.float32)
+    if dora:
+        part["lora_magnitude_vector"] = m.reshape(1, 16, *ones)
+    base = write_checkpoint(tmp_path / "base", {"down.conv.weight": W, "other": np.ones(3, np.float32)})
+    adapter = write_adapter(tmp_path / "adapter", {"down.conv": part}, target_modules=["conv"], use_dora=dora)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    flat = {"A": part["lora_A.weight"].reshape(3, -1), "B": part["lora_B.weight"].reshape(16, 3)}
+    want = merged(W.reshape(16, -1), flat | ({"m": m} if dora else {})).reshape(W.shape)
+    assert same(read(tmp_path / "out")["down.conv.weight"], want)
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    rng = np.random.default_rng(4)
+    W = rng.standard_normal((8, 2, 3)).astype(np.float32)  # four input channels in two groups
+    A, B = rng.standard_normal((4, 4, 3)), rng.standard_normal((8, 2, 1))
+    base = write_checkpoint(tmp_path / "base", {"conv.weight": W})
+    part = {"lora_A.weight": A.astype(np.float32), "lora_B.weight": B.astype(np.float32)}
+    adapter = write_adapter(tmp_path / "adapter", {"conv": part}, target_modules=["conv"], r=4)
+    with pytest.raises(lx.ConfigError, match=r"conv: groups: expected 1 to merge, .*, got 2"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(tmp_path, blocks, dtype, transposed):
+    rng = np.random.default_rng(5)
+    E, d_out, d_in, r = 4, 24, 16, 3
+    W = rng.standard_normal((E, d_in, d_out) if transposed else (E, d_out, d_in)).astype(DTYPES[dtype])
+    A = rng.standard_normal((r * E, d_in)).astype(np.float32)
+    B = rng.standard_normal((d_out, r * E)).astype(np.float32)
+    base = write_checkpoint(tmp_path / "base", {"mlp.experts.gate_up_proj": W})
+    part = {"lora_A.weight": A, "lora_B.weight": B}
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        {"mlp.experts": part},
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj"],
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    got = read(tmp_path / "out")["mlp.experts.gate_up_proj"]
+    for e in range(E):  # A is expert-slowest, B expert-fastest
+        one = {"A": A.reshape(E, r, d_in)[e], "B": B.reshape(d_out, r, E)[:, :, e]}
+        want = merged(W[e].T if transposed else W[e], one)
+        assert same(got[e], want.T if transposed else want)
+
+
+# ---- what stands in, and what is tied ----------------------------------------------------------------------
+
+
+def test_saved_modules_biases_and_a_new_head(tmp_path):
+    rng = np.random.default_rng(6)
+    tensors = weights(rng)
+    q = "model.layers.0.self_attn.q_proj"
+    parts = {
+        q: factors(rng, (24, 24), 3) | {"base_layer.bias": rng.standard_normal(24).astype(np.float32)},
+        "lm_head.weight": rng.standard_normal((56, 24)).astype(np.float32),
+        "score.weight": rng.standard_normal((2, 24)).astype(np.float32),
+    }
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        parts,
+        target_modules=["layers.0.self_attn.q_proj"],
+        modules_to_save=["lm_head", "score"],
+        bias="lora_only",
+    )
+    found = merge_checkpoint(base, adapter, tmp_path / "out")
+    got = read(tmp_path / "out")
+    bf16 = DTYPES["bfloat16"]
+    assert same(got["lm_head.weight"], parts["lm_head.weight"].astype(bf16))
+    assert same(got["score.weight"], parts["score.weight"].astype(bf16))
+    assert same(got[f"{q}.bias"], parts[q]["base_layer.bias"].astype(bf16))
+    record = {"A": parts[q]["lora_A.weight"], "B": parts[q]["lora_B.weight"]}
+    assert same(got[f"{q}.weight"], merged(tensors[f"{q}.weight"], record))
+    assert any("score.weight" in note for note in found.notes)
+
+
+def test_trained_rows_of_an_embedding(tmp_path, blocks):
+    rng = np.random.default_rng(7)
+    tensors = weights(rng)
+    rows = rng.standard_normal((3, 24)).astype(np.float32)
+    parts = {
+        "model.layers.0.self_attn.q_proj": factors(rng, (24, 24), 3),
+        "model.embed_tokens.token_adapter.trainable_tokens_delta": rows,
+    }
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        parts,
+        target_modules=["layers.0.self_attn.q_proj"],
+        trainable_token_indices=[40, 3, 17],
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    want = tensors["model.embed_tokens.weight"].copy()
+    want[[40, 3, 17]] = rows.astype(want.dtype)
+    assert same(read(tmp_path / "out")["model.embed_tokens.weight"], want)
+
+
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {"architectures": ["LlamaForCausalLM"]}])
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_ends_that_were_one_tensor(tmp_path, end, said, shards):
+    """The end that the adapter leaves alone keeps its values: the model computes what base and adapter did."""
+    rng = np.random.default_rng(8)
+    tensors = weights(rng, head=False)
+    old = tensors["model.embed_tokens.weight"]
+    if end == "lm_head":
+        part = factors(rng, old.shape, 3)
+        parts, want = {end: part}, merged(old, {"A": part["lora_A.weight"], "B": part["lora_B.weight"]})
+    else:
+        A, B = rng.standard_normal((3, 56)).astype(np.float32), rng.standard_normal((24, 3)).astype(np.float32)
+        parts = {f"model.{end}": {"lora_embedding_A": A, "lora_embedding_B": B}}
+        want = merged(old.T, {"A": A, "B": B}).T
+    base = write_checkpoint(tmp_path / "base", tensors, config=said, shards=shards)
+    adapter = write_adapter(tmp_path / "adapter", parts, target_modules=[end])
+    found = merge_checkpoint(base, adapter, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert same(got["lm_head.weight"], want if end == "lm_head" else old)
+    assert same(got["model.embed_tokens.weight"], old if end == "lm_head" else want)
+    opened = open_checkpoint(tmp_path / "out")
+    assert opened.config == {"model_type": "llama", "torch_dtype": "x", **said, "tie_word_embeddings": False}
+    assert any("they are two now" in note for note in found.notes)
+
+
+def test_ends_that_are_tied_and_untouched_stay_so(tmp_path):
+    rng = np.random.default_rng(9)
+    tensors = weights(rng, head=False)
+    base = write_checkpoint(tmp_path / "base", tensors, config={"tie_word_embeddings": True})
+    q = "model.layers.0.self_attn.q_proj"
+    adapter = write_adapter(tmp_path / "adapter", {q: factors(rng, (24, 24), 3)}, target_modules=["q_proj"])
+    found = merge_checkpoint(base, adapter, tmp_path / "out")
+    assert content(tmp_path / "out")["config.json"] == content(base)["config.json"]
+    assert "lm_head.weight" not in read(tmp_path / "out")
+    assert found.notes == ()
+
+
+# ---- another dtype, other files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", DTYPES)
+def test_another_dtype_takes_one_rounding(tmp_path, new):
+    base, adapter, _ = pair(tmp_path, "float32")
+    merge_checkpoint(base, adapter, tmp_path / "wide", dtype="float64")
+    merge_checkpoint(base, adapter, tmp_path / "out", dtype=new)
+    wide, got = read(tmp_path / "wide"), read(tmp_path / "out")
+    for name, value in wide.items():
+        want = value if value.dtype == np.int64 else cast(value, new)
+        assert same(got[name], np.asarray(want)), name
+    assert open_checkpoint(tmp_path / "out").config["torch_dtype"] == new
+
+
+@pytest.mark.parametrize("size", [6000, "6 KB", "0.006MB"])
+def test_other_shards(tmp_path, size):
+    base, adapter, want = pair(tmp_path)
+    merge_checkpoint(base, adapter, tmp_path / "out", max_shard_size=size)
+    found = open_checkpoint(tmp_path / "out")
+    assert len(found.shards) > 2
+    assert [*found.shards] == [
+        f"model-{i + 1:05d}-of-{len(found.shards):05d}.safetensors" for i in range(len(found.shards))
+    ]
+    held = [sum(file.place(name)[1] for name in file.names) for file in found.shards.values()]
+    assert max(held) <= 6000
+    got = read(tmp_path / "out")
+    assert all(same(got[name], want[name]) for name in want)
+    merge_checkpoint(
+        tmp_path / "out", write_adapter(tmp_path / "none", NOTHING), tmp_path / "one", max_shard_size="1GB"
+    )
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert all(same(value, got[name]) for name, value in read(tmp_path / "one").items())
+
+
+NOTHING = {
+    "model.layers.0.self_attn.q_proj": {
+        "lora_A.weight": np.zeros((3, 24), np.float32),
+        "lora_B.weight": np.zeros((24, 3), np.float32),
+    }
+}
+
+
+def test_an_index_is_written_as_it_was_read(tmp_path):
+    base, adapter, _ = pair(tmp_path, shards=3)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    old, new = (
+        json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (base, tmp_path / "out")
+    )
+    assert new == old
+    for name, raw in content(tmp_path / "out").items():
+        if name.endswith(".safetensors"):
+            assert open_safetensors(base / name).metadata == open_safetensors(tmp_path / "out" / name).metadata
+            assert len(raw) == (base / name).stat().st_size
+
+
+def test_a_file_alone(tmp_path):
+    base, adapter, want = pair(tmp_path)
+    (base / "notes.txt").write_text("mine")
+    merge_checkpoint(base / "model.safetensors", adapter, tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    got = read(tmp_path / "out")
+    assert all(same(got[name], want[name]) for name in want)
