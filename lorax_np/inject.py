@@ -117,6 +117,54 @@ def inject(
     >>> adapters["up"].A.shape, sites["up"].scaling
     ((2, 3), 4.0)
     """
+    new: dict[str, Array] = {}
+    adapters: dict[str, AnyAdapter] = {}
+    sites: dict[str, Site] = {}
+    for name, site, adapter, residual in started(
+        weights,
+        config,
+        rng,
+        kinds=kinds,
+        groups=groups,
+        model_type=model_type,
+        inputs=inputs,
+        gradients=gradients,
+    ):
+        adapters[name] = adapter
+        if site is not None:
+            sites[name] = site
+        if site is not None and residual is not None:
+            new[site.weight] = residual
+    return Overlay(weights, new) if new else weights, adapters, sites
+
+
+class Start(NamedTuple):
+    """What is started at one place: the site, None where only its bias trains; and the new weight, if any."""
+
+    name: str
+    site: Site | None
+    adapter: AnyAdapter
+    residual: Array | None  # as the weight is stored
+
+
+def started(
+    weights: Weights,
+    config: LoraConfig,
+    rng: np.random.Generator | None = None,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    groups: Mapping[str, int] | None = None,
+    model_type: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    gradients: Mapping[str, Array] | None = None,
+) -> Iterator[Start]:
+    """As inject, one place after another, for who cannot keep all new weights; arguments and errors are its.
+
+    >>> weights = {"up.weight": np.eye(3)}
+    >>> config = LoraConfig(r=1, target_modules=["up"], init_lora_weights="pissa")
+    >>> [(start.name, start.residual.shape) for start in started(weights, config)]
+    [('up', (3, 3))]
+    """
     tree, found = planned(
         weights,
         lambda name: _shape(weights, name),
@@ -129,8 +177,6 @@ def inject(
         if strangers := [name for name in values if name not in found.sites]:
             hint = nearest(strangers[0], found.sites)
             raise ConfigError(f"{argument}: expected names of sites, got {strangers[0]!r}{hint}")
-    new: dict[str, Array] = {}
-    adapters: dict[str, AnyAdapter] = {}
     for name, site in found.sites.items():
         given = Given(
             W=weights[site.weight],
@@ -145,15 +191,13 @@ def inject(
             gradient=(gradients or {}).get(name),
         )
         try:
-            residual, adapters[name] = STARTS[site.kind](given)
+            residual, adapter = STARTS[site.kind](given)
         except (ConfigError, DtypeError, ShapeError) as refused:
             raise type(refused)(f"{name}: {refused}") from None
-        if residual is not None:
-            new[site.weight] = residual
+        yield Start(name, site, adapter, residual)
     for name in found.biases:
-        if name not in adapters:
-            adapters[name] = Adapter(None, None, b=copy(weights[str(tree.bias(name))]))
-    return Overlay(weights, new) if new else weights, adapters, found.sites
+        if name not in found.sites:
+            yield Start(name, None, Adapter(None, None, b=copy(weights[str(tree.bias(name))])), None)
 
 
 def saved_tensors(weights: Weights, found: Plan) -> dict[str, Array]:
