@@ -9,6 +9,7 @@ from typing import Any
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..io.peft import AdapterFiles, load_adapter
 from ..io.peft.base import fit
+from .plan import RESIDUAL
 
 INPUTS = "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"
 HEAD = "lm_head.weight"
@@ -64,16 +65,19 @@ class _Shapes(Mapping[str, Any]):
 
 
 @lru_cache(maxsize=2)
-def fitted(adapter: str, base: str, mark: str = "") -> AdapterFiles:
+def fitted(adapter: str, base: str, mark: str = "", residual: bool = False) -> AdapterFiles:
     """Return an adapter under a checkpoint's names, read once in a process.
 
     mark : what the files looked like; another mark reads them anew
+    residual : the base is what the adapter's start left of the original, as it may also say itself
 
     Raises as load_adapter does. That no row of W + s·BA is zero under DoRA is looked at later, rows by rows,
     when they are there anyway.
     """
-    found = load_adapter(adapter)
+    checkpoint = open_checkpoint(base)
+    said = any(RESIDUAL in file.metadata for file in checkpoint.shards.values())
+    found = load_adapter(adapter, residual_base=residual or said)
     bare = {name: replace(record, m=None) for name, record in found.adapters.items()}
-    fits = fit(Path(adapter), found._replace(adapters=bare), _Shapes(open_checkpoint(base)))
+    fits = fit(Path(adapter), found._replace(adapters=bare), _Shapes(checkpoint))
     whole = zip(fits.adapters.items(), found.adapters.values(), strict=True)
     return fits._replace(adapters={name: replace(record, m=old.m) for (name, record), old in whole})

@@ -31,6 +31,7 @@ def merge_checkpoint(
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
     jobs: int | None = None,
+    residual_base: bool = False,
 ) -> Outcome:
     """Write the checkpoint that computes what a base and an adapter compute together, without dropout.
 
@@ -45,6 +46,8 @@ def merge_checkpoint(
     dtype   : of every tensor of floats; None keeps each one's own
     max_shard_size : bytes of tensors a file, a number or such as "5GB"; None keeps the base's files
     jobs    : threads; None takes one a core
+    residual_base : the base is what the adapter's start left of the original; one that init_checkpoint wrote
+        says so itself
 
     The numbers are those of lorax_np.merge, to the bit: W + s·BA in float64, rounded once. Biases, embeddings,
     convolutions, experts and Conv1D are merged in place, what modules_to_save brings replaces what was there,
@@ -59,8 +62,8 @@ def merge_checkpoint(
     """
     start = time.perf_counter()
     base, adapter, out = Path(base), Path(adapter), Path(out)
-    checkpoint, sources = open_checkpoint(base), Sources(base, adapter)
-    files = fitted(sources.adapter, sources.base, sources.mark)
+    checkpoint, sources = open_checkpoint(base), Sources(base, adapter, residual=residual_base)
+    files = fitted(sources.adapter, sources.base, sources.mark, sources.residual)
     plan = plan_merge(checkpoint, files, dtype, size_of(max_shard_size))
     how = How(executor, progress, dry_run, resume, jobs)
     found = written(checkpoint, plan, out, sources, how)
@@ -80,6 +83,7 @@ def unmerge_checkpoint(
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
     jobs: int | None = None,
+    residual_base: bool = False,
 ) -> Outcome:
     """Write the base again, from a merged checkpoint and the adapter that was merged.
 
@@ -93,9 +97,12 @@ def unmerge_checkpoint(
     start = time.perf_counter()
     merged, adapter, out = Path(merged), Path(adapter), Path(out)
     first = None if original is None else Path(original)
-    checkpoint, sources = open_checkpoint(merged), Sources(merged, adapter, first, sign=-1.0)
+    checkpoint, sources = (
+        open_checkpoint(merged),
+        Sources(merged, adapter, first, sign=-1.0, residual=residual_base),
+    )
     before = None if first is None else open_checkpoint(first)
-    files = fitted(sources.adapter, sources.base, sources.mark)
+    files = fitted(sources.adapter, sources.base, sources.mark, sources.residual)
     plan = plan_unmerge(checkpoint, files, before, dtype, size_of(max_shard_size))
     how = How(executor, progress, dry_run, resume, jobs)
     found = written(checkpoint, plan, out, sources, how)

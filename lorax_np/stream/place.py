@@ -125,7 +125,7 @@ class Workplace:
 
 
 def known(path: Path) -> str:
-    """Return a word for a file: a hash of its size and of pages spread over it, the first and the last among them."""
+    """Return a word for a file: a hash of its size and of pages all over it, the first and the last too."""
     size = path.stat().st_size
     found = sha256(str(size).encode())
     with path.open("rb") as file:

@@ -18,6 +18,7 @@ from ..io.writer import word_of
 
 Kind = Literal["copy", "cast", "update", "bias", "saved", "rows", "original"]
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what is computed with
+RESIDUAL = "lorax_np.residual"  # what a checkpoint that a start left says of itself: which start
 NAMES = {word: name for name, word in FLOATS.items()}
 
 
@@ -113,12 +114,14 @@ def filed(
     beside : for a tensor that the base lacks, the one beside which it is put
     max_shard_size : in bytes of tensors; None keeps the base's files
     """
-    metadata = next((file.metadata for file in base.shards.values()), {}) or {"format": "pt"}
+    metadata = _said(next((file.metadata for file in base.shards.values()), {}) or {"format": "pt"})
     old = (base.index or {}).get("metadata") or {}
     if max_shard_size is None and base.shards:
         where = {name: base.shard(beside.get(name, name)).path.name for name in tasks}
         files = tuple(
-            FilePlan(file, tuple(task for task in tasks.values() if where[task.name] == file), shard.metadata)
+            FilePlan(
+                file, tuple(task for task in tasks.values() if where[task.name] == file), _said(shard.metadata)
+            )
             for file, shard in base.shards.items()
         )
         return files, (old if base.index is not None else None)
@@ -135,3 +138,8 @@ def filed(
         FilePlan(name.format(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups, 1)
     )
     return files, old
+
+
+def _said(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a new file says of itself: what the old one did, but that it is what a start left."""
+    return {key: value for key, value in metadata.items() if key != RESIDUAL}

@@ -17,7 +17,7 @@ import numpy as np
 from ..backend import HostArray, to_host
 from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
-from ..io.safetensors import NUMPY, _bfloat16, show
+from ..io.safetensors import NUMPY, SafetensorsFile, _bfloat16, show
 from ..io.writer import SafetensorsWriter
 from .fitted import fitted
 from .plan import NAMES, FilePlan, Task
@@ -40,6 +40,7 @@ class Job(NamedTuple):
     file: FilePlan
     sign: float = 1.0  # of the update
     mark: str = ""  # what the sources looked like
+    residual: bool = False  # whether the base is what the adapter's start left
     threads: int = 1
 
 
@@ -93,11 +94,11 @@ class _Maker:
     """The open files behind one job."""
 
     def __init__(self, job: Job, stack: ExitStack) -> None:
-        self.job, self.stack = job, stack
+        self.job = job
         self.base = open_checkpoint(job.base)
         self.original = open_checkpoint(job.original) if job.original else None
-        self.adapter = fitted(job.adapter, job.base, job.mark)
-        self._files: dict[Path, int] = {}
+        self.adapter = fitted(job.adapter, job.base, job.mark, job.residual)
+        self._file = opened(stack)
         self._ratios: dict[str, HostArray | None] = {}
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -233,14 +234,27 @@ class _Maker:
             b = b + self.job.sign * site.scaling * to_numpy(to_host(adapter.bB), WIDE)  # (merge.3)
         return b
 
-    # ---- files -----------------------------------------------------------------------------------------------
 
-    def _file(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                self.stack.callback(os.close, self._files[path])
-            return self._files[path]
+def opened(stack: ExitStack) -> Callable[[Path], int]:
+    """Return what opens files for reading, each once, and closes them at the end of the stack."""
+    found: dict[Path, int] = {}
+    lock = threading.Lock()
+
+    def file(path: Path) -> int:
+        with lock:
+            if path not in found:
+                found[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                stack.callback(os.close, found[path])
+            return found[path]
+
+    return file
+
+
+def read_tensor(file: SafetensorsFile, name: str, files: Callable[[Path], int]) -> HostArray:
+    """One tensor in memory of its own."""
+    found = np.empty(file.shape(name), _dtype(file.dtype(name), str(file.path)))
+    _read_into(files(file.path), found, file.place(name)[0], file.path)
+    return found
 
 
 def _rows_of(cols: int) -> int:

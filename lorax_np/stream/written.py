@@ -59,17 +59,25 @@ class Outcome:
 class Sources:
     """What is read, and a word that changes when any of it does."""
 
-    def __init__(self, base: Path, adapter: Path, original: Path | None = None, *, sign: float = 1.0) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path,
+        original: Path | None = None,
+        *,
+        sign: float = 1.0,
+        residual: bool = False,
+    ) -> None:
         """Look at the files' names, sizes and times of change."""
         self.paths = [path for path in (base, adapter, original) if path is not None]
         self.base, self.adapter = str(base.resolve()), str(adapter.resolve())
         self.original = "" if original is None else str(original.resolve())
-        self.sign = sign
+        self.sign, self.residual = sign, residual
         files = [*open_checkpoint(base).files]
         for place in self.paths[1:]:
             files += sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
         found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        self.mark = sha256(json.dumps([found, sign]).encode()).hexdigest()
+        self.mark = sha256(json.dumps([found, sign, residual]).encode()).hexdigest()
 
 
 class How(NamedTuple):
@@ -100,7 +108,7 @@ def written(base: Checkpoint, plan: CheckpointPlan, out: Path, sources: Sources,
     with place:
         resumed = tuple(file.name for file in plan.files if file.name in place.finished)
         job = Job(sources.base, sources.adapter, sources.original, str(place.folder), plan.files[0])
-        job = job._replace(mark=sources.mark, sign=sources.sign)
+        job = job._replace(mark=sources.mark, sign=sources.sign, residual=sources.residual)
         left = [job._replace(file=file) for file in plan.files if file.name not in resumed]
         count = _Count(how.progress, plan.nbytes, sum(f.nbytes for f in plan.files if f.name in resumed))
         if how.executor is None:

@@ -1,0 +1,89 @@
+"""lorax-np init: an adapter started on a checkpoint, as a PEFT directory."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import Parsers, seed
+from .streaming import Rate, options
+
+
+def add(commands: Parsers) -> None:
+    """Declare the command and its arguments."""
+    init = commands.add_parser(
+        "init",
+        help="start an adapter on a checkpoint, site by site",
+        description="Start the adapters that a config means and save them as a PEFT directory. A start that "
+        "takes something out of the weights, as PiSSA does, leaves the rest as a checkpoint in DEST/base.",
+    )
+    init.add_argument("base", metavar="BASE", help="a checkpoint: a directory, a .safetensors or a .gguf file")
+    init.add_argument("dest", metavar="DEST", help="a directory that is not there yet, or empty")
+    init.add_argument("--config", metavar="JSON", help="an adapter_config.json, in PEFT's names")
+    init.add_argument("-r", "--rank", type=int, help="r (default: 8, or the config's)")
+    init.add_argument("--alpha", type=float, help="α (default: 8, or the config's)")
+    init.add_argument(
+        "--start", metavar="NAME", help="init_lora_weights: true, gaussian, pissa, pissa_niter_4, olora, ..."
+    )
+    init.add_argument(
+        "--target-modules",
+        metavar="NAME",
+        nargs="+",
+        help="ends of modules' names, or all-linear (default: all-linear, or the config's)",
+    )
+    init.add_argument("--dora", action="store_true", help="with a magnitude a row")
+    init.add_argument("--rslora", action="store_true", help="s = α/√r")
+    init.add_argument("--seed", type=seed, default=0, help="of every draw (default: 0)")
+    options(init, resume=False)
+    init.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start, and print what was started."""
+    from .. import ConfigError, LoraConfig
+    from ..io.checkpoint import read_json
+    from ..stream.init import init_checkpoint
+
+    said: dict[str, Any] = {"target_modules": "all-linear"}
+    if arguments.config:
+        path = Path(arguments.config)
+        said = read_json(path / "adapter_config.json" if path.is_dir() else path)
+    words: dict[str, Any] = {"true": True, "false": False}
+    targets = arguments.target_modules
+    given = {
+        "r": arguments.rank,
+        "lora_alpha": arguments.alpha,
+        "init_lora_weights": words.get(str(arguments.start).lower(), arguments.start),
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "use_dora": arguments.dora or None,
+        "use_rslora": arguments.rslora or None,
+    }
+    config = LoraConfig.from_dict(said | {name: value for name, value in given.items() if value is not None})
+    if arguments.seed >= 1 << 32:
+        raise ConfigError(f"--seed: expected less than 2**32, got {arguments.seed}")
+    progress = Rate("init", "M numbers", 1e6, quiet=arguments.quiet or arguments.json)
+    try:
+        found = init_checkpoint(
+            arguments.base,
+            config,
+            arguments.dest,
+            seed=arguments.seed,
+            progress=progress,
+            dry_run=arguments.dry_run,
+        )
+    finally:
+        progress.done()
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    elif not arguments.quiet:
+        share = 100 * found.trainable / max(found.total, 1)
+        print(
+            f"trainable params: {found.trainable:,} || all params: {found.total:,} || trainable%: {share:.4f}"
+        )
+        if found.dry:
+            print(f"would start {found.sites} sites as {found.start}, at {found.out}")
+            return 0
+        rest = f", and what is left of the base at {found.base}" if found.base else ""
+        print(f"started {found.sites} sites as {found.start} in {found.seconds:.1f} s, at {found.out}{rest}")
+        print(f"next: lorax-np check {found.out} --base {found.base or arguments.base}")
+    return 0
