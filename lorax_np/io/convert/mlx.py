@@ -15,7 +15,8 @@ import numpy as np
 from ...backend import HostArray, dtype_name
 from ..checkpoint import read_json
 from ..peft import AdapterFiles
-from ..whole import whole_folder
+from ..replace import new_directory
+from ..whole import check_free
 from ..writer import write_safetensors
 from .model import Options, Plan, Read, check_holds, grouped, made, matrices, refuse, tensors_of, two_axes
 from .scales import described, is_embedding, one_rank, unified
@@ -101,7 +102,8 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
         notes.append("mlx-lm's DoRA is undropped_base: further training with dropout differs from PEFT's")
 
     def store(dest: Path) -> None:
-        with whole_folder(dest) as folder:
+        check_free(dest)
+        with new_directory(dest, ()) as folder:
             write_safetensors(folder / TENSORS, tensors, {"format": "mlx"})
             (folder / CONFIG).write_text(json.dumps(document, indent=4, sort_keys=True), encoding="utf-8")
 

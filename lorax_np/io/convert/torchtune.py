@@ -16,7 +16,8 @@ from ...backend import HostArray, to_host
 from ..checkpoint import read_json
 from ..gguf_names import heads_of, to_ggml_rows, to_hf_rows
 from ..peft import AdapterFiles
-from ..whole import whole_folder
+from ..replace import new_directory
+from ..whole import check_free
 from ..writer import write_safetensors
 from .model import Options, Plan, Read, check_holds, grouped, made, matrices, refuse, tensors_of, two_axes
 from .scales import alpha_for, described, one_rank, unified
@@ -107,7 +108,8 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
     }
 
     def store(dest: Path) -> None:
-        with whole_folder(dest) as folder:
+        check_free(dest)
+        with new_directory(dest, ()) as folder:
             write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
             (folder / CONFIG).write_text(json.dumps(document, indent=2), encoding="utf-8")
 
