@@ -91,4 +91,4 @@ def test_bad_usage_is_told(adapter, tmp_path, words, told, capsys):
 def test_the_formats_are_the_libraries():
     from lorax_np.io.convert import FORMATS
 
-    assert tuple(FORMATS) == convert.FORMATS
+    assert FORMATS == convert.FORMATS

@@ -23,7 +23,7 @@ from adapter_samples import (
 )
 
 from lorax_np.errors import FormatError
-from lorax_np.io.convert import FORMATS, convert, detect
+from lorax_np.io.convert import FORMATS, convert, detect, plan_adapter
 from lorax_np.io.convert.model import Options, base_of
 from lorax_np.io.gguf import open_gguf
 from lorax_np.io.peft import load_adapter
@@ -411,14 +411,14 @@ ROWS = SHAPES[ONE][0]
     ],
 )
 def test_biases_and_saved_modules_have_no_place(tmp_path, target, what, words):
-    refusal(lambda: FORMATS[target].plan(what, options(base(tmp_path / "base"))), words)
+    refusal(lambda: plan_adapter(what, target, options(base(tmp_path / "base"))), words)
 
 
 @pytest.mark.parametrize("target", sorted(set(EVERY) - {"loralib"}))
 def test_trained_biases_have_a_place_in_loralib_alone(tmp_path, target):
     what = with_part(b=np.ones(ROWS, "f4"))
     words = f"{ONE}: expected no trained bias, for which the format has no place"
-    refusal(lambda: FORMATS[target].plan(what, options(base(tmp_path / "base"))), words)
+    refusal(lambda: plan_adapter(what, target, options(base(tmp_path / "base"))), words)
 
 
 @pytest.mark.parametrize("target", ["gguf", "kohya", "loralib"])
@@ -455,7 +455,7 @@ def test_factors_of_a_changed_base_do_not_travel(tmp_path, target, start):
     what = files([ONE], default_config())
     what = what._replace(config=replace(what.config, init_lora_weights=start))
     words = f"{target}: init_lora_weights: expected a start that leaves the base as it is, got '{start}'"
-    refusal(lambda: FORMATS[target].plan(what, options(base(tmp_path / "base"))), words)
+    refusal(lambda: plan_adapter(what, target, options(base(tmp_path / "base"))), words)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_names_outside_the_tables_are_refused(tmp_path, target):
         adapters={"h.0.attn": what.adapters[ONE]}, sites={"h.0.attn": replace(what.sites[ONE], name="h.0.attn")}
     )
     refusal(
-        lambda: FORMATS[target].plan(what, options(base(tmp_path / "base"))), "h.0.attn: expected a module of"
+        lambda: plan_adapter(what, target, options(base(tmp_path / "base"))), "h.0.attn: expected a module of"
     )
 
 

@@ -2,23 +2,16 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from ...errors import FormatError
-from . import gguf, kohya, loralib, mlx, peft, torchtune
+from ..peft import AdapterFiles
 from .detection import Detected, detect
-from .model import Options, base_of
+from .model import Options, Plan, Read, base_of
 
-FORMATS: Mapping[str, ModuleType] = {
-    "peft": peft,
-    "mlx": mlx,
-    "loralib": loralib,
-    "kohya": kohya,
-    "torchtune": torchtune,
-    "gguf": gguf,
-}
+FORMATS = "peft", "mlx", "loralib", "kohya", "torchtune", "gguf"
 
 __all__ = ["FORMATS", "Converted", "Detected", "convert", "detect"]
 
@@ -82,9 +75,21 @@ def convert(
         enable_lora=enable_lora,
         fold=fold,
     )
-    read = FORMATS[found].read(source, options)
-    plan = FORMATS[target_format].plan(read.files, options)
+    read = read_adapter(source, found, options)
+    plan = plan_adapter(read.files, target_format, options)
     files = tuple(dest / name for name in plan.names) or (dest,)
     if not dry_run:
         plan.store(dest)
     return Converted(found, target_format, files, len(read.files.adapters), (*read.notes, *plan.notes))
+
+
+def read_adapter(path: Path, format: str, options: Options) -> Read:
+    """Read an adapter of a format; each format's file has such a function. Raises as convert does."""
+    found: Read = import_module(f".{format}", __name__).read(path, options)
+    return found
+
+
+def plan_adapter(files: AdapterFiles, format: str, options: Options) -> Plan:
+    """Say what would be written of an adapter in a format. Raises as convert does."""
+    found: Plan = import_module(f".{format}", __name__).plan(files, options)
+    return found

@@ -17,7 +17,7 @@ from ..gguf_writer import DTYPES, write_gguf
 from ..peft import AdapterFiles
 from ..safetensors import show
 from .model import Factors, Options, Plan, Read, check_holds, made, matrices, refuse, two_axes
-from .scales import described, narrowed, plain_alpha, unified
+from .scales import described, gathered, narrowed, plain_alpha, unified
 
 EMBEDDING = "model.embed_tokens"
 
@@ -78,15 +78,16 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
             refuse(where, "an embedding's site", files.sites[name].kind)
         tensors[f"{module}.weight.lora_a"] = A
         tensors[f"{module}.weight.lora_b"] = _turned(where, name, architecture, B, options, to_ggml_rows)
-    ranks = [site.r for site in files.sites.values()]
-    alpha = narrowed(alpha, ranks[0], "alpha", notes)
+    moved: list[tuple[str, str]] = []
+    found = [narrowed(alpha, site, "gguf", moved) for site in files.sites.values()]
+    notes += gathered(moved)
     if files.config.lora_dropout:
         notes.append(f"lora_dropout {files.config.lora_dropout:g} is left out, as nothing trains there")
     metadata = {
         "general.architecture": ("string", architecture),
         "general.type": ("string", "adapter"),
         "adapter.type": ("string", "lora"),
-        "adapter.lora.alpha": ("float32", alpha),
+        "adapter.lora.alpha": ("float32", found[0]),
     }
 
     def store(dest: Path) -> None:

@@ -18,7 +18,7 @@ from ..peft import AdapterFiles
 from ..safetensors import SafetensorsFile, show
 from ..writer import write_safetensors
 from .model import Factors, Options, Plan, Read, check_holds, matrices, refuse, tensors_of
-from .scales import described, narrowed, plain_alpha
+from .scales import described, gathered, narrowed, plain_alpha
 
 PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 PREFIXES = ("lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_unet")
@@ -61,7 +61,7 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what sd-scripts has no place for."""
     check_holds(files, "kohya", kinds=("linear", "conv"))
     prefix = options.prefix or "lora_unet"
-    notes: list[str] = []
+    moved: list[tuple[str, str]] = []
     names = {name: f"{prefix}_{name}".replace(".", "_") for name in files.adapters}
     _check_distinct(names)
     tensors: dict[str, HostArray] = {}
@@ -71,9 +71,10 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
         A, B = matrices(site, adapter)
         if A.ndim not in (2, 4) or (A.ndim == 4 and A.shape[0] != B.shape[1]):
             refuse(f"kohya: {name}", "a 2-D convolution without groups", f"A {A.shape} and B {B.shape}")
-        alphas.append(narrowed(plain_alpha(site), site.r, f"{name}: alpha", notes))
+        alphas.append(narrowed(plain_alpha(site), site, f"kohya: {name}", moved))
         tensors[f"{names[name]}.lora_down.weight"], tensors[f"{names[name]}.lora_up.weight"] = A, B
         tensors[f"{names[name]}.alpha"] = np.array(alphas[-1], np.float32)
+    notes = gathered(moved)
     if files.config.lora_dropout:
         notes.append(f"lora_dropout {files.config.lora_dropout:g} is left out; sd-scripts drops z, not x")
     metadata = {

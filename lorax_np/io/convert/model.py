@@ -11,6 +11,8 @@ from ...config import Site
 from ...errors import ConfigError, DtypeError, FormatError, ShapeError
 from ...params import Adapter, AnyAdapter
 from ..checkpoint import open_checkpoint
+from ..gguf import open_gguf
+from ..gguf_names import hf_weights
 from ..peft import AdapterFiles
 from ..safetensors import SafetensorsFile, open_safetensors, show
 
@@ -36,9 +38,11 @@ class Base(NamedTuple):
 
 def base_of(path: str | os.PathLike[str]) -> Base:
     """Read names, shapes and config of a checkpoint, none of its values. Raises as open_checkpoint does."""
+    if Path(path).suffix == ".gguf":
+        weights = hf_weights(open_gguf(path))
+        return Base({name: weights.shape(name) for name in weights}, weights.config)
     found = open_checkpoint(path)
-    source = found if found.shards else found._arrays
-    return Base({name: source.shape(name) for name in found}, found.config)  # type: ignore[attr-defined]
+    return Base({name: found.shape(name) for name in found}, found.config)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def unified(
     """
     values = {name: number(site) for name, site in files.sites.items()}
     common = Counter(values.values()).most_common(1)[0][0]
-    found, notes = {}, []
+    found: Factors = {}
+    notes: list[tuple[str, str]] = []
     for name, adapter in files.adapters.items():
         ratio = values[name] / common
         if ratio != 1:
@@ -58,10 +59,25 @@ def unified(
                     f"{values[name]:g}; B times {ratio:g} would be rounded: allow it with fold",
                 )
             how = "exactly" if exact else "with one more rounding"
-            notes.append(f"{name}: B is multiplied by {ratio:g}, {how}, since the format has one {what}")
+            notes.append((f"B is multiplied by {ratio:g}, {how}, since the format has one {what}", name))
         else:
             found[name] = adapter
-    return common, found, notes
+    return common, found, gathered(notes)
+
+
+def gathered(notes: list[tuple[str, str]]) -> list[str]:
+    """Sentences and the sites that they are true of, each sentence once.
+
+    >>> gathered([("B is doubled", "a"), ("B is doubled", "b")])
+    ['B is doubled, at 2 sites, a the first']
+    """
+    sites: dict[str, list[str]] = {}
+    for text, site in notes:
+        sites.setdefault(text, []).append(site)
+    return [
+        f"{text}, at {names[0]}" if len(names) == 1 else f"{text}, at {len(names)} sites, {names[0]} the first"
+        for text, names in sites.items()
+    ]
 
 
 def _times(adapter: AnyAdapter, ratio: float) -> tuple[AnyAdapter, bool]:
@@ -77,14 +93,15 @@ def _times(adapter: AnyAdapter, ratio: float) -> tuple[AnyAdapter, bool]:
     return replace(adapter, B=got), exact
 
 
-def narrowed(value: float, rank: int, what: str, notes: list[str]) -> float:
-    """A value as the float32 that a file keeps; a note says by how much that moves s."""
+def narrowed(value: float, site: Site, where: str, notes: list[tuple[str, str]]) -> float:
+    """An α as the float32 that a file keeps; a note says by how much that moves s."""
     found = float(np.float32(value))
     if found != value:
         if not math.isfinite(found) or found == 0:
-            refuse(what, "a number that float32 can hold", f"{value:g}")
+            refuse(f"{where}: alpha", "a number that float32 can hold", f"{value:g}")
         change = abs(found / value - 1)
-        notes.append(f"{what} {value!r} is kept as a float32: s = {value / rank:g} moves by {change:.1e} of it")
+        text = f"alpha {value!r} is kept as a float32: s = {value / site.r:g} moves by {change:.1e} of itself"
+        notes.append((text, site.name))
     return found
 
 
@@ -117,14 +134,14 @@ def described(
     """
     if not adapters:
         refuse(where, "an adapter's tensors", "none")
-    notes: list[str] = []
+    notes: list[tuple[str, str]] = []
     kinds = kinds or {}
     ranks = {name: int(adapter.A.shape[0]) for name, adapter in adapters.items() if adapter.A is not None}
     alphas = {name: alpha_for(scalings[name], r) for name, r in ranks.items()}
     for name, r in ranks.items():
         if alphas[name] / r != scalings[name]:
             notes.append(
-                f"{name}: s = {scalings[name]!r} becomes α/r = {alphas[name] / r!r}, the nearest there is"
+                (f"s = {scalings[name]!r} becomes α/r = {alphas[name] / r!r}, the nearest there is", name)
             )
     dora = {adapter.m is not None for adapter in adapters.values()}
     if len(dora) > 1:
@@ -148,7 +165,7 @@ def described(
     for name, site in sites.items():
         if (site.r, site.alpha) != (ranks[name], alphas[name]):
             refuse(f"{where}: {name}", f"r {ranks[name]} and α {alphas[name]}", f"{site.r} and {site.alpha}")
-    return AdapterFiles(dict(adapters), config, sites, {}, {}), notes
+    return AdapterFiles(dict(adapters), config, sites, {}, {}), gathered(notes)
 
 
 def targets(names: list[str], base: Base | None) -> list[str]:
