@@ -405,7 +405,7 @@ ROWS = SHAPES[ONE][0]
     [
         (with_part(bB=np.ones(ROWS, "f4")), f"{ONE}: expected no bias of B, for which the format has no place"),
         (
-            files([ONE], default_config())._replace(saved={"lm_head.weight": np.ones((2, 2), "f4")}),
+            files([ONE], default_config())._replace(saved={"lm_head.weight": np.ones((17, 10), "f4")}),
             "got 'lm_head.weight' besides",
         ),
     ],
@@ -666,3 +666,27 @@ def test_loralib_keeps_biases(tmp_path):
     assert_same(got, what)
     assert got.config.bias == "all"
     assert np.array_equal(got.saved["norm.bias"], np.ones(4))
+
+
+@pytest.mark.parametrize("target", EVERY)
+def test_a_weight_of_the_base_that_peft_copied_is_left_out(tmp_path, target):
+    """PEFT saves the base weight of an adapted head; only where it is the base's own nothing is lost."""
+    checkpoint = base(tmp_path / "base")
+    own = np.array(open_safetensors(checkpoint / "model.safetensors")["lm_head.weight"])
+    what = files(["lm_head"], default_config())
+    for dtype in ("f4", "f8"):
+        plan = plan_adapter(
+            what._replace(saved={"lm_head.weight": own.astype(dtype)}), target, options(checkpoint)
+        )
+        assert plan.notes[0] == (
+            "lm_head.weight, which PEFT copies from the base into its file, is the base's and left out"
+        )
+    changed = own.copy()
+    changed[3, 2] = np.nextafter(changed[3, 2], np.float32(9))
+    for other, words in (
+        (changed, f"{target}: lm_head.weight: expected the base's own weight, as PEFT copies it, got another"),
+        (own[:-1], "got another: it was trained, or resized"),
+    ):
+        more = what._replace(saved={"lm_head.weight": other})
+        refusal(lambda more=more: plan_adapter(more, target, options(checkpoint)), words)
+    refusal(lambda: plan_adapter(more, target, options()), "expected a base (--base)")

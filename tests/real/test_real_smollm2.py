@@ -144,3 +144,36 @@ def test_rows_of_q_and_k_left_as_ggml_has_them_still_look_fine(weights):
     assert np.isfinite(logits).all()
     assert abs(right - 5.4545) < 1e-3  # measured with transformers' own reading of the file
     assert wrong > right + 0.5
+
+
+def test_an_adapter_for_llama_cpp_adds_the_same_update(path, file, weights, tmp_path):
+    """(gguf.4): ggml's weight plus its adapter's update is the merged weight, with rows as ggml has them."""
+    from lorax_np.config import LoraConfig, site_at
+    from lorax_np.io.convert import convert
+    from lorax_np.io.peft import load_adapter, save_adapter
+    from lorax_np.params import Adapter
+
+    names = [f"model.layers.3.self_attn.{part}_proj" for part in "qkvo"] + ["model.layers.29.mlp.down_proj"]
+    config = LoraConfig(r=8, lora_alpha=24, target_modules=names)
+    draw = np.random.default_rng(0).standard_normal
+    adapters = {}
+    for name in names:
+        d_out, d_in = weights.shape(f"{name}.weight")
+        adapters[name] = Adapter(draw((8, d_in)).astype("f4"), draw((d_out, 8)).astype("f4"))
+    sites = {name: site_at(config, name) for name in names}
+    save_adapter(tmp_path / "peft", adapters, config, sites=sites)
+    convert(tmp_path / "peft", "gguf", tmp_path / "a.gguf", base=path)
+    made = open_gguf(tmp_path / "a.gguf")
+    for name in names:
+        there = weights.source(f"{name}.weight")
+        a, b = made[f"{there}.lora_a"].astype("f8"), made[f"{there}.lora_b"].astype("f8")
+        got = file[there] + made.metadata["adapter.lora.alpha"] / b.shape[1] * b @ a
+        adapter = adapters[name]
+        want = weights[f"{name}.weight"] + 3.0 * adapter.B.astype("f8") @ adapter.A.astype("f8")
+        heads = {"q_proj": 9, "k_proj": 3}.get(name.rpartition(".")[2])
+        want = to_ggml_rows(want, heads) if heads else want
+        assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
+    convert(tmp_path / "a.gguf", "peft", tmp_path / "back", base=path)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+    assert load_adapter(tmp_path / "back").config.lora_alpha == 24

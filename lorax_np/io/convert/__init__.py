@@ -44,7 +44,7 @@ def convert(
 
     source        : a directory or a file; its format is detected unless source_format says it
     target_format : peft, mlx or torchtune, where dest becomes a directory; loralib, kohya or gguf, a file
-    base          : the base checkpoint, of which only names, shapes and config.json are read
+    base          : the base checkpoint: its names, shapes and config.json, and weights that a file repeats
     alpha         : α, of a file that does not say it (loralib, and torchtune without a config)
     names         : kohya's names of modules -> dotted names, where no base tells them apart
     prefix        : kohya's word for the part of the model (default: lora_unet when written)

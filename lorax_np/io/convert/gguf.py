@@ -53,7 +53,7 @@ def read(path: Path, options: Options) -> Read:
 
 def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what llama.cpp has no place for."""
-    check_holds(files, "gguf", kinds=("linear", "embedding"))
+    held = check_holds(files, "gguf", options, kinds=("linear", "embedding"))
     if options.base is None:
         refuse("gguf", "a base (--base), for its architecture and the heads of Q and K", "none")
     model_type = options.base.config.get("model_type")
@@ -61,6 +61,7 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
         refuse("gguf: model_type of the base", f"one of {', '.join(MODEL_TYPES)}", repr(model_type))
     architecture = MODEL_TYPES[model_type]
     alpha, adapters, notes = unified(files, "gguf", plain_alpha, "alpha", fold=options.fold)
+    notes = [*held, *notes]
     tensors: dict[str, HostArray] = {}
     for name, adapter in adapters.items():
         where, module = f"gguf: {name}", ggml_module(name)

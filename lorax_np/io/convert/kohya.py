@@ -59,7 +59,7 @@ def read(path: Path, options: Options) -> Read:
 
 def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what sd-scripts has no place for."""
-    check_holds(files, "kohya", kinds=("linear", "conv"))
+    held = check_holds(files, "kohya", options, kinds=("linear", "conv"))
     prefix = options.prefix or "lora_unet"
     moved: list[tuple[str, str]] = []
     names = {name: f"{prefix}_{name}".replace(".", "_") for name in files.adapters}
@@ -74,7 +74,7 @@ def plan(files: AdapterFiles, options: Options) -> Plan:
         alphas.append(narrowed(plain_alpha(site), site, f"kohya: {name}", moved))
         tensors[f"{names[name]}.lora_down.weight"], tensors[f"{names[name]}.lora_up.weight"] = A, B
         tensors[f"{names[name]}.alpha"] = np.array(alphas[-1], np.float32)
-    notes = gathered(moved)
+    notes = [*held, *gathered(moved)]
     if files.config.lora_dropout:
         notes.append(f"lora_dropout {files.config.lora_dropout:g} is left out; sd-scripts drops z, not x")
     metadata = {

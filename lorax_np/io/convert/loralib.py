@@ -75,9 +75,10 @@ def read(path: Path, options: Options) -> Read:
 
 def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what loralib has no place for."""
-    check_holds(files, "loralib", biases=True, kinds=("linear", "embedding", "conv"))
+    held = check_holds(files, "loralib", options, biases=True, kinds=("linear", "embedding", "conv"))
     alpha, adapters, notes = unified(files, "loralib", plain_alpha, "alpha", fold=options.fold)
-    tensors: dict[str, HostArray] = dict(files.saved)
+    notes = [*held, *notes]
+    tensors: dict[str, HostArray] = {n: array for n, array in files.saved.items() if n.endswith(".bias")}
     for name, adapter in adapters.items():
         A, B = matrices(files.sites[name], adapter)
         if A.ndim > 2:

@@ -72,9 +72,10 @@ def read(path: Path, options: Options) -> Read:
 
 def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what mlx-lm has no place for."""
-    check_holds(files, "mlx", dora=True, kinds=("linear", "embedding"))
+    held = check_holds(files, "mlx", options, dora=True, kinds=("linear", "embedding"))
     rank = one_rank(files, "mlx")
     scale, adapters, notes = unified(files, "mlx", lambda site: site.scaling, "scale", fold=options.fold)
+    notes = [*held, *notes]
     tensors: dict[str, HostArray] = {}
     for name, adapter in adapters.items():
         if files.sites[name].kind == "embedding":

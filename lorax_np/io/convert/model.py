@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ...backend import HostArray, to_host
+import numpy as np
+
+from ...backend import Array, HostArray, to_host
 from ...config import Site
 from ...errors import ConfigError, DtypeError, FormatError, ShapeError
 from ...params import Adapter, AnyAdapter
@@ -21,10 +23,11 @@ EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions"
 
 
 class Base(NamedTuple):
-    """What a checkpoint says without its values: the shape of each weight by name, and its config.json."""
+    """A checkpoint: the shape of each weight by name, its config.json, and the weights, read when asked for."""
 
     shapes: Mapping[str, tuple[int, ...]]
     config: Mapping[str, Any]
+    weights: Mapping[str, Array]
 
     @property
     def modules(self) -> list[str]:
@@ -37,19 +40,19 @@ class Base(NamedTuple):
 
 
 def base_of(path: str | os.PathLike[str]) -> Base:
-    """Read names, shapes and config of a checkpoint, none of its values. Raises as open_checkpoint does."""
+    """Open a checkpoint; none of its values is read. Raises as open_checkpoint does."""
     if Path(path).suffix == ".gguf":
         weights = hf_weights(open_gguf(path))
-        return Base({name: weights.shape(name) for name in weights}, weights.config)
+        return Base({name: weights.shape(name) for name in weights}, weights.config, weights)
     found = open_checkpoint(path)
-    return Base({name: found.shape(name) for name in found}, found.config)
+    return Base({name: found.shape(name) for name in found}, found.config, found)
 
 
 @dataclass(frozen=True)
 class Options:
     """What some formats need to be told.
 
-    base        : the base checkpoint's names, shapes and config
+    base        : the base checkpoint, of which names, shapes and config are read
     alpha       : α, of a file that does not say it
     names       : kohya's name of a module -> its dotted name
     prefix      : kohya's word for the part of the model, such as lora_unet
@@ -147,12 +150,13 @@ RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts after which
 def check_holds(
     files: AdapterFiles,
     target: str,
+    options: Options,
     *,
     dora: bool = False,
     biases: bool = False,
     kinds: Sequence[str] = ("linear",),
-) -> None:
-    """Raise FormatError, naming the site, for what a target format has no place for."""
+) -> list[str]:
+    """Raise FormatError, naming the site, for what a target format has no place for; return notes."""
     start = files.config.init_lora_weights
     if isinstance(start, str) and start.startswith(RESIDUAL):
         refuse(
@@ -160,9 +164,14 @@ def check_holds(
             "a start that leaves the base as it is",
             f"{start!r}, whose A and B belong to a changed base: make it a plain adapter of rank 2r first",
         )
-    for name in files.saved:
-        if not (biases and name.endswith(".bias")):
+    notes = []
+    for name, array in files.saved.items():
+        if biases and name.endswith(".bias"):
+            continue
+        if name not in {site.weight for site in files.sites.values()}:
             refuse(target, f"no more than A and B{' and m' if dora else ''}", f"{show(name)} besides")
+        _check_repeats(f"{target}: {name}", array, name, options.base)
+        notes.append(f"{name}, which PEFT copies from the base into its file, is the base's and left out")
     for name, adapter in files.adapters.items():
         kind = files.sites[name].kind if name in files.sites else "linear"
         where = f"{target}: {name}"
@@ -178,6 +187,18 @@ def check_holds(
             refuse(where, "no bias of B, for which the format has no place", "bB (lora_bias)")
         if adapter.b is not None and not biases:
             refuse(where, "no trained bias, for which the format has no place", "b (bias)")
+    return notes
+
+
+def _check_repeats(where: str, array: HostArray, name: str, base: Base | None) -> None:
+    """PEFT saves the base weight of an adapted embedding or head; another one than the base's is training."""
+    if base is None:
+        refuse(where, "a base (--base), to see that this weight beside A and B is the base's own", "none")
+    if name not in base.shapes:
+        refuse(where, "a weight of the base", "a name that is not there")
+    own = to_host(base.weights[name])
+    if own.shape != array.shape or not np.array_equal(own.astype(np.float64), array.astype(np.float64)):
+        refuse(where, "the base's own weight, as PEFT copies it", "another: it was trained, or resized")
 
 
 def matrices(site: Site, adapter: AnyAdapter) -> tuple[HostArray, HostArray]:

@@ -80,9 +80,10 @@ def read(path: Path, options: Options) -> Read:
 
 def plan(files: AdapterFiles, options: Options) -> Plan:
     """Say what would be written. Raises FormatError for what torchtune has no place for."""
-    check_holds(files, "torchtune", dora=True)
+    held = check_holds(files, "torchtune", options, dora=True)
     r = one_rank(files, "torchtune")
     s, adapters, notes = unified(files, "torchtune", lambda site: site.scaling, "scaling", fold=options.fold)
+    notes = [*held, *notes]
     alpha = alpha_for(s, r)
     if alpha / r != s:
         notes.append(f"s = {s!r} becomes α/r = {alpha / r!r}, the nearest there is")
