@@ -13,7 +13,6 @@
 from . import fast
 from .backend import backend_info
 from .combine import CombinedSet, combine, combine_sets
-from .config import LoraConfig, Site
 from .config import LoraConfig, Plan, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
@@ -92,9 +91,8 @@ from .starts import Moments, eva_ranks, input_moments
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
-    "AdaLoraAdapter",
-__all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "Absmax",
+    "AdaLoraAdapter",
     "Adapter",
     "BackendError",
     "CombinedSet",
@@ -141,9 +139,9 @@ __all__ = [  # noqa: RUF022 - NF4 is a class, and no constant
     "init_conv_adapter",
     "init_embedding_adapter",
     "init_experts_adapter",
+    "inject",
     "input_moments",
     "join_experts",
-    "inject",
     "linear_from_stored",
     "linear_to_stored",
     "lora_conv_backward",

@@ -1,5 +1,5 @@
 """One command a file, each with add, which declares its arguments, and run. They see the public face only."""
 
-from . import check, info, inspect, vectors, verify
+from . import check, combine, convert, info, init, inspect, merge, unmerge, vectors, verify
 
-COMMANDS = verify, vectors, check, inspect, info
+COMMANDS = verify, vectors, init, merge, unmerge, combine, convert, inspect, check, info

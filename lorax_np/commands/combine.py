@@ -10,7 +10,17 @@ from .. import ConfigError
 from .common import Parsers, seed
 
 METHODS = (
-    *("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"),
+    *(
+        "cat",
+        "linear",
+        "svd",
+        "ties",
+        "ties_svd",
+        "dare_linear",
+        "dare_linear_svd",
+        "dare_ties",
+        "dare_ties_svd",
+    ),
     *("magnitude_prune", "magnitude_prune_svd"),
 )
 
@@ -31,13 +41,13 @@ def add(commands: Parsers) -> None:
     combine = commands.add_parser(
         "combine",
         help="one adapter for the weighted sum of several",
-        description="Combine adapter directories into one whose scale is 1. cat is the exact sum, at the sum of "
-        "their ranks; svd the best of one rank; linear, ties, dare and magnitude_prune work on A and B as PEFT "
-        "does, and with _svd on the updates themselves. specs/combine.md.",
+        description="Combine adapter directories into one whose scale is 1. cat is the exact sum, at the sum "
+        "of their ranks; svd the best of one rank; linear, ties, dare and magnitude_prune work on A and B as "
+        "PEFT does, and with _svd on the updates themselves. specs/combine.md.",
     )
     combine.add_argument("adapters", nargs="+", metavar="DIR", help="adapter directories, in order")
     combine.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
-    combine.add_argument("--weights", type=weights, metavar="W,W,...", help="one for each DIR (default: 1 each)")
+    combine.add_argument("--weights", type=weights, metavar="W,W,...", help="one for each DIR (1 each)")
     combine.add_argument("--method", choices=METHODS, default="cat", help="default: cat")
     combine.add_argument("--density", type=float, help="share of entries kept: ties, dare, magnitude_prune")
     combine.add_argument("--majority", choices=("total", "frequency"), help="how ties elects signs (total)")
@@ -59,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = arguments.weights or [1.0] * len(arguments.adapters)
     if len(given) != len(arguments.adapters):
-        raise ConfigError(f"--weights: expected {len(arguments.adapters)} numbers, one for each DIR, got {len(given)}")
+        raise ConfigError(
+            f"--weights: expected {len(arguments.adapters)} numbers, one for each DIR, got {len(given)}"
+        )
     names = [f"{i}: {name}" for i, name in enumerate(arguments.adapters, 1)]  # one directory may come twice
     found = combine_sets(
         {name: load_adapter(path) for name, path in zip(names, arguments.adapters, strict=True)},

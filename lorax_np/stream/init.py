@@ -23,7 +23,7 @@ from ..inject import plan, started
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..io.peft import save_adapter
 from ..io.peft.check import RESIDUAL, ROWS
-from ..io.whole import whole_folder
+from ..io.replace import new_directory
 from ..io.writer import SafetensorsWriter
 from ..params import AnyAdapter
 from ..random import torch_generator
@@ -98,7 +98,7 @@ def init_checkpoint(
         )
     if dry_run:
         return outcome
-    with whole_folder(out) as part, ExitStack() as stack:
+    with new_directory(out, ()) as part, ExitStack() as stack:
         weights = _Read(checkpoint, stack)
         places = started(weights, config, torch_generator(seed), inputs=inputs, gradients=gradients)
         rest = (
