@@ -17,7 +17,10 @@ from .config import LoraConfig, Plan, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
 from .init import init_adapter
 from .inject import inject, plan, saved_tensors
+from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.peft import AdapterFiles, load_adapter, save_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
+from .io.writer import SafetensorsWriter, write_safetensors
 from .layer import LoraLinearSaved, lora_linear_backward, lora_linear_backward_base, lora_linear_forward
 from .layers.adalora import (
     AdaLoraAdapter,
@@ -94,7 +97,9 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "Absmax",
     "AdaLoraAdapter",
     "Adapter",
+    "AdapterFiles",
     "BackendError",
+    "Checkpoint",
     "CombinedSet",
     "ConfigError",
     "Conv",
@@ -112,6 +117,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "Pack",
     "Plan",
     "SafetensorsFile",
+    "SafetensorsWriter",
     "ShapeError",
     "Site",
     "TokenRows",
@@ -144,6 +150,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "join_experts",
     "linear_from_stored",
     "linear_to_stored",
+    "load_adapter",
     "lora_conv_backward",
     "lora_conv_backward_base",
     "lora_conv_forward",
@@ -169,6 +176,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "merge_embedding",
     "merge_experts",
     "merge_several",
+    "open_checkpoint",
     "open_safetensors",
     "pack",
     "param_count",
@@ -178,6 +186,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "quantise_int8",
     "quantise_nf4",
     "row_norms",
+    "save_adapter",
     "saved_tensors",
     "site_key",
     "split_experts",
@@ -194,6 +203,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "vera_start",
     "vera_to_lora",
     "verify",
+    "write_safetensors",
 ]
 
 

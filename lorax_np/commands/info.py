@@ -12,6 +12,8 @@ EXTRAS = {  # module: (extra, what it adds)
     "torch": ("peft", "with peft, PEFT's layers as a subject"),
     "peft": ("peft", "with torch, PEFT's layers as a subject"),
     "jax": ("jax", "JAX functions as subjects"),
+    "matplotlib": ("plot", "pictures of lorax-np inspect"),
+    "mpi4py": ("mpi", "checkpoints worked on by several machines"),
     "hypothesis": ("test", "the property tests"),
 }
 
