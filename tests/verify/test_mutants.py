@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lorax_np.verify.batteries import BATTERIES
+from lorax_np.verify.batteries.conv import ConvReference
 from lorax_np.verify.batteries.embedding import EmbeddingReference
 from lorax_np.verify.cases import KINDS as LAYERS
 from lorax_np.verify.cases import draw
@@ -35,7 +36,7 @@ PUBLISHED = (
 )
 
 
-class Whole(Filed, Mixing, Routed, Arithmetic, EmbeddingReference):
+class Whole(Filed, Mixing, Routed, Arithmetic, EmbeddingReference, ConvReference):
     """All methods there are, all right."""
 
 

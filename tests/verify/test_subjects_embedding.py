@@ -7,11 +7,18 @@ import pytest
 
 import lorax_np as lx
 from lorax_np.verify.batteries import embedding
-from lorax_np.verify.batteries.embedding import LAYOUTS, EmbeddingReference, battery_embedding, draw
+from lorax_np.verify.batteries.embedding import (
+    LAYOUTS,
+    EmbeddingReference,
+    battery_embedding,
+    draw,
+    ratio,
+)
 from lorax_np.verify.precision import PRECISIONS
 
 PROFILES = "fp32", "fp64", "bf16", "fp16"
-KINDS = frozenset(f"embedding, {layout[0]}" for layout in LAYOUTS)
+KINDS = frozenset(f"embedding, {layout[0]}" for layout in LAYOUTS if "full" not in layout[0])
+FULL = "embedding, dora full norm"  # for subjects that differentiate the norm
 PADDED = frozenset(kind for kind in KINDS if "padding" in kind)
 OFTEN = KINDS - {"embedding, one id", "embedding, no token"}  # kinds in which ids come twice
 
@@ -32,28 +39,46 @@ class OneHot(EmbeddingReference):
     def embedding_forward(self, case):
         delta = case.scaling * (case.B.astype(np.float32) @ case.A.astype(np.float32)).T
         whole = case.W + delta.astype(case.W.dtype)
-        return (case.embed_scale * whole[case.ids]).astype(case.W.dtype)
+        k = 1.0 if case.m is None else self.ratio(case)[0]
+        return (case.embed_scale * k * whole[case.ids]).astype(case.W.dtype)
+
+    def ratio(self, case):
+        W, A, B, m = (value.astype(np.float32) for value in (case.W, case.A, case.B, case.m))
+        n = np.linalg.norm(W.T + np.float32(case.scaling) * (B @ A), axis=1)
+        return m / n, n
 
     def embedding_backward(self, case, gy):
         x = np.eye(len(case.W), dtype=np.float32)[case.ids.reshape(-1)]
         gu = case.scaling * case.embed_scale * gy.reshape(-1, case.W.shape[1]).astype(np.float32)
+        found = {}
+        if case.m is not None:
+            k, n = self.ratio(case)
+            whole = case.W.astype(np.float32) + case.scaling * (case.B.astype(np.float32) @ case.A).T
+            G = case.embed_scale * gy.reshape(-1, case.W.shape[1]).astype(np.float32)
+            found["m"] = (np.sum(G * (x @ whole), axis=0) / n).astype(case.m.dtype)
+            gu = gu * k
         live = np.arange(len(case.W)) != (-1 if case.padding is None else case.padding)
         share = live / np.maximum(case.counts if case.by_frequency else 1, 1)
         gA = case.B.T.astype(np.float32) @ (gu.T @ x) * share
         gB = (gu.T @ x) @ case.A.T.astype(np.float32)
-        return {"A": gA.astype(case.A.dtype), "B": gB.astype(case.B.dtype)}
+        return {"A": gA.astype(case.A.dtype), "B": gB.astype(case.B.dtype)} | found
+
+
+class Differentiated(EmbeddingReference):
+    spec = lx.verify.Spec(norm_gradient=(False, True))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("right", [EmbeddingReference, OneHot])
+@pytest.mark.parametrize("right", [EmbeddingReference, OneHot, Differentiated, lx.verify.subjects.reference])
 def test_the_right_pass(right, profile):
     if right is OneHot and profile == "fp64":
         return  # it computes in float32
-    for seed in range(20 if profile == "bf16" else 6):
+    for seed in range(8 if profile == "bf16" else 4):
         checks = judged(right(), profile, seed=seed)
         assert bad(checks) == set()
         assert max(check.ratio for check in checks if check.ratio is not None) < 0.6
-    assert {check.kind for check in checks} == KINDS | {"start"}
+    full = right in (Differentiated, lx.verify.subjects.reference)
+    assert {check.kind for check in checks} == KINDS | {"start"} | ({FULL} if full else set())
     assert len({check.id for check in checks}) == len(checks)
     assert 0 < len(judged(right(), profile, "quick")) < len(checks) / 2
     assert {c.id.split("/")[1] for c in judged(right(), only="embedding/first-padding/1")} == {"first-padding"}
@@ -64,14 +89,26 @@ def test_the_truth_is_the_definition():
     for layout in range(len(LAYOUTS)):
         case = draw("", layout, "float64", (3, layout))
         y, g = np.zeros(case.gy.shape), {name: np.zeros(getattr(case, name).shape) for name in ("A", "B", "W")}
+        k, V = np.ones(len(case.B)), case.W.T + case.scaling * case.B @ case.A
+        if case.m is not None:
+            n = np.array([sum(v * v for v in row) ** 0.5 for row in V])
+            k, g["m"] = case.m / n, np.zeros(len(n))
         for at in np.ndindex(case.ids.shape):
-            v, gu = case.ids[at], case.embed_scale * case.gy[at]
-            y[at] = case.embed_scale * (case.W[v] + case.scaling * case.B @ case.A[:, v])
+            v, G = case.ids[at], case.embed_scale * case.gy[at]
+            Z, gu = case.W[v] + case.scaling * case.B @ case.A[:, v], G * k
+            y[at] = case.embed_scale * k * Z
+            if case.m is not None:
+                g["m"] += G * Z / n
             g["B"] += case.scaling * np.outer(gu, case.A[:, v])
             part = 1 / case.counts[v] if case.by_frequency else 1.0
             if v != case.padding:
                 g["A"][:, v] += part * case.scaling * case.B.T @ gu
                 g["W"][v] += part * gu
+        if case.norm_gradient:
+            gV = -(g["m"] * case.m / n**2)[:, None] * V
+            g["A"] += case.scaling * case.B.T @ gV
+            g["B"] += case.scaling * gV @ case.A.T
+            g["W"] += gV.T
         want = embedding.truth(case)
         for name, value in {"y": y, **g}.items():
             assert np.abs(want[name] - value).max(initial=0.0) < 1e-12, (case.kind, name)
@@ -99,6 +136,7 @@ class Assigned(EmbeddingReference):
     def embedding_backward(self, case, gy):
         g = super().embedding_backward(case, gy)
         gu = case.scaling * case.embed_scale * gy.reshape(-1, gy.shape[-1])
+        gu = gu * ratio(case)
         gA = np.zeros_like(case.A.T)
         gA[case.ids.reshape(-1)] = (gu @ case.B).astype(gA.dtype)
         return g | {"A": np.where(g["A"] != 0, gA.T, 0)}
@@ -182,11 +220,11 @@ FAULTS = [
     (Assigned, {"A"}, OFTEN - {"embedding, plain", "embedding, scaled", "embedding, rank one"}),
     (PaddingTrains, {"A", "W"}, PADDED),
     (PaddingForgotten, {"B"}, PADDED),
-    (WithoutScale, {"y", "A", "B"}, TRAINED),
+    (WithoutScale, {"y", "A", "B", "W", "m"}, TRAINED),
     (ScaleOff, {"A"}, TRAINED),
     (FrequencyIgnored, {"A", "W"}, {"embedding, frequency", "embedding, frequency, padding"}),
     (EmbedScaleNotInUpdate, {"y"}, SCALED),
-    (EmbedScaleNotBackward, {"A", "B", "W"}, SCALED),
+    (EmbedScaleNotBackward, {"A", "B", "W", "m"}, SCALED),
     (OneTooFar, {"y"}, TRAINED),
     (RowsNotColumns, {"A"}, TRAINED),
 ]
@@ -198,7 +236,7 @@ FAULTS = [
 )
 def test_a_fault_is_refused_by_name(wrong, tensors, kinds, profile):
     found = bad(judged(wrong(), profile))
-    laws = {tensor for _, tensor in found} - {"y", "A", "B", "W"}
+    laws = {tensor for _, tensor in found} - {"y", "A", "B", "W", "m"}
     if wrong is ScaleOff and PRECISIONS[profile].dtype.endswith("16"):
         return  # a thousandth is below what 16 bits explain
     assert {tensor for _, tensor in found} - laws == tensors

@@ -278,7 +278,7 @@ def test_a_wrong_merged_weight_is_called_so():
 
 OFFERED_BY_OTHERS = {  # batteries of methods that the engine's subject has not
     *("converted", "on base", "combined", "alone", "reloaded", "foreign", "rebuilt", "resumed"),
-    *("embedding", "schedule"),
+    "schedule",
 }
 
 

@@ -7,8 +7,11 @@ from ..report import Check
 from . import (
     calls,
     conduct,
+    conv,
+    conv_laws,
     edges,
     embedding,
+    embedding_laws,
     experts,
     family,
     files,
@@ -69,6 +72,13 @@ BATTERIES: dict[str, Battery] = {
     # embedding_forward, embedding_backward
     "embedding": embedding.battery_embedding,
     # packed_forward, packed_backward, together, mixed
+    "embedding laws": embedding_laws.battery_embedding_laws,
+    # conv_forward, conv_backward, conv_merge, conv_init
+    "conv": conv.battery_conv,
+    "conv laws": conv_laws.battery_conv_laws,
+    "conv start": conv_laws.battery_conv_start,
+    "conv spread": conv_laws.battery_conv_spread,
+    # packed_forward, packed_backward, together
     "packed": packed.battery_packed,
     "unpacked": several.battery_unpacked,
     "together": several.battery_together,

@@ -8,8 +8,10 @@
 from . import (
     adapters,
     conduct,
+    conv,
     dora,
     dropout,
+    embedding,
     experts,
     family,
     files,
@@ -51,6 +53,8 @@ CATALOGUE: dict[str, Fault] = _by_id(
     adapters.FAULTS,
     several.FAULTS,
     experts.FAULTS,
+    embedding.FAULTS,
+    conv.FAULTS,
 )
 
 __all__ = ["CATALOGUE", "CONVENTIONS", "KINDS", "Fault", "Faulty", "Kind"]

@@ -25,6 +25,8 @@ Kind = Literal[
     "file",
     "packed",
     "experts",
+    "embedding",
+    "conv",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

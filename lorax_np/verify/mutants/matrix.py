@@ -43,7 +43,8 @@ SEES: Mapping[
     "foreign": frozenset(("file",)),
     "rebuilt": frozenset(("file",)),
     "resumed": frozenset(("file",)),
-    "embedding": frozenset(),
+    **dict.fromkeys(("embedding", "embedding laws"), frozenset[Kind](("embedding",))),
+    **dict.fromkeys(("conv", "conv laws", "conv start", "conv spread"), frozenset[Kind](("conv",))),
     "packed": frozenset(("packed",)),
     "unpacked": frozenset(("packed",)),
     "together": frozenset(("packed",)),
@@ -58,6 +59,7 @@ NAIVE: dict[str, Callable[[Any], str]] = {
 }
 WIDTHS = ("fp64", "fp32")  # the profiles whose arrays NumPy has and whose bounds are worst cases
 Memory = dict[Any, Any]  # of truths, by name and by what they depend on
+ABREAST = 12  # kinds in a table of a hundred columns
 FEW: Mapping[str, str] = {}  # id of a fault that fewer than two checks refuse -> why
 
 
@@ -131,15 +133,18 @@ class Matrix:
     def _totals(self) -> Iterator[str]:
         kinds = [kind for kind in KINDS if any(fault.kind == kind for fault in self.faults)]
         shown = [*self.checks, *NAIVE]
-        yield ""
-        yield f"{'killed of run':<20}{'all':>8}" + "".join(f"{kind[:4]:>5}" for kind in kinds)
-        for check in shown:
-            if not self.applied(check):
-                continue
-            cells = "".join(f"{self.killed(check, k) if self.applied(check, k) else '-':>5}" for k in kinds)
-            yield f"{check:<20}{f'{self.killed(check)}/{self.applied(check)}':>8}{cells}"
-        counts = "".join(f"{sum(fault.kind == kind for fault in self.faults):>5}" for kind in kinds)
-        yield f"{'faults':<20}{len(self.faults):>8}{counts}"
+        for begin in range(0, len(kinds), ABREAST):
+            some = kinds[begin : begin + ABREAST]
+            yield ""
+            yield f"{'killed of run':<20}{'all':>8}" + "".join(f"{kind[:5]:>6}" for kind in some)
+            for check in shown:
+                if any(self.applied(check, kind) for kind in some):
+                    cells = "".join(
+                        f"{self.killed(check, k) if self.applied(check, k) else '-':>6}" for k in some
+                    )
+                    yield f"{check:<20}{f'{self.killed(check)}/{self.applied(check)}':>8}{cells}"
+            counts = "".join(f"{sum(fault.kind == kind for fault in self.faults):>6}" for kind in some)
+            yield f"{'faults':<20}{len(self.faults):>8}{counts}"
 
     def _few(self) -> Iterator[str]:
         if self.few:

@@ -7,10 +7,21 @@ import numpy as np
 
 from ... import (
     Adapter,
+    Conv,
+    ConvAdapter,
+    Embedding,
     Linear,
     LoraConfig,
     fast,
     init_adapter,
+    init_conv_adapter,
+    init_embedding_adapter,
+    lora_conv_backward,
+    lora_conv_backward_base,
+    lora_conv_forward,
+    lora_embedding_backward,
+    lora_embedding_backward_base,
+    lora_embedding_forward,
     lora_linear_backward,
     lora_linear_backward_base,
     lora_linear_forward,
@@ -18,10 +29,14 @@ from ... import (
     lora_several_backward,
     lora_several_forward,
     merge,
+    merge_conv,
+    merge_embedding,
     row_norms,
     torch_generator,
     unmerge,
 )
+from ..batteries.conv import ConvCase
+from ..batteries.embedding import EmbeddingCase
 from ..batteries.experts import ExpertsReference
 from ..batteries.packed import PackedReference
 from ..cases import Case
@@ -103,6 +118,77 @@ class Reference(Layer, PackedReference, ExpertsReference):
         names = ["__base__" if i < 0 else str(i) for i in ids]
         base = Linear(cases[0].W, cases[0].b)
         return lora_mixed_forward(cases[0].x, base, adapters, names, scalings=_scalings(cases))
+
+    # ---- embeddings and convolutions -------------------------------------------------------------------------
+
+    def _placed(self, case: EmbeddingCase | ConvCase) -> dict[str, Any]:
+        return {n: value if self.xp is np else self.xp.asarray(value) for n, value in case.arrays().items()}
+
+    def _table(self, case: EmbeddingCase) -> tuple[Any, Embedding, Adapter]:
+        v = self._placed(case)
+        base = Embedding(v["W"], case.padding, case.embed_scale, case.by_frequency)
+        return v["ids"], base, Adapter(v["A"], v["B"], v.get("m"))
+
+    def embedding_forward(self, case: EmbeddingCase) -> Any:
+        """y of the ids."""
+        ids, base, adapter = self._table(case)
+        return lora_embedding_forward(ids, base, adapter, scaling=case.scaling)[0]
+
+    def embedding_backward(self, case: EmbeddingCase, gy: Any) -> dict[str, Any]:
+        """The gradients by A, B, W and m."""
+        ids, base, adapter = self._table(case)
+        gy = gy if self.xp is np else self.xp.asarray(gy)
+        _, saved = lora_embedding_forward(ids, base, adapter, scaling=case.scaling)
+        how: Any = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
+        g = lora_embedding_backward(gy, saved, base, adapter, **how)
+        found = {"A": g.A, "B": g.B, "m": g.m}
+        found["W"] = lora_embedding_backward_base(gy, saved, base, adapter, **how).W
+        return {name: value for name, value in found.items() if value is not None}
+
+    def embedding_merge(self, case: EmbeddingCase) -> dict[str, Any]:
+        """The merged table."""
+        _, base, adapter = self._table(case)
+        return {"W": merge_embedding(base, adapter, scaling=case.scaling).W}
+
+    def embedding_init(self, W: Any, config: LoraConfig, seed: int) -> dict[str, Any]:
+        """The start of an adapter at W."""
+        base = Embedding(W if self.xp is np else self.xp.asarray(W))
+        _, adapter = init_embedding_adapter(base, config, rng=torch_generator(seed))
+        return {"A": adapter.A, "B": adapter.B}
+
+    def _kernel(self, case: ConvCase) -> tuple[Any, Conv, ConvAdapter, Any]:
+        v = self._placed(case)
+        steps = (case.stride, case.padding, case.dilation, case.groups, case.mode)
+        adapter = ConvAdapter(v["A"], v["B"], v.get("m"), None, v.get("bB"))
+        return v["x"], Conv(v["W"], v.get("b"), *steps), adapter, v.get("mask")
+
+    def conv_forward(self, case: ConvCase) -> Any:
+        """y : (N, d_out, *P)."""
+        x, base, adapter, mask = self._kernel(case)
+        return lora_conv_forward(x, base, adapter, scaling=case.scaling, mask=mask)[0]
+
+    def conv_backward(self, case: ConvCase, gy: Any) -> dict[str, Any]:
+        """The gradients by all that the case has."""
+        x, base, adapter, mask = self._kernel(case)
+        gy = gy if self.xp is np else self.xp.asarray(gy)
+        _, saved = lora_conv_forward(x, base, adapter, scaling=case.scaling, mask=mask)
+        how: Any = {"scaling": case.scaling, "norm_gradient": case.norm_gradient}
+        gx, g = lora_conv_backward(gy, saved, base, adapter, **how)
+        gbase = lora_conv_backward_base(gy, saved, base, adapter, **how)
+        found = {"x": gx, "A": g.A, "B": g.B, "m": g.m, "bB": g.bB, "W": gbase.W, "b": gbase.b}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def conv_merge(self, case: ConvCase) -> dict[str, Any]:
+        """The merged weight and bias."""
+        _, base, adapter, _ = self._kernel(case)
+        found = merge_conv(base, adapter, scaling=case.scaling)
+        return {"W": found.W} | ({} if found.b is None else {"b": found.b})
+
+    def conv_init(self, W: Any, config: LoraConfig, seed: int) -> dict[str, Any]:
+        """The start of an adapter at W."""
+        base = Conv(W if self.xp is np else self.xp.asarray(W))
+        _, adapter = init_conv_adapter(base, config, rng=torch_generator(seed))
+        return {"A": adapter.A, "B": adapter.B}
 
 
 def _scalings(cases: list[Case]) -> dict[str, float]:

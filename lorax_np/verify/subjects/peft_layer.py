@@ -128,6 +128,8 @@ class Peft:
         layer = self._embedded(_Scaled(case).to(to_tensor(torch, case.W).dtype), case.config)
         p = {"A": layer.lora_embedding_A["default"], "B": layer.lora_embedding_B["default"]}
         p["W"] = layer.base_layer.weight.requires_grad_(True)
+        if case.m is not None:
+            p["m"] = layer.lora_magnitude_vector["default"].weight
         for name, value in p.items():
             value.data = to_tensor(torch, getattr(case, name)).to(value.dtype)
         return layer, p
@@ -135,7 +137,7 @@ class Peft:
     def _embedded(self, base: Any, c: LoraConfig) -> Any:
         holder = torch.nn.Module()
         holder.emb = base
-        settings = {name: getattr(c, name) for name in ("r", "lora_alpha", "use_rslora")}
+        settings = {name: getattr(c, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
         model = library.LoraModel(holder, library.LoraConfig(target_modules=["emb"], **settings), "default")
         model._cast_adapter_dtype("default", self.autocast_adapter_dtype)
         return model.model.emb
