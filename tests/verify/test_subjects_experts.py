@@ -138,15 +138,15 @@ def test_a_fault_is_refused_by_the_tensor_that_has_it():
         fault = next(fault for fault in FAULTS if fault.id == id)
         return {tensor for _, tensor in bad(judged(fault.subject()))}
 
-    assert tensors("X2") == {"y", "x", "A", "B", "W", ZERO}, "W of the merge; B's idle columns are another's"
-    assert tensors("X9") >= {"A"}
-    assert tensors("X9") <= {"A", ZERO}
-    assert tensors("X10") <= {"B", ZERO}
-    assert tensors("X11") == {"A", "B", ZERO}
-    assert tensors("X12") == {"x"}
-    assert tensors("X13") == {"A"}
-    assert tensors("X14") == {"B"}
-    assert tensors("X15") == tensors("X16") == {"W"}
+    assert tensors("W2") == {"y", "x", "A", "B", "W", ZERO}, "W of the merge; B's idle columns are another's"
+    assert tensors("W9") >= {"A"}
+    assert tensors("W9") <= {"A", ZERO}
+    assert tensors("W10") <= {"B", ZERO}
+    assert tensors("W11") == {"A", "B", ZERO}
+    assert tensors("W12") == {"x"}
+    assert tensors("W13") == {"A"}
+    assert tensors("W14") == {"B"}
+    assert tensors("W15") == tensors("W16") == {"W"}
 
 
 def test_with_one_rank_or_one_expert_both_orders_are_one():
