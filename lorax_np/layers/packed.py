@@ -75,12 +75,10 @@ def lora_packed_forward(
     tokens = gather(cast(x, low), routing)
     before = [zeros((x_a.shape[0], whole), [x]) for x_a in tokens] if y is None else gather(y, routing)
     after, saved = [before[0]], []
-    for x_a, y_a, s, factors in zip(
-        tokens[1:], before[1:], stacked.scalings, each_factors(stacked), strict=True
-    ):
-        each = [
-            lora_forward(x_a, cast(A_i, low), cast(B_i, low), scaling=s) for A_i, B_i in factors
-        ]  # (packed.1)
+    scales, stored = stacked.scalings, each_factors(stacked)
+    for x_a, y_a, s, factors in zip(tokens[1:], before[1:], scales, stored, strict=True):
+        factors = [(cast(A_i, low), cast(B_i, low)) for A_i, B_i in factors]
+        each = [lora_forward(x_a, A_i, B_i, scaling=s) for A_i, B_i in factors]  # (packed.1)
         update: Any = zeros((x_a.shape[0], whole), [u for u, _ in each])
         for (_, outs, _), (u, _) in zip(places(0, 0, stacked.d_outs), each, strict=True):
             update[:, outs] = u
@@ -117,10 +115,8 @@ def lora_packed_backward(
         gx = zeros((tokens[a].shape[0], d_in), tokens)
         at = places(stacked.ranks[a], r_max, stacked.d_outs)
         for (rows, outs, cols), (A_i, B_i), lora in zip(at, factors, saved.loras[a], strict=True):
-            gu = tokens[a][:, outs]
-            gx_i, gA_i, gB_i = lora_backward(
-                gu, lora, cast(A_i, low), cast(B_i, low), scaling=stacked.scalings[a]
-            )
+            A_i, B_i = cast(A_i, low), cast(B_i, low)
+            gx_i, gA_i, gB_i = lora_backward(tokens[a][:, outs], lora, A_i, B_i, scaling=stacked.scalings[a])
             gB[a, outs, cols] = cast(gB_i, dtype_name(B))  # (packed.3)
             gA[a, rows, :] = cast(gA_i, dtype_name(A))  # (packed.4)
             gx = gx + gx_i  # (packed.5)
