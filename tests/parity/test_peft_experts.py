@@ -220,3 +220,29 @@ def test_what_experts_have_not_is_refused_by_both(field: str) -> None:
     config = lx.LoraConfig(r=2, **{field: value})
     with pytest.raises(lx.ConfigError, match=f"{field}: expected none for fused experts"):
         init_experts_adapter(Experts(np.ones((4, 5, 7))), config, rng=lx.torch_generator(0))
+
+
+def test_peft_rounds_the_factors_first_in_16_bits() -> None:
+    """experts-16-bit: both are right, in other bits; ours is no farther from float64."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(6)
+    W = rng.standard_normal((4, 32, 48)).astype(ml_dtypes.bfloat16)
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=[], target_parameters=["moe.weight"])
+    model = peft.get_peft_model(Model(Moe(W, False)), config)
+    A, B = factors(model.base_model.model.moe)
+    assert A.dtype == torch.float32
+    with torch.no_grad():
+        B.copy_(to_torch(rng.standard_normal(tuple(B.shape)).astype("float32")))
+    x, ids = rng.standard_normal((200, 48)).astype(W.dtype), rng.integers(0, 4, 200)
+    theirs = to_numpy(model(to_torch(x), torch.from_numpy(ids))).astype("float64")
+
+    def of(dtype: Any) -> np.ndarray:
+        values = (v.astype(dtype or v.dtype) for v in (x, W, to_numpy(A), to_numpy(B)))
+        tokens, weights, *pair = values
+        y, _ = lora_experts_forward(tokens, Experts(weights), lx.Adapter(*pair), scaling=ALPHA / R, ids=ids)
+        return np.asarray(y, dtype="float64")
+
+    got, exact = of(None), of("float64")
+    assert 0.1 < np.mean(got != theirs) < 0.9
+    assert np.linalg.norm(got - exact) < np.linalg.norm(theirs - exact) < 0.01 * np.linalg.norm(exact)
