@@ -155,6 +155,10 @@ def _check_sites(config: LoraConfig, tree: Tree, sites: Mapping[str, Site]) -> N
 
 def _check_site(config: LoraConfig, tree: Tree, site: Site) -> None:
     shape, start = tree.shape(site.weight), start_name(config.init_lora_weights)
+    axes = {"conv": (3, 4, 5), "experts": (2, 3)}.get(site.kind, (2,))
+    if len(shape) not in axes:
+        wanted = f"a weight of {' or '.join(map(str, axes))} axes for one of kind {site.kind}"
+        raise ConfigError(f"kinds: expected {wanted}, got {site.weight} of {shape}")
     if config.lora_bias and site.kind in ("embedding", "experts"):
         raise ConfigError(f"lora_bias: expected False at {site.name}, of kind {site.kind}, got True")
     if start in (*ROOTS, "olora") and site.kind == "linear" and site.r > min(shape):

@@ -7,12 +7,13 @@ from functools import cache
 from typing import TypeVar, cast, get_args
 
 from ..errors import ConfigError
-from ..kinds import nearest
+from ..kinds import nearest, shown
 from .families import EMBEDDINGS, LAST, ORDERS, ROUTERS, TARGETS, TRANSPOSED, TRANSPOSED_EXPERTS
 from .site import Kind
 
 Shape = tuple[int, ...]
 KINDS = get_args(Kind)
+DEEPEST = 100  # parts of a module's name
 T = TypeVar("T")
 
 
@@ -97,6 +98,10 @@ def grown(
     root = Module("")
     for tensor in names:
         *path, last = tensor.split(".")
+        if len(path) > DEEPEST:
+            raise ConfigError(
+                f"weights: expected names of at most {DEEPEST} parts, got {len(path)} in {shown(tensor)}"
+            )
         module = root
         for part in path:
             name = f"{module.name}.{part}" if module.name else part
@@ -137,12 +142,14 @@ def ordered(siblings: Iterable[str]) -> list[str]:
     return sorted(given, key=lambda part: (part in LAST, place.get(part, len(order))))
 
 
-def _walked(module: Module) -> Iterator[Module]:
-    """A module and all below it, parents first; its own tensors in order too."""
-    module.tensors = {last: module.tensors[last] for last in ordered(module.tensors)}
-    yield module
-    for part in ordered(module.children):
-        yield from _walked(module.children[part])
+def _walked(root: Module) -> Iterator[Module]:
+    """A module and all below it, parents first, siblings in order, and so each one's own tensors."""
+    left = [root]
+    while left:
+        module = left.pop()
+        module.tensors = {last: module.tensors[last] for last in ordered(module.tensors)}
+        yield module
+        left += [module.children[part] for part in reversed(ordered(module.children))]
 
 
 def _check(
