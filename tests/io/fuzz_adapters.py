@@ -344,7 +344,7 @@ def base_of(name: str) -> dict[str, np.ndarray]:
 
 
 def run(count: int, seed: int, say: Any = lambda line: None) -> Counter[str]:
-    """Try so many directories, and a fourth of their weights as checkpoints; AssertionError at the first fault."""
+    """Try so many directories, and a fourth of their weights as checkpoints; AssertionError at a fault."""
     sys.addaudithook(watch)
     outcomes: Counter[str] = Counter()
     bases = {name: base_of(name) for name in SAMPLES}

@@ -106,7 +106,7 @@ def weights_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def applied(files: Any, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The base's weights with an adapter folded in: written out here, in float64, from the table of the spec."""
+    """The base's weights with an adapter folded in: written out here, in float64, from the spec's table."""
     new = {name: array.astype("float64") for name, array in weights.items()}
     for name, array in files.saved.items():
         if name.endswith(".token_adapter.trainable_tokens_delta"):

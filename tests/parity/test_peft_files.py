@@ -1,7 +1,7 @@
 """Adapter directories against PEFT 0.21.2, both ways, after every trainable tensor has moved.
 
-PEFT saves, and the files read here, folded into the base by a formula of the test's own, give PEFT's output; they
-are saved again, byte for byte the same weights, and PEFT loads them and gives its output.
+PEFT saves, and the files read here, folded into the base by a formula of the test's own, give PEFT's output;
+they are saved again, byte for byte the same weights, and PEFT loads them and gives its output.
 """
 
 import copy
@@ -203,7 +203,7 @@ def test_dtypes_are_kept(tmp_path, dtype):
 
 
 def test_float32_layers_agree_within_rounding(tmp_path):
-    """Each side is off by at most γ_c·T, T the sum of the terms' absolute values, c the longest way of roundings."""
+    """Each side is off by at most γ_c·T: T of the terms' absolute values, c the longest way of roundings."""
     model, adapted = trained(config_of({"target_modules": ["up"]}), dtype="float32")
     adapted.save_pretrained(tmp_path)
     weights = weights_of(model)

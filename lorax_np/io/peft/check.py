@@ -146,10 +146,8 @@ def _check_plain(
             wrong.append(key)
     if wrong:
         near = [*whole, *(name for place in places.values() for name in place.wrapper.keys.values())]
-        named = next((key for key in wrong if ".lora_" in key), None)
-        why = "; the adapter's name does not belong in a key" if named else ""
         wanted = "no keys but those that the config asks for"
-        raise FormatError(f"{path}: expected {wanted}, got {some(wrong, near)}{why}")
+        raise FormatError(f"{path}: expected {wanted}, got {some(wrong, near)}")
     missing = [name for name in rows or () if name and not _listed(name, keys.plain, ROWS)]
     if missing:
         raise FormatError(f"{path}: expected the rows of trainable_token_indices, got none of {some(missing)}")
@@ -193,9 +191,9 @@ def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[
     if alone:
         again = ", compute it again" if start in AGAIN else ""
         raise FormatError(
-            f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that this start "
-            f"left, got none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a "
-            f"plain one of rank 2r, save the base with it{again}, or say residual_base=True"
+            f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that it left, got "
+            f"none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a plain one of "
+            f"rank 2r, save the base with it{again}, or say residual_base=True"
         )
 
 

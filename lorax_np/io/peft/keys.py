@@ -5,6 +5,7 @@ parameter where several of one module are adapted. So the key of what lies below
 path, and a module's parameters are told apart by their depth alone. specs/adapter_files.md has the table.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ PARTS = {  # the end of a key -> the field of an Adapter
 }
 LINEAR = {"A": "lora_A.weight", "B": "lora_B.weight", "bB": "lora_B.bias", "m": "lora_magnitude_vector"}
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"}
+LIKE = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.?([^.]*)(\.weight|\.bias)?$")
 LONGEST = 1000  # characters of a name
 LISTED = 5  # names that one message lists
 
@@ -61,6 +63,7 @@ def sort_keys(path: Path, names: Iterable[str]) -> Keys:
         body = key.removeprefix(prefix)
         end = next((end for end in PARTS if body.endswith(f".{end}")), None)
         if end is None:
+            _check_plain(path, key)
             name = ".".join(part for part in body.split(".") if part != WRAPPED)
             if name in plain:
                 twice = f"{show(plain[name])} and {show(key)}"
@@ -79,9 +82,19 @@ def sort_keys(path: Path, names: Iterable[str]) -> Keys:
     wrappers: dict[str, list[Wrapper]] = {}
     for module, depth in sorted(found):
         wrappers.setdefault(module, []).append(found[module, depth])
+        if found[module, depth].depth != len(wrappers[module]) - 1:
+            came = f"the depth {depth} without that outside it"
+            raise FormatError(f"{path}: {show(module)}: expected wrappers at every depth, got {came}")
     keys = Keys(wrappers, plain, prefix)
     _check_again(path, keys)
     return keys
+
+
+def _check_plain(path: Path, key: str) -> None:
+    """A key that is no part of an adapter does not look like one."""
+    if match := LIKE.search(key):
+        hint = "" if match[2] in ("", "weight", "bias") else ": the adapter's name does not belong in a key"
+        raise FormatError(f"{path}: expected keys that end in {', '.join(PARTS)}, got {show(key)}{hint}")
 
 
 def _unwrapped(path: str) -> tuple[str, int]:

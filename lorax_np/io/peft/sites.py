@@ -173,9 +173,6 @@ class Resolver:
         """
         found: dict[str, Place] = {}
         for module, wrappers in self.keys.wrappers.items():
-            if [wrapper.depth for wrapper in wrappers] != list(range(len(wrappers))):
-                came = f"the depths {', '.join(str(wrapper.depth) for wrapper in wrappers)}"
-                raise FormatError(f"{self.path}: {show(module)}: expected wrappers at every depth, got {came}")
             for wrapper in wrappers:
                 for field in "AB":
                     if field not in wrapper.keys:
