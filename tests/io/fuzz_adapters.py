@@ -196,7 +196,7 @@ def config_text(rng: random.Random, raw: bytes) -> bytes:
         return raw.replace(b'"r": 2', b'"r": ' + rng.choice((b"NaN", b"-Infinity", b"1e999", b"9" * 6000)), 1)
     if kind == 3:
         return rng.choice(
-            (b"", b"[]", b"null", b'"LORA"', b"\xef\xbb\xbf" + raw, raw.decode().encode("utf-16"))
+            (b"", b"[]", b"null", b'"LORA"', b"\xef\xbb\xbf" + raw, raw.decode("latin-1").encode("utf-16"))
         )
     if kind == 4 and rng.random() < 0.05:
         return raw[:-1] + b', "auto_mapping": {"a": "' + b"x" * (20 << 20) + b'"}}'

@@ -191,9 +191,9 @@ def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[
     if alone:
         again = ", compute it again" if start in AGAIN else ""
         raise FormatError(
-            f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that it left, got "
-            f"none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a plain one of "
-            f"rank 2r, save the base with it{again}, or say residual_base=True"
+            f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that it left, "
+            f"got none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a plain "
+            f"one of rank 2r, save the base with it{again}, or say residual_base=True"
         )
 
 
