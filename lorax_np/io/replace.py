@@ -39,9 +39,13 @@ def new_directory(target: Path, own: Collection[str]) -> Iterator[Path]:
         yield part
         if place.exists():
             _take_along(place, part, own)
+            shutil.copymode(place, part)
         sync_folder(part)
+        here = Path.cwd()
         put(part, place)
         sync_folder(place.parent)
+        if here == place or place in here.parents:
+            os.chdir(here)  # into the new one; whoever else stands in the old one has to do the same
     finally:
         shutil.rmtree(part, ignore_errors=True)  # the new one, if it failed; else the old one
 

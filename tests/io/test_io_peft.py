@@ -175,6 +175,21 @@ REFUSED = {
     "no bias of B": (Q, linear("q", **{"lora_B.bias": normals(4)}), "no bias of B at every site"),
     "target": (Q, linear("q") | linear("k"), "where target_modules has them, got 'k'"),
     "target by regex": ({"target_modules": ".*q"}, linear("q.x"), "where target_modules has them"),
+    "layer": (
+        Q | {"layers_to_transform": [0, 2]},
+        linear("m.layers.0.q") | linear("m.layers.1.q"),
+        "in the layers_to_transform alone, got 'm.layers.1.q'",
+    ),
+    "layer by pattern": (
+        Q | {"layers_to_transform": 1, "layers_pattern": "blocks"},
+        linear("1.blocks.0.q"),
+        "layers_to_transform alone",
+    ),
+    "lists too long": (
+        Q | {"modules_to_save": [f"m{i}" for i in range(200_000)]},
+        {key: a for i in range(150) for key, a in linear(f"{i}.q").items()},
+        "shorter lists of names",
+    ),
     "excluded": (Q | {"exclude_modules": ["q"]}, linear("q"), "where exclude_modules has them"),
     "a key too many": (Q, linear("q") | {"head.weight": normals(2, 2)}, "every key to begin"),
     "nobody's key": (
@@ -329,6 +344,26 @@ def test_notes(tmp_path):
         "s·BA is 0 at every site, 'q' the first: not trained, or not saved",
     )
     assert load_adapter(sample(tmp_path / "good", "linear")).notes == ()
+
+
+def test_many_names_without_a_meaning_are_few_notes(tmp_path):
+    said = {"target_modules": ["q", *(f"x{i}" for i in range(5000))]}
+    began = time.perf_counter()
+    notes = load_adapter(write(tmp_path, said, linear("q"))).notes
+    assert len(notes) == 6
+    assert notes[-1] == "target_modules: 4995 more names of which each has no adapter"
+    assert time.perf_counter() - began < 5
+
+
+def test_layers_to_transform(tmp_path):
+    said = Q | {"layers_to_transform": [1], "layers_pattern": ["blocks", "h"]}
+    assert load_adapter(write(tmp_path, said, linear("0.blocks.1.q"))).sites
+
+
+def test_an_order_that_is_assumed_is_said(tmp_path):
+    said = {"target_modules": [], "target_parameters": ["e.inner", "e.outer"]}
+    files = load_adapter(write(tmp_path, said, experts("e")))
+    assert files.notes == ("target_parameters: 'e' declares inner, outer in this order",)
 
 
 # ---- beside the base ---------------------------------------------------------------------------------------
@@ -498,6 +533,21 @@ def test_what_else_is_there_stays_and_a_stale_pickle_goes(tmp_path):
     assert (folder / "other" / CONFIG).read_text() == "{}"
     assert (folder / "link").is_symlink()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_process_that_stands_in_the_directory_goes_on_there(tmp_path, monkeypatch):
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "below")
+    for rank in (2, 3):
+        save_adapter("..", *one(rank))
+        assert Path.cwd() == tmp_path / "a" / "below"
+        assert load_adapter("..").sites["q"].r == rank
+
+
+def test_the_mode_of_a_directory_stays(tmp_path):
+    (tmp_path / "a").mkdir(mode=0o750)
+    save_adapter(tmp_path / "a", *one())
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_link_to_a_directory_stays_a_link(tmp_path):

@@ -86,8 +86,14 @@ def _renaming(
         raise FormatError(f"{path}: expected names of one place in the base, got {came}")
     raise FormatError(
         f"{path}: expected every site in the base, got {len(missing)} of {len(wanted)} that are not there: "
-        f"{some(missing, weights)}"
+        f"{some(missing, _alike(missing, weights))}"
     )
+
+
+def _alike(missing: list[str], weights: Iterable[str]) -> list[str]:
+    """The base's names that end as the first of some names does."""
+    end = min(missing).split(".")[-2:]
+    return [name for name in weights if name.split(".")[-2:] == end]
 
 
 def _with(prefix: str) -> tuple[str, Rename]:

@@ -7,7 +7,8 @@ from ...config import LoraConfig, start_name
 from ...errors import FormatError
 from ..safetensors import show
 from .keys import Keys, some
-from .sites import Names, Place, Resolver, Shape, hint, targeted
+from .notes import notes_on
+from .sites import PAIRS, Names, Place, Resolver, Shape, hint, targeted
 
 FLOATS = "F16", "BF16", "F32", "F64"
 # PEFT adds these to modules_to_save by the task, whether the model has them or not.
@@ -40,7 +41,9 @@ def check_file(
     Raises FormatError, one line that names the first few at fault: keys that are missing or that nothing asks
     for, shapes that are not those of the config's ranks, dtypes that are none of an adapter's.
     """
-    places, keys = resolver.places(), resolver.keys
+    keys = resolver.keys
+    _check_sizes(path, config, keys)
+    places = resolver.places()
     if not places and not keys.plain:
         raise FormatError(f"{path}: expected the tensors of an adapter, got none")
     _check_parts(path, config, places)
@@ -51,10 +54,20 @@ def check_file(
                 wanted = f"{part} in {', '.join(FLOATS)}"
                 raise FormatError(f"{path}: {show(key)}: expected {wanted}, got {dtypes[key]}")
     _check_targets(path, config, places)
+    _check_layers(path, config, places)
     _check_plain(path, config, keys, places, resolver.shapes)
     if not residual_base:
         _check_residual(path, config, keys, places)
-    return places, _notes(config, keys, places, resolver)
+    return places, notes_on(config, keys, places, resolver)
+
+
+def _check_sizes(path: Path, config: LoraConfig, keys: Keys) -> None:
+    """Lists of names are held against every key: their sizes are a file's that somebody trained."""
+    tokens = config.trainable_token_indices
+    lists = config.modules_to_save, config.target_parameters, tokens if isinstance(tokens, Mapping) else ()
+    most, count = max(len(tuple(names or ())) for names in lists), len(keys.plain) + len(keys.wrappers)
+    if most * count > PAIRS:
+        raise FormatError(f"{path}: expected shorter lists of names beside {count} tensors, got {most} names")
 
 
 # ---- sites -------------------------------------------------------------------------------------------------
@@ -121,6 +134,25 @@ def _check_targets(path: Path, config: LoraConfig, places: Mapping[str, Place]) 
             raise FormatError(
                 f"{path}: expected adapters where {field} has them, got {some(wrong)}{hint(wrong[0], near)}"
             )
+
+
+def _check_layers(path: Path, config: LoraConfig, places: Mapping[str, Place]) -> None:
+    """No site outside of layers_to_transform: by the first number, or that after a name of layers_pattern."""
+    said, patterns = config.layers_to_transform, config.layers_pattern
+    layers = {said} if isinstance(said, int) else set(said or ())
+    names = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    wrong = [p.module for p in places.values() if layers and _layer(p.module.split("."), names) not in layers]
+    if wrong:
+        raise FormatError(f"{path}: expected adapters in the layers_to_transform alone, got {some(wrong)}")
+
+
+def _layer(parts: list[str], names: tuple[str, ...]) -> int | None:
+    """The layer that a module lies in, whose name goes on after the number."""
+    for i, part in enumerate(parts[:-1]):
+        before = ".".join(parts[:i])
+        if part.isdecimal() and (not names or any(f".{before}".endswith(f".{n}") for n in names)):
+            return int(part)
+    return None
 
 
 # ---- what stands beside ------------------------------------------------------------------------------------
@@ -195,25 +227,3 @@ def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[
             f"got none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a plain "
             f"one of rank 2r, save the base with it{again}, or say residual_base=True"
         )
-
-
-# ---- notes -------------------------------------------------------------------------------------------------
-
-
-def _notes(config: LoraConfig, keys: Keys, places: Mapping[str, Place], resolver: Resolver) -> list[str]:
-    """What PEFT passes over in silence and is no error here either."""
-    notes = []
-    modules = [place.module for place in places.values()]
-    targets = targeted(config)
-    for name in targets.without(modules) if targets else ():
-        notes.append(f"target_modules: {show(name)} has no adapter{hint(name, modules)}")
-    there = [".".join(name.split(".")[:i]) for name in keys.plain for i in range(1, name.count(".") + 1)]
-    whole = {part for module in there for part in (module, module.rpartition(".")[2])}
-    for name in config.modules_to_save or ():
-        if name not in whole and not any(module.endswith(name) for module in there):
-            notes.append(f"modules_to_save: {show(name)} has no tensors{hint(name, there)}")
-    for field, key in resolver.numbers.unused():
-        notes.append(f"{field}: {show(key)} fits no site{hint(key, modules)}")
-    if config.bias != "none" and not any(name.rpartition(".")[2] == "bias" for name in keys.plain):
-        notes.append(f"bias: {config.bias!r}, and no bias is there")
-    return notes

@@ -86,10 +86,10 @@ class Numbers:
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None
 
-    def unused(self) -> list[tuple[str, str]]:
-        """The patterns' fields and keys that have fitted no name so far."""
-        said = [(field, key) for field, pattern in self._patterns.items() for key in pattern or ()]
-        return [pair for pair in said if pair not in self.used]
+    def unused(self) -> dict[str, list[str]]:
+        """The keys that have fitted no name so far, by the patterns' fields."""
+        said = {field: list(pattern or ()) for field, pattern in self._patterns.items()}
+        return {f: [key for key in keys if (f, key) not in self.used] for f, keys in said.items()}
 
     def _own(self, r: int, alpha: float) -> LoraConfig:
         return replace(self.config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
@@ -160,6 +160,7 @@ class Resolver:
         """Take a file's keys, sorted, and each key's shape."""
         self.path, self.config, self.keys, self.shapes = path, config, keys, shapes
         self.numbers = Numbers(path, config, sum(map(len, keys.wrappers.values())))
+        self.assumed: list[str] = []  # what the files do not say
         self._targets = targeted(config)
         self._parameters: dict[str, list[str]] = {}  # end of a module's name -> its targeted parameters
         for name in dict.fromkeys(config.target_parameters or ()):
@@ -200,6 +201,10 @@ class Resolver:
         if len(parameters) != count:
             wanted = f"wrappers for {', '.join(parameters)}, as target_parameters has it"
             raise FormatError(f"{self.path}: {show(module)}: expected {wanted}, got {count} of them")
+        if count > 1 and not set(parameters) <= ORDER.keys():
+            self.assumed.append(
+                f"target_parameters: {show(module)} declares {', '.join(parameters)} in this order"
+            )
         names = [f"{module}.{parameter}" for parameter in reversed(parameters)]  # the outermost first
         return [self.numbers.site(name, kind="experts", weight=name, transposed=False) for name in names]
 
