@@ -234,7 +234,9 @@ def place(rng: random.Random, folder: Path) -> None:
         elif kind == 8:
             (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
         else:
-            shutil.copy(folder / (WEIGHTS if path.name == CONFIG else CONFIG), path)
+            other = folder / (WEIGHTS if path.name == CONFIG else CONFIG)
+            if other.is_file() and other.stat().st_size < 1 << 25:
+                path.write_bytes(other.read_bytes())
 
 
 ON_WEIGHTS = flip, cut, more, header_flip, header_flip, length, header, header, header, header, refill
@@ -251,7 +253,7 @@ def spoil(rng: random.Random, folder: Path) -> str:
         if kind > 0.92:
             place(rng, folder)
             planted.append("place")
-        elif path.is_file() and not path.is_symlink():
+        elif path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 25:
             fault = rng.choice(faults)
             raw = path.read_bytes()
             if raw:

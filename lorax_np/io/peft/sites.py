@@ -1,6 +1,6 @@
 """The sites that a file's wrappers stand for, by the config; and what loading returns."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -70,8 +70,16 @@ class Numbers:
         keys = sum(len(pattern or ()) for pattern in self._patterns.values())
         if keys * names > PAIRS:
             raise FormatError(f"{path}: expected fewer keys in patterns for {names} sites, got {keys}")
-        self._regexes: dict[str, Regex] = {}
-        self._budget = Budget()
+        budget = Budget()
+        self._names: dict[str, dict[int, list[str]]] = {}  # keys that are names, by their length
+        self._regexes: dict[str, dict[str, Regex]] = {}  # the other ones
+        for field, pattern in self._patterns.items():
+            by_length: dict[int, list[str]] = {}
+            for key in filter(plain, pattern or ()):
+                by_length.setdefault(len(key), []).append(key)
+            self._names[field] = by_length
+            others = (key for key in pattern or () if not plain(key))
+            self._regexes[field] = {key: Regex(rf"(.*\.)?({key})$", budget) for key in others}
         self.used: set[tuple[str, str]] = set()  # keys that have fitted a name
         self._at = lru_cache(None)(self._own)
 
@@ -95,21 +103,25 @@ class Numbers:
         return replace(self.config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def _value(self, field: str, name: str, default: Any) -> Any:
-        found = {key: value for key, value in (self._patterns[field] or {}).items() if self._fits(key, name)}
+        pattern = self._patterns[field] or {}
+        found = {key: pattern[key] for key in self._fitting(field, name)} if pattern else {}
         self.used |= {(field, key) for key in found}
         if len(set(found.values())) > 1:
             raise ConfigError(f"{self.path}: {field}: expected one value for {show(name)}, got {show(found)}")
         return next(iter(found.values()), default)
 
-    def _fits(self, key: str, name: str) -> bool:
-        if plain(key):  # a name, or the end of one, whose dots are any character
-            rest = len(name) - len(key)
-            if rest < 0 or (rest and name[rest - 1] != "."):
-                return False
-            return all(a in (b, ".") for a, b in zip(key, name[rest:], strict=True))
-        if key not in self._regexes:
-            self._regexes[key] = Regex(rf"(.*\.)?({key})$", self._budget)
-        return self._regexes[key].match(name)
+    def _fitting(self, field: str, name: str) -> Iterator[str]:
+        """The keys of a pattern that fit a name."""
+        for end in ends(name):
+            yield from (key for key in self._names[field].get(len(end), ()) if _same(key, end))
+        for key, regex in self._regexes[field].items():
+            if regex.match(name):
+                yield key
+
+
+def _same(key: str, end: str) -> bool:
+    """Whether a key that is a name fits the end of one: as a regular expression, its dots are any character."""
+    return key == end or all(a in (b, ".") for a, b in zip(key, end, strict=True))
 
 
 # ---- which names the config means --------------------------------------------------------------------------
