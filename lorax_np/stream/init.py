@@ -91,7 +91,8 @@ def init_checkpoint(
     found = plan(checkpoint, config)
     start = start_name(config.init_lora_weights)
     left = out / BASE if start in RESIDUAL else None
-    outcome = Started(out, left, start, len(found.sites), found.trainable, found.total, dry=dry_run)
+    word = str(config.init_lora_weights).lower()
+    outcome = Started(out, left, word, len(found.sites), found.trainable, found.total, dry=dry_run)
     if left is not None and not checkpoint.shards:
         raise ConfigError(
             f"base: expected safetensors, to write what {start} leaves of it, got {checkpoint.path}"

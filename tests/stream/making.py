@@ -47,7 +47,8 @@ def write_checkpoint(folder, tensors, *, shards=1, config=None):
         write_safetensors(folder / file, part, {"format": "pt"})
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    (folder / "model.safetensors.index.json").write_text(text)
     return folder
 
 

@@ -137,7 +137,7 @@ def test_embedding(tmp_path, blocks, dtype, dora):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv1d_lies_the_other_way(tmp_path, blocks, dtype, dora):
-    """GPT-2's Conv1D: (d_in, d_out) on the disk; the prefix of the model with a head is not in the checkpoint."""
+    """GPT-2's Conv1D: (d_in, d_out) on the disk; the prefix of a model with a head is not in the checkpoint."""
     rng = np.random.default_rng(2)
     tensors = {
         "h.0.attn.c_attn.weight": rng.standard_normal((24, 72)).astype(DTYPES[dtype]),
