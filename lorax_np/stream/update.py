@@ -187,10 +187,11 @@ class Scratch:
         return flat[:whole].view(np.uint64)
 
 
-def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch) -> HostArray:
+def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch, *, new_only: bool = False) -> HostArray:
     """V : (rows, cols) float64 in a stored dtype, rounded once, as lorax_np.backend.cast does.
 
-    The result may lie in the scratch, or be V itself. Raises ConfigError where an entry is not finite.
+    The result may lie in the scratch, or be V itself. Raises ConfigError where an entry is not finite; with
+    new_only, where it was in V.
     """
     with quiet():
         if dtype == WIDE:
@@ -200,7 +201,7 @@ def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch) -> HostArray
         else:
             found = scratch("found", V.shape, dtype)
             np.copyto(found, V, casting="unsafe")
-    if not _finite(found, scratch):
+    if not _finite(found, scratch) and not (new_only and _as_finite(found, V)):
         raise ConfigError(f"{where}: expected finite numbers, got NaN or infinity")
     return found
 
@@ -237,6 +238,11 @@ def _finite(x: HostArray, scratch: Scratch) -> bool:
     ones = 0x7C00 if x.dtype == np.float16 else 0x7F80  # an exponent of all ones
     powers = np.bitwise_and(x.view(np.uint16), ones, out=scratch("powers", x.shape, np.uint16))
     return int(powers.max(initial=0)) < ones
+
+
+def _as_finite(x: HostArray, V: HostArray) -> bool:
+    """Whether x is finite wherever V is."""
+    return bool((np.isfinite(to_numpy(x, WIDE)) == np.isfinite(V)).all())
 
 
 @cache

@@ -17,7 +17,7 @@ import numpy as np
 from ..backend import HostArray, to_host
 from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
-from ..io.safetensors import NUMPY, SafetensorsFile, _bfloat16, show
+from ..io.safetensors import BITS, NUMPY, SafetensorsFile, _bfloat16, show
 from ..io.writer import SafetensorsWriter
 from .fitted import fitted
 from .plan import NAMES, FilePlan, Task
@@ -132,9 +132,9 @@ class _Maker:
             source = self.original if task.kind == "original" and self.original is not None else self.base
             file = source.shard(task.source)
             offset = file.place(task.source)[0] + unit.start
-            size = unit.stop - unit.start
-            writer.copy_part(task.name, unit.start, self._file(file.path), offset, size)
-            written = size
+            written = unit.stop - unit.start
+            writer.copy_part(task.name, unit.start, self._file(file.path), offset, written)
+            writer.hurry(task.name, unit.start, written)
         elif task.kind in ROWWISE:
             written = self._rows(unit, writer)
         else:
@@ -155,16 +155,18 @@ class _Maker:
         update = self._update(task)
         ratio = self._ratio(task, update)
         cols = matrix_shape(task.shape or (1,), self._kind(task))[1]
+        begin = unit.start * cols * (BITS[task.word] // 8)
         for first, V in self._sums(task, update, unit.start, unit.stop):
             if update is not None:
                 update.scale_rows(V, first)
             if ratio is not None:
                 np.multiply(V, ratio, out=V)  # (merge.2)
             self._put_rows(task, V, first)
-            found = rounded(V, NAMES[task.word], show(task.name), self.scratch)
-            place = written + unit.start * cols * found.itemsize
-            writer.write_part(task.name, place, found)
+            as_it_is = task.kind == "cast"  # infinity may stand in the base, where nothing is computed with it
+            found = rounded(V, NAMES[task.word], show(task.name), self.scratch, new_only=as_it_is)
+            writer.write_part(task.name, begin + written, found)
             written += found.nbytes
+        writer.hurry(task.name, begin, written)
         return written
 
     def _sums(

@@ -1,9 +1,13 @@
 """A checkpoint merged file by file, against lorax_np.merge of each weight as a whole."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from checkers import nearest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from making import DTYPES, content, factors, read, weights, write_adapter, write_checkpoint
 
 import lorax_np as lx
@@ -12,6 +16,7 @@ from lorax_np.backend import cast
 from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.stream import work
 from lorax_np.stream.merge import merge_checkpoint
+from lorax_np.stream.update import Scratch, rounded
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 S = 5 / 3
@@ -384,3 +389,83 @@ def test_a_file_alone(tmp_path):
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     got = read(tmp_path / "out")
     assert all(same(got[name], want[name]) for name in want)
+
+
+def test_infinity_in_the_base_is_copied_and_cast_but_not_made(tmp_path):
+    base, adapter, _ = pair(tmp_path, "float32")
+    tensors = read(base)
+    tensors["mask"] = np.array([0, -np.inf, np.nan], np.float32)
+    write_checkpoint(tmp_path / "masked", tensors)
+    for dtype in (None, "float16", "bfloat16", "float64"):
+        merge_checkpoint(tmp_path / "masked", adapter, tmp_path / f"out {dtype}", dtype=dtype)
+        got = read(tmp_path / f"out {dtype}")["mask"].astype(float)
+        np.testing.assert_array_equal(got, [0, -np.inf, np.nan])
+    tensors["mask"][0] = 1e39 if tensors["mask"].dtype == np.float64 else 1e30
+    write_checkpoint(tmp_path / "large", tensors)
+    with pytest.raises(lx.ConfigError, match="'mask': expected finite numbers"):
+        merge_checkpoint(tmp_path / "large", adapter, tmp_path / "no", dtype="float16")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = np.inf
+    write_checkpoint(tmp_path / "broken", tensors)
+    with pytest.raises(lx.ConfigError, match=r"q_proj\.weight': expected finite numbers"):
+        merge_checkpoint(tmp_path / "broken", adapter, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_row_without_direction_is_named(tmp_path, blocks):
+    base, adapter, _ = pair(tmp_path, "float32", dora=True)
+    site = "model.layers.1.mlp.up_proj"
+    tensors = read(base)
+    tensors[f"{site}.weight"][17] = 0
+    parts = {name.removeprefix("base_model.model."): np.array(a) for name, a in adapter_of(adapter).items()}
+    parts[f"{site}.lora_B.weight"][17] = 0
+    write_checkpoint(tmp_path / "zero", tensors)
+    write_adapter(tmp_path / "still", parts, target_modules=PROJECTIONS, use_dora=True)
+    with pytest.raises(lx.ConfigError, match=rf"{site}: rows from \d+ on: .*expected a direction.*got 1 rows"):
+        merge_checkpoint(tmp_path / "zero", tmp_path / "still", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def adapter_of(folder):
+    return open_safetensors(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("V", "dtype"),
+    [
+        ([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8, 1 - 2.0**-9 - 2.0**-45], "bfloat16"),
+        ([-1 - 2.0**-8 - 2.0**-40, 1 + 3 * 2.0**-8, 2.0**-134 * (1 + 2.0**-30), 2.0**-133 * 1.5], "bfloat16"),
+        ([(2 - 2.0**-8) * 2.0**127 * (1 - 2.0**-40), -(2 - 2.0**-7) * 2.0**127], "bfloat16"),
+        ([1 + 2.0**-11 + 2.0**-40, 65519.99, 2.0**-25 * (1 + 2.0**-30)], "float16"),
+        ([1 + 2.0**-24 + 2.0**-50, -(2.0**-149) / 2 * (1 + 2.0**-40)], "float32"),
+    ],
+)
+@pytest.mark.parametrize("copies", [1, 300])
+def test_one_rounding_at_ties_and_edges(V, dtype, copies):
+    """A tie of two roundings is no tie of one; and at the ends of the range, the smallest and the largest."""
+    V = np.array(V * copies).reshape(copies, -1)
+    want = [[nearest(Fraction(v), dtype) for v in row] for row in V]
+    got = rounded(V.copy(), dtype, "here", Scratch())
+    assert got.astype(float).tolist() == want
+    if dtype == "bfloat16":  # what the straight way makes of it, so that the test is known to see something
+        straight = V.astype(np.float32).astype(got.dtype).astype(float)
+        assert straight.tolist() != want
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan, 1.79e308])
+def test_what_is_not_finite_is_refused(dtype, value):
+    V = np.ones((3, 5))
+    V[1, 2] = value
+    if dtype != "float64" or not np.isfinite(value):
+        with pytest.raises(lx.ConfigError, match="here: expected finite numbers, got NaN or infinity"):
+            rounded(V, dtype, "here", Scratch())
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=64), min_size=1, max_size=20))
+def test_rounding_to_bfloat16_is_that_of_cast(values):
+    V = np.array([values]) * np.array([[1.0]])
+    with np.errstate(over="ignore"):
+        want = np.asarray(cast(V.copy(), "bfloat16"))
+    if np.isfinite(want.astype(float)).all():
+        assert rounded(V, "bfloat16", "", Scratch()).tobytes() == want.tobytes()
