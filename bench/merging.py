@@ -4,8 +4,8 @@
 
 Makes a llama of the given gigabytes on the spot and an adapter for it, and measures in turn, each in a process
 of its own: `cp -r` of the base, the same and `sync` (a merge, too, ends when its files are on the disk), our
-merge, and PEFT's merge_and_unload and save_pretrained, loading included. Times are from after the imports; memory
-is the most that the process ever had resident. Medians, ratios, and a JSON file; what was made is deleted.
+merge, and PEFT's merge_and_unload and save_pretrained, loading included. Times are from after the imports;
+memory is the most that the process ever had resident. Medians, ratios, and JSON; what was made is deleted.
 """
 
 import argparse
@@ -200,8 +200,8 @@ def main() -> None:
         folder = Path(name)
         made = make(folder, asked.size, asked.dtype, asked.targets)
         print(
-            f"{made['bytes'] / 1e9:.2f} GB in {made['files']} files, {100 * made['touched'] / made['bytes']:.0f} % "
-            f"of it adapted, {asked.dtype}",
+            f"{made['bytes'] / 1e9:.2f} GB of {asked.dtype} in {made['files']} files, "
+            f"{100 * made['touched'] / made['bytes']:.0f} % of it adapted",
             flush=True,
         )
         figures = measured(folder, asked.rounds, peft, gate)

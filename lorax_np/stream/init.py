@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..config import LoraConfig, Plan, start_name
+from ..config import LoraConfig, start_name
 from ..errors import ConfigError
-from ..inject import plan, started
+from ..inject import plan, saved_tensors, started
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..io.peft import save_adapter
-from ..io.peft.check import RESIDUAL, ROWS
+from ..io.peft.check import RESIDUAL
 from ..io.replace import new_directory
 from ..io.writer import SafetensorsWriter
 from ..params import AnyAdapter
@@ -126,7 +126,7 @@ def init_checkpoint(
             adapters,
             config,
             sites=found.sites,
-            saved=_saved(weights, found),
+            saved=saved_tensors(weights, found),
             residual_base=left is not None,
         )
     return replace(outcome, seconds=time.perf_counter() - begun)
@@ -203,10 +203,3 @@ class _Rest(ExitStack):
         shard = self.base.shard(name)
         offset, size = shard.place(name)
         self._writers[name].copy_part(name, 0, self._files(shard.path), offset, size)
-
-
-def _saved(weights: _Read, found: Plan) -> dict[str, Array]:
-    """What trains beside the adapters, as it begins: whole tensors, and rows of embeddings."""
-    whole = {name: weights[name] for name in found.saved}
-    rows = {f"{name}.{ROWS}": weights[f"{name}.weight"][list(n)] for name, n in found.tokens.items()}
-    return whole | rows

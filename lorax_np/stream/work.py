@@ -57,7 +57,7 @@ def make_file(job: Job, progress: Progress | None = None, stop: threading.Event 
     with ExitStack() as stack:
         maker = _Maker(job, stack)
         path = Path(job.folder, job.file.name)
-        writer = stack.enter_context(SafetensorsWriter(path, job.file.entries(), job.file.metadata))
+        writer = stack.enter_context(SafetensorsWriter(path, job.file.entries(), job.file.metadata or None))
         order = {name: place for place, name in enumerate(writer.names)}
         tasks = sorted(job.file.tasks, key=lambda task: order[task.name])
         units = (unit for task in tasks for unit in maker.units(task))
