@@ -8,7 +8,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_samples import (
+from convert_samples import (
     EMBED,
     HEADS,
     KV,
@@ -24,7 +24,8 @@ from adapter_samples import (
 
 from lorax_np.errors import FormatError
 from lorax_np.io.convert import FORMATS, convert, detect, plan_adapter
-from lorax_np.io.convert.model import Options, base_of
+from lorax_np.io.convert.model import Base, Options, base_of
+from lorax_np.io.convert.scales import is_embedding
 from lorax_np.io.gguf import open_gguf
 from lorax_np.io.peft import load_adapter
 from lorax_np.io.safetensors import open_safetensors
@@ -174,13 +175,16 @@ def test_mlx_keys_name_exactly_the_layers(tmp_path):
         found = json.loads((path / "adapter_config.json").read_text())
         return found["num_layers"], found["lora_parameters"]["keys"]
 
-    for place in ("a", "b", "c", "d"):
+    for place in ("a", "b", "c", "d", "e"):
         (tmp_path / place).mkdir()
     grid = keys(tmp_path / "a", [*some, "lm_head"], base=checkpoint)
     assert grid == (2, ["lm_head", "mlp.up_proj", "self_attn.q_proj"])
     assert keys(tmp_path / "b", some[1:], base=checkpoint) == (-1, sorted(some[1:]))
     assert keys(tmp_path / "c", some) == (-1, sorted(some))
     assert keys(tmp_path / "d", ["model.layers.0.mlp.up_proj"], base=checkpoint)[0] == -1
+    two = base(tmp_path / "two", num_hidden_layers=2)  # a base that has no layer 2
+    ends = [f"model.layers.{n}.mlp.up_proj" for n in (0, 2)]
+    assert keys(tmp_path / "e", ends, base=two) == (-1, ends)
 
 
 def test_gguf_by_its_formula(tmp_path):
@@ -379,6 +383,11 @@ def test_another_factor_rounds_b_and_is_refused_unless_allowed(tmp_path, target)
         wide = {side: abs(what.adapters[name].__getattribute__(side)).astype(float) for side in "AB"}
         bound = 2.0**-23 * what.sites[name].scaling * wide["B"] @ wide["A"]
         assert (np.abs(delta(got, name) - delta(what, name)) <= bound).all()
+
+
+def test_a_double_is_rounded_by_a_factor_too(tmp_path):
+    what = files(NAMES, default_config(alpha_pattern={"k_proj": 7}), dtype=np.float64)
+    refusal(lambda: there(tmp_path, what, "mlx", base=base(tmp_path / "base")), "B times 1.4 would be rounded")
 
 
 def test_a_factor_that_overflows_is_refused(tmp_path):
@@ -690,3 +699,39 @@ def test_a_weight_of_the_base_that_peft_copied_is_left_out(tmp_path, target):
         more = what._replace(saved={"lm_head.weight": other})
         refusal(lambda more=more: plan_adapter(more, target, options(checkpoint)), words)
     refusal(lambda: plan_adapter(more, target, options()), "expected a base (--base)")
+
+
+def test_last_parts_of_names_stand_for_sites_only_where_they_mean_no_others(tmp_path):
+    what = files([ONE, "lm_head"], default_config())
+    path, _ = there(tmp_path, what, "mlx")
+    config = load_adapter(back(tmp_path, path, "mlx", base=base(tmp_path / "base"))).config
+    assert config.target_modules == ("lm_head", ONE)  # the base has a q_proj in every layer
+
+
+def test_what_an_embedding_is():
+    A, B = np.ones((2, 5)), np.ones((3, 2))
+    at = {"x": (3, 5), "y": (5, 3), "embed_tokens": (5, 3), "wte": (3, 5)}
+    known = Base({f"{name}.weight": shape for name, shape in at.items()}, {}, {})
+    assert [is_embedding(name, A, B, known) for name in at] == [False, False, True, False]
+    assert [is_embedding(name, A, B, None) for name in ("x", "model.embed_tokens", "wte")] == [
+        False,
+        True,
+        True,
+    ]
+    square = Base({"wte.weight": (3, 3), "x.weight": (3, 3)}, {}, {})
+    assert is_embedding("wte", np.ones((2, 3)), B, square)
+    assert not is_embedding("x", np.ones((2, 3)), B, square)
+
+
+def test_a_name_that_ends_another_takes_no_number_from_it(tmp_path):
+    """PEFT's patterns match ends of names: with a rank of its own, `b` would give it to `a.b`."""
+    what = conv_files({"b": (6, 4), "a.b": (5, 4), "c": (3, 4), "d": (7, 4)}, default_config())
+    path, _ = there(tmp_path, what, "kohya")
+    arrays = dict(open_safetensors(path))
+    draw = np.random.default_rng(2).standard_normal
+    arrays["lora_unet_b.lora_down.weight"] = draw((2, 4)).astype("f4")
+    arrays["lora_unet_b.lora_up.weight"] = draw((6, 2)).astype("f4")
+    write_safetensors(tmp_path / "k.safetensors", arrays)
+    table = {name.replace(".", "_"): name for name in what.adapters}
+    words = "a.b: expected r 3 and α 5, got 2 and 5"
+    refusal(lambda: back(tmp_path, tmp_path / "k.safetensors", "kohya", names=table), words)

@@ -94,7 +94,9 @@ def scalings(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.PeftModel.from_pretrained(model, folder)
-    found = {n: m.scaling["default"] for n, m in wrapped.named_modules() if getattr(m, "scaling", None)}
+    found = {
+        n: m.scaling["default"] for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
     wrapped.unload()
     return found
 

@@ -153,7 +153,7 @@ def _keys(names: list[str], options: Options) -> tuple[list[str], int]:
     inside = [name.removeprefix(LAYERS).partition(".") for name in names if name.startswith(LAYERS)]
     if isinstance(layers, int) and inside and all(number.isdecimal() for number, _, _ in inside):
         numbers, keys = {int(number) for number, _, _ in inside}, {key for _, _, key in inside}
-        count = layers - min(numbers)
-        if len(inside) == count * len(keys) and numbers == set(range(min(numbers), layers)):
-            return sorted(keys | {name for name in names if not name.startswith(LAYERS)}), count
+        first = min(numbers)
+        if numbers == set(range(first, layers)) and len(inside) == len(numbers) * len(keys):
+            return sorted(keys | {name for name in names if not name.startswith(LAYERS)}), layers - first
     return sorted(names), -1
