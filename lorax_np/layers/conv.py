@@ -276,9 +276,8 @@ def _check_pair(base: Conv, adapter: AnyAdapter) -> int:
 def _check(x: Array, base: Conv, adapter: AnyAdapter, mask: Array | None) -> int:
     k = _check_pair(base, adapter)
     d_in, L = base.W.shape[1] * base.groups, _words("l", k)
-    axes(x=(x, f"... d_in {L}"), mask=(mask, f"? ... d_in {L}"))
-    channels = x.shape[len(x.shape) - k - 1]
-    if channels != d_in:
+    found = axes(x=(x, f"... d_in {L}"), mask=(mask, f"? ... d_in {L}"))
+    if found["d_in"] != d_in:
         raise ShapeError(f"x: expected (..., d_in, {L}) with d_in={d_in} set by W, got {tuple(x.shape)}")
     return k
 

@@ -169,6 +169,19 @@ def test_y_is_the_convolution_written_out(case):
     assert got.dtype == x.dtype
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kernel", "dilation"), [((2, 3), 1), ((4, 1), (1, 2)), ((2, 2), (3, 2))])
+def test_same_keeps_the_length_and_pads_behind_where_it_is_odd(kernel, dilation, mode):
+    """(conv.10)."""
+    draw = normals(10)
+    base = lx.Conv(draw(3, 2, *kernel), None, 1, "same", dilation, 1, mode)
+    x, adapter = draw(2, 2, 6, 5), lx.ConvAdapter(draw(2, 2, *kernel), draw(3, 2, 1, 1))
+    y = forward(x, base, adapter)
+    assert y.shape == (2, 3, 6, 5)
+    assert_close("y", y, written_out(x, base, adapter, 0.7), 1e-13)
+    assert any(after > before for before, after in zip(base.window.before, base.window.after, strict=True))
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["detached", "full"])
 @given(case=cases(), seed=seeds)
 def test_every_gradient_is_a_complex_step(full, case, seed):

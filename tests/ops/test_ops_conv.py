@@ -113,6 +113,20 @@ def test_the_bits_of_the_way_back_are_those_of_a_sum_in_order(library):
 
 
 @libraries
+def test_the_last_axis_is_added_up_first(library):
+    """(conv.7), of two axes: the bits are those of a sum over the second's places, then over the first's."""
+    window = Window((3, 2), (1, 1), (1, 1), (0, 0), (0, 0))
+    gcols = normals(1, dtype="float32")(3, 3, 6)
+    got = library.host(cols_backward(library.place(gcols), window, (5, 4)))
+    rows, want = np.zeros((3, 3, 4), "float32"), np.zeros((5, 4), "float32")
+    for p, t, q, u in product(range(3), range(3), range(3), range(2)):
+        rows[p, t, q + u] += gcols[p, q, 2 * t + u]
+    for p, t in product(range(3), range(3)):
+        want[p + t] += rows[p, t]
+    assert np.array_equal(got[0], want)
+
+
+@libraries
 @given(seed=seeds, groups=st.integers(1, 4), o=st.integers(1, 3), d=st.integers(1, 3))
 def test_blocks_stand_on_the_diagonal_and_come_back(library, seed, groups, o, d):
     """(conv.8) and its adjoint (conv.9)."""

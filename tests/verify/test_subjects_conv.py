@@ -7,16 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lorax_np.verify.batteries import conv
-from lorax_np.verify.batteries.conv import (
-    LAYOUTS,
-    ConvReference,
-    as_linear,
-    battery_conv,
-    draw,
-    unwindowed,
-    windows,
-)
+from lorax_np.verify.batteries import conv_case as conv
+from lorax_np.verify.batteries.conv import LAYOUTS, ConvReference, battery_conv, draw
+from lorax_np.verify.batteries.conv_case import as_linear, unwindowed, windows
 from lorax_np.verify.batteries.conv_laws import battery_conv_laws, battery_conv_spread, battery_conv_start
 from lorax_np.verify.subjects import reference
 

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.batteries import embedding
-from lorax_np.verify.batteries.embedding import (
-    LAYOUTS,
-    EmbeddingReference,
-    battery_embedding,
-    draw,
-    ratio,
-)
+from lorax_np.verify.batteries import embedding_case as embedding
+from lorax_np.verify.batteries.embedding import LAYOUTS, EmbeddingReference, battery_embedding, draw
+from lorax_np.verify.batteries.embedding_case import ratio
 from lorax_np.verify.precision import PRECISIONS
 
 PROFILES = "fp32", "fp64", "bf16", "fp16"

@@ -16,7 +16,8 @@ import numpy as np
 from ... import LoraConfig
 from ..cases import PROFILES, UNIT, HostArray
 from ..report import Check
-from .conv import PADS, ConvCase, as_linear, cases, conv_bounds, wide
+from .conv import cases
+from .conv_case import PADS, ConvCase, as_linear, conv_bounds, wide
 from .edges import law, off
 from .starts import CHANCE
 from .tensors import Absent, ask, by_name, chosen

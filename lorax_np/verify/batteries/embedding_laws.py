@@ -15,7 +15,8 @@ from ..cases import PROFILES, HostArray
 from ..precision import PRECISIONS, Precision
 from ..report import Check
 from .edges import law, off
-from .embedding import EmbeddingCase, cases, embedding_bounds
+from .embedding import cases
+from .embedding_case import EmbeddingCase, embedding_bounds
 from .tensors import Absent, ask, by_name, chosen
 
 Run = Callable[[], str | None]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ... import Adapter, Linear, lora_linear_backward, lora_linear_forward
-from ..batteries.conv import ConvCase, ConvReference, as_linear, blocks, merged, truth, unwindowed, windows
+from ..batteries.conv import ConvReference
+from ..batteries.conv_case import ConvCase, as_linear, blocks, merged, truth, unwindowed, windows
 from ..cases import HostArray
 from .fault import Fault, Faulty
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..batteries.embedding import EmbeddingCase, EmbeddingReference, merged, ratio
+from ..batteries.embedding import EmbeddingReference
+from ..batteries.embedding_case import EmbeddingCase, merged, ratio
 from ..cases import HostArray
 from .fault import Fault, Faulty
 

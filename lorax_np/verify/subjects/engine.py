@@ -35,8 +35,8 @@ from ... import (
     torch_generator,
     unmerge,
 )
-from ..batteries.conv import ConvCase
-from ..batteries.embedding import EmbeddingCase
+from ..batteries.conv_case import ConvCase
+from ..batteries.embedding_case import EmbeddingCase
 from ..batteries.experts import ExpertsReference
 from ..batteries.packed import PackedReference
 from ..cases import Case

@@ -8,7 +8,7 @@ import peft as library
 import torch
 
 from ... import LoraConfig
-from ..batteries.embedding import EmbeddingCase
+from ..batteries.embedding_case import EmbeddingCase
 from ..cases import Case, HostArray
 from ..conventions import Spec
 from .torch_arrays import to_array, to_tensor
