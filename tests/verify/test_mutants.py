@@ -16,11 +16,12 @@ from lorax_np.verify.layers import plain
 from lorax_np.verify.layers.plain import Plain
 from lorax_np.verify.mutants import CATALOGUE, CONVENTIONS, KINDS, Fault
 from lorax_np.verify.mutants import matrix as kill
-from lorax_np.verify.mutants.adapters import Arithmetic
+from lorax_np.verify.mutants.blended import Blending
 from lorax_np.verify.mutants.equivalent import EQUIVALENT, exact_cases, first_differences
 from lorax_np.verify.mutants.experts import Routed
 from lorax_np.verify.mutants.files import Filed
 from lorax_np.verify.mutants.naive import close_at_start, differences
+from lorax_np.verify.mutants.related import Related
 from lorax_np.verify.mutants.several import Mixing
 from lorax_np.verify.subjects import reference
 
@@ -36,7 +37,7 @@ PUBLISHED = (
 )
 
 
-class Whole(Filed, Mixing, Routed, Arithmetic, EmbeddingReference, ConvReference):
+class Whole(Filed, Mixing, Routed, Related, Blending, EmbeddingReference, ConvReference):
     """All methods there are, all right."""
 
 

@@ -138,15 +138,15 @@ def test_a_fault_is_refused_by_the_tensor_that_has_it():
         fault = next(fault for fault in FAULTS if fault.id == id)
         return {tensor for _, tensor in bad(judged(fault.subject()))}
 
-    assert tensors("W2") == {"y", "x", "A", "B", "W", ZERO}, "W of the merge; B's idle columns are another's"
-    assert tensors("W9") >= {"A"}
-    assert tensors("W9") <= {"A", ZERO}
-    assert tensors("W10") <= {"B", ZERO}
-    assert tensors("W11") == {"A", "B", ZERO}
-    assert tensors("W12") == {"x"}
-    assert tensors("W13") == {"A"}
-    assert tensors("W14") == {"B"}
-    assert tensors("W15") == tensors("W16") == {"W"}
+    assert tensors("Y2") == {"y", "x", "A", "B", "W", ZERO}, "W of the merge; B's idle columns are another's"
+    assert tensors("Y9") >= {"A"}
+    assert tensors("Y9") <= {"A", ZERO}
+    assert tensors("Y10") <= {"B", ZERO}
+    assert tensors("Y11") == {"A", "B", ZERO}
+    assert tensors("Y12") == {"x"}
+    assert tensors("Y13") == {"A"}
+    assert tensors("Y14") == {"B"}
+    assert tensors("Y15") == tensors("Y16") == {"W"}
 
 
 def test_with_one_rank_or_one_expert_both_orders_are_one():

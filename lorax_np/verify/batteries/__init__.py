@@ -5,6 +5,7 @@ from typing import Any
 
 from ..report import Check
 from . import (
+    blended,
     calls,
     conduct,
     conv,
@@ -21,6 +22,7 @@ from . import (
     lattice,
     packed,
     probes,
+    related,
     schedule,
     secant,
     several,
@@ -64,6 +66,10 @@ BATTERIES: dict[str, Battery] = {
     "on base": several.battery_on_base,
     "combined": several.battery_combined,
     "alone": several.battery_alone,
+    # blend
+    "blended": blended.battery_blended,
+    "blended exact": blended.battery_blended_exact,
+    "blended laws": blended.battery_blended_laws,
     # save, load
     "reloaded": files.battery_reloaded,
     "foreign": files.battery_foreign,
@@ -86,6 +92,9 @@ BATTERIES: dict[str, Battery] = {
     # experts_forward, experts_backward, experts_merge
     "experts": experts.battery_experts,
     "routed": experts.battery_routed,
+    # vera_forward, vera_backward, and likewise adalora and tokens
+    "related": related.battery_related,
+    "related laws": related.battery_related_laws,
 }
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles

@@ -62,12 +62,14 @@ def _crash(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:
 
 
 def _side(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:
-    """Merging alone, the start alone, packed batches alone, or fused experts alone."""
+    """Merging alone, the start alone, packed batches alone, and so on."""
     for words, part, why in (
         (MERGES, "merge", "only in merging"),
         (STARTS, "start", "only in the start"),
         (("packed",), "packed", "only in packed batches"),
         (("experts", "routed"), "experts", "only in fused experts"),
+        (("related",), "related", "only in a related form"),
+        (("blended",), "blended", "only in weighted combinations"),
     ):
         if all(check.battery.startswith(words) for check in bad):
             return Branch(part, f"{why}: {len(bad)} checks")

@@ -7,6 +7,7 @@
 
 from . import (
     adapters,
+    blended,
     conduct,
     conv,
     dora,
@@ -18,6 +19,7 @@ from . import (
     gradient,
     merge,
     packed,
+    related,
     rounding,
     scale,
     several,
@@ -55,6 +57,8 @@ CATALOGUE: dict[str, Fault] = _by_id(
     experts.FAULTS,
     embedding.FAULTS,
     conv.FAULTS,
+    related.FAULTS,
+    blended.FAULTS,
 )
 
 __all__ = ["CATALOGUE", "CONVENTIONS", "KINDS", "Fault", "Faulty", "Kind"]

@@ -27,6 +27,8 @@ Kind = Literal[
     "experts",
     "embedding",
     "conv",
+    "related",
+    "blended",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

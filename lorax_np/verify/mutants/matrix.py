@@ -51,6 +51,11 @@ SEES: Mapping[
     "apart": frozenset(("packed",)),
     "experts": frozenset(("experts",)),
     "routed": frozenset(("experts",)),
+    "blended": frozenset(("blended",)),
+    "blended exact": frozenset(("blended",)),
+    "blended laws": frozenset(("blended",)),
+    "related": frozenset(("related",)),
+    "related laws": frozenset(("related",)),
 }
 NAIVE: dict[str, Callable[[Any], str]] = {
     "close at start": close_at_start,
