@@ -35,6 +35,7 @@ CASES = {
     "regex": {"target_modules": r".*(up|quare)$", "exclude_modules": ["attention"]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["head", "gpt", "out_proj"]},
     "conv1d of gpt": {"target_modules": ["gpt"]},
+    "conv1d, then linear": {"target_modules": ["gpt", "head"]},
     "dora": {"target_modules": ["up", "gpt", "embed"], "use_dora": True},
     "dora conv": {"target_modules": ["line", "plane", "space"], "use_dora": True},
     "embedding": {"target_modules": ["embed", "up"]},
