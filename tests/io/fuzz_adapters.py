@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  loaded here, so that no later import is taken for something else
 import numpy as np
 from adapter_samples import SAMPLES, config_of, sample
 

@@ -287,6 +287,8 @@ def test_pickles_are_named_and_never_loaded(tmp_path):
     refused(folder, r"adapter_model.bin: .*never loaded.*torch.load\(weights_only=True\)")
     (folder / "adapter_model.bin").rename(folder / WEIGHTS)
     refused(folder, r"a pickle.*never loaded")
+    (folder / WEIGHTS).rename(folder / "adapter_model.pt")
+    refused(folder / "adapter_model.pt", r"adapter directory, got a pickle.*torch.load\(weights_only=True\)")
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -309,6 +311,22 @@ def test_other_things_where_files_belong(tmp_path):
     (folder / CONFIG).symlink_to(CONFIG)
     with pytest.raises((OSError, lx.FormatError)):
         load_adapter(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_starts_that_leave_another_base_want_it(tmp_path, start):
+    loftq = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if start == "loftq" else {}
+    said = Q | {"init_lora_weights": start} | loftq
+    folder = write(tmp_path / "alone", said, linear("q"))
+    refused(folder, rf"init_lora_weights='{start}': expected the base weights that it left, got none at 'q'")
+    assert load_adapter(folder, residual_base=True).sites
+    files = load_adapter(write(tmp_path / "both", said, linear("q", **{"base_layer.weight": normals(4, 5)})))
+    assert list(files.saved) == ["q.weight"]
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
+def test_other_starts_are_right_beside_the_original(tmp_path, start):
+    assert load_adapter(write(tmp_path, Q | {"init_lora_weights": start}, linear("q"))).sites
 
 
 # ---- what is said and is no error --------------------------------------------------------------------------

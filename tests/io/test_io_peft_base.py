@@ -118,3 +118,30 @@ def test_a_checkpoint_is_a_base(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {k.removeprefix("m."): v for k, v in BASE.items()})
     with_base = load_adapter(sample(tmp_path / "a", "linear"), weights=open_checkpoint(tmp_path))
     assert with_base.sites == load_adapter(tmp_path / "a").sites
+
+
+SAVED = {"layers.0.q.weight": ones(4, 5), "layers.0.v.weight": ones(4, 5), "embed.weight": ones(7, 5)}
+
+
+def test_what_stands_beside_has_the_bases_shapes(tmp_path):
+    folder = sample(tmp_path, "saved")
+    assert load_adapter(folder, weights=SAVED | {"head.weight": ones(3, 5)}).notes == ()
+    refused(
+        folder, r"'head.weight': expected \(3, 6\), the base's", weights=SAVED | {"head.weight": ones(3, 6)}
+    )
+    refused(folder, r"expected rows as of embed.weight \(7, 6\)", weights=SAVED | {"embed.weight": ones(7, 6)})
+    notes = load_adapter(folder, weights=SAVED).notes  # a head that the base never had
+    assert notes == ("1 saved tensors are not in the base: 'head.weight'",)
+
+
+def test_a_vocabulary_may_have_grown(tmp_path):
+    tensors = linear("q") | {f"{PREFIX}embed_tokens.weight": ones(9, 5), f"{PREFIX}lm_head.weight": ones(9, 5)}
+    folder = write(tmp_path, {"target_modules": ["q"]}, tensors)
+    weights = {"q.weight": ones(4, 5), "embed_tokens.weight": ones(7, 5), "lm_head.weight": ones(7, 5)}
+    assert set(load_adapter(folder, weights=weights).saved) == {"embed_tokens.weight", "lm_head.weight"}
+    refused(folder, "the base's", weights=weights | {"lm_head.weight": ones(7, 6)})
+
+
+def test_a_trained_bias_has_the_bases_shape(tmp_path):
+    weights = {"q.weight": ones(4, 5), "norm.bias": ones(6), "q.bias": ones(5)}
+    refused(sample(tmp_path, "biases"), r"'q': expected q.bias of \(4,\), got \(5,\)", weights=weights)

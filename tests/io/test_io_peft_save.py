@@ -213,3 +213,26 @@ def test_killed_at_any_moment_an_adapter_is_the_old_or_the_new(tmp_path):
     assert seen <= {2, 3}
     left = [path.name for path in tmp_path.iterdir() if path.name != "a"]
     assert all(re.fullmatch(r"\.a\.[0-9a-f]{8}\.part", name) for name in left)
+
+
+def test_who_reads_while_another_saves_gets_one_or_the_other(tmp_path):
+    """Config and weights are of one directory, however often another takes its place."""
+    process = subprocess.Popen([sys.executable, "-c", LOOP, tmp_path / "a"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    seen, turns = set(), 0
+    try:
+        while turns < 200 or (len(seen) < 2 and turns < 5000):
+            try:
+                files = load_adapter(tmp_path / "a")
+            except lx.FormatError as error:
+                assert "stays while it is read" in str(error)  # noqa: PT017
+                continue
+            finally:
+                turns += 1
+            r = files.sites["q"].r
+            assert np.all(r == files.adapters["q"].B)
+            seen.add(r)
+    finally:
+        process.kill()
+        process.communicate()
+    assert seen == {2, 3}

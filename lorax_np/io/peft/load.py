@@ -3,11 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ...backend import Array
+from ...config import LoraConfig
 from ...errors import ConfigError, DtypeError, FormatError, ShapeError
 from ...params import Adapter, AnyAdapter, ConvAdapter
 from ..safetensors import HostArray, SafetensorsFile, open_safetensors, show
@@ -19,6 +20,7 @@ from .sites import AdapterFiles, Place, Resolver
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = "adapter_model.bin", "adapter_model.pt", "adapter_model.pth"
+TIMES = 5  # that a directory may be replaced while it is read
 PIECE = 1 << 22  # numbers that are looked at at a time
 
 
@@ -40,7 +42,6 @@ def load_adapter(
     OSError. Each is one line with the path. Source: specs/adapter_files.md.
 
     >>> from tempfile import TemporaryDirectory
-    >>> from lorax_np.config import LoraConfig
     >>> from lorax_np.io.peft import save_adapter
     >>> config = LoraConfig(r=2, target_modules=["up"])
     >>> with TemporaryDirectory() as folder:
@@ -49,9 +50,7 @@ def load_adapter(
     >>> found.adapters["up"].A.shape, found.sites["up"].scaling, found.notes
     ((2, 3), 4.0, ())
     """
-    folder = Path(dir)
-    config = read_config(_config_path(folder))
-    file = open_safetensors(_weights_path(folder))
+    config, file = _opened(Path(dir))
     keys = sort_keys(file.path, file.names)
     shapes = {name: file.shape(name) for name in file.names}
     dtypes = {name: file.dtype(name) for name in file.names}
@@ -67,10 +66,32 @@ def load_adapter(
     return found if weights is None else fit(file.path, found, weights)
 
 
+def _opened(folder: Path) -> tuple[LoraConfig, SafetensorsFile]:
+    """Config and weights of one directory, though somebody may put another in its place meanwhile."""
+    for _ in range(TIMES):
+        before = _identity(folder)
+        try:
+            found = read_config(_config_path(folder)), open_safetensors(_weights_path(folder))
+        except (ConfigError, FormatError, OSError):
+            if before == _identity(folder):
+                raise
+            continue
+        if before == _identity(folder):
+            return found
+    raise FormatError(f"{folder}: expected a directory that stays while it is read, got {TIMES} in turn")
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    """What tells one directory from another that takes its place."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
 def _config_path(folder: Path) -> Path:
     """The config's file, or a FormatError that says what lies there instead."""
     if not folder.is_dir():
-        folder.stat()  # the system's own error where there is nothing, or a loop of links
+        if folder.suffix in (".bin", ".pt", ".pth"):
+            _refuse_pickle(folder, "an adapter directory")
         raise FormatError(f"{folder}: expected an adapter directory, got a file")
     path = folder / CONFIG
     if not path.exists():
@@ -87,12 +108,16 @@ def _weights_path(folder: Path) -> Path:
     if not path.exists():
         pickle = next((name for name in PICKLES if (folder / name).exists()), None)
         if pickle:
-            raise FormatError(
-                f"{folder / pickle}: expected {WEIGHTS}, got a pickle, which can run code and is never loaded "
-                "here: convert it once, with torch.load(weights_only=True) and safetensors.torch.save_file"
-            )
+            _refuse_pickle(folder / pickle, WEIGHTS)
         raise FormatError(f"{path}: expected the weights of an adapter, got no such file")
     return path
+
+
+def _refuse_pickle(path: Path, wanted: str) -> NoReturn:
+    raise FormatError(
+        f"{path}: expected {wanted}, got a pickle, which can run code and is never loaded here: "
+        "convert it once, with torch.load(weights_only=True) and safetensors.torch.save_file"
+    )
 
 
 def _copy(name: str, names: Mapping[str, str]) -> bool:
