@@ -130,8 +130,8 @@ def test_what_stands_beside_has_the_bases_shapes(tmp_path):
         folder, r"'head.weight': expected \(3, 6\), the base's", weights=SAVED | {"head.weight": ones(3, 6)}
     )
     refused(folder, r"expected rows as of embed.weight \(7, 6\)", weights=SAVED | {"embed.weight": ones(7, 6)})
-    notes = load_adapter(folder, weights=SAVED).notes  # a head that the base never had
-    assert notes == ("1 saved tensors are not in the base: 'head.weight'",)
+    (note,) = load_adapter(folder, weights=SAVED).notes  # a head that the base never had
+    assert note.startswith("1 saved tensors are not in the base: 'head.weight'")
 
 
 def test_a_vocabulary_may_have_grown(tmp_path):

@@ -215,6 +215,73 @@ def test_killed_at_any_moment_an_adapter_is_the_old_or_the_new(tmp_path):
     assert all(re.fullmatch(r"\.a\.[0-9a-f]{8}\.part", name) for name in left)
 
 
+STEPS = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+import lorax_np as lx
+from lorax_np.io import replace
+from lorax_np.io.peft import load_adapter, save_adapter
+
+folder, way = Path(sys.argv[1]), sys.argv[2]
+if way == "renames":
+    replace.exchange = lambda one, other: False
+left = -1
+
+def hook(event, arguments):
+    global left
+    if left >= 0 and event.startswith(("os.", "open", "shutil.", "mmap.")):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def save(r):
+    A, B = np.full((r, 3), float(r), "float32"), np.full((5, r), float(r), "float32")
+    save_adapter(folder, {"q": lx.Adapter(A, B)}, lx.LoraConfig(r=r, target_modules=["q"]))
+
+def rank(path):
+    files = load_adapter(path)
+    assert np.all(files.adapters["q"].B == files.sites["q"].r)
+    assert (path / "README.md").read_text().count(f"| rank | {files.sites['q'].r} |") == 1
+    assert (path / "kept.txt").read_text() == "mine"
+    return files.sites["q"].r
+
+sys.addaudithook(hook)
+save(2)
+(folder / "kept.txt").write_text("mine")
+counts = {2: 0, 3: 0, "beside": 0}
+for n in range(1000):
+    pid = os.fork()
+    if pid == 0:
+        left = n
+        save(3)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if folder.exists():
+        counts[rank(folder)] += 1
+    else:
+        (old,) = folder.parent.glob(".a.*.old")
+        assert way == "renames" and rank(old) == 2
+        counts["beside"] += 1
+        old.rename(folder)
+    if os.WIFEXITED(status):
+        break
+    save(2)
+print(n, counts)
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "renames"])
+def test_killed_before_each_step_an_adapter_is_the_old_or_the_new(tmp_path, way):
+    """Every call of the system that a save makes is once the last one that it does not make."""
+    done = subprocess.run([sys.executable, "-c", STEPS, tmp_path / "a", way], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = int(done.stdout.split()[0])
+    assert steps > 20
+    assert re.search(r"2: \d+, 3: [1-9]", done.stdout)
+    assert ("'beside': 0" in done.stdout) == (way == "exchange")
+
+
 def test_who_reads_while_another_saves_gets_one_or_the_other(tmp_path):
     """Config and weights are of one directory, however often another takes its place."""
     process = subprocess.Popen([sys.executable, "-c", LOOP, tmp_path / "a"], stdout=subprocess.PIPE)
