@@ -210,7 +210,7 @@ def config_text(rng: random.Random, raw: bytes) -> bytes:
 def place(rng: random.Random, folder: Path) -> None:
     """Something else where a file belongs."""
     path = folder / rng.choice((CONFIG, WEIGHTS))
-    if not path.exists() or path.is_dir():
+    if not path.is_file() or path.is_symlink():  # spoilt already
         return
     kind = rng.randrange(10)
     if kind == 0:
