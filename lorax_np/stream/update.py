@@ -62,11 +62,14 @@ class Update:
     def scale_rows(self, V: HostArray, first: int) -> None:
         """V ← (m/n)∘V by rows, n the norms of V: (merge.2), where each row is whole."""
         if self.m is not None and self.by_rows:
-            try:
-                check_direction(V)
-            except ConfigError as error:
-                raise ConfigError(f"{self.site}: rows from {first} on: {error}") from None
-            k = self.m[first : first + len(V)].astype(WIDE) / to_host(row_norm_forward(V))
+            with np.errstate(all="ignore"):
+                n = to_host(row_norm_forward(V))
+            if np.isnan(n).any():  # of a row of zeros, or of one that is not finite, which is refused later
+                try:
+                    check_direction(V)
+                except ConfigError as error:
+                    raise ConfigError(f"{self.site}: rows from {first} on: {error}") from None
+            k = self.m[first : first + len(V)].astype(WIDE) / n
             np.multiply(k[:, None], V, out=V)
 
     def ratio_of_columns(self, blocks: "Blocks") -> HostArray | None:
@@ -225,9 +228,10 @@ def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray:
     eights = np.flatnonzero(scratch.eights("hit", V.size))
     if len(eights) > MANY:
         return to_numpy(V, "bfloat16")
-    for first in eights * 8:
-        some = slice(first, first + 8)
-        found.reshape(-1)[some] = to_numpy(V.reshape(-1)[some], "bfloat16")
+    if len(eights):
+        places = (eights[:, None] * 8 + np.arange(8)).reshape(-1)
+        places = places[places < V.size]
+        found.reshape(-1)[places] = to_numpy(V.reshape(-1)[places], "bfloat16")
     return found
 
 
