@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.machine import Gate, about  # noqa: E402
-from lorax_np.io.writer import WORDS, SafetensorsWriter, write_safetensors  # noqa: E402
+from lorax_np.io.layout import WORDS  # noqa: E402
+from lorax_np.io.writer import SafetensorsWriter, write_safetensors  # noqa: E402
 
 D, FF, VOCAB, HEADS, RANK = 2048, 5632, 32000, 16, 16
 DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float16"}

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..io.checkpoint import SINGLE, Checkpoint
+from ..io.layout import word_of
 from ..io.safetensors import BITS, show
-from ..io.writer import word_of
 
 Kind = Literal["copy", "cast", "update", "bias", "saved", "rows", "original"]
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what is computed with

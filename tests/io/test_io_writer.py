@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from strategies import LIBRARIES
 
 from lorax_np.errors import ConfigError, DtypeError, FormatError, ShapeError
+from lorax_np.io.layout import ORDER, WORDS, pieces
 from lorax_np.io.safetensors import BITS, open_safetensors
-from lorax_np.io.writer import ORDER, WORDS, SafetensorsWriter, pieces, write_safetensors
+from lorax_np.io.writer import SafetensorsWriter, write_safetensors
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="16 and 8 bit floats need ml_dtypes")
 oracle = pytest.importorskip("safetensors", reason="safetensors is the oracle of these tests")
@@ -138,7 +139,7 @@ def test_arrays_of_every_library(tmp_path, library):
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_large_arrays_are_encoded_in_pieces(tmp_path, monkeypatch, order):
-    monkeypatch.setattr("lorax_np.io.writer.PIECE", 1000)
+    monkeypatch.setattr("lorax_np.io.layout.PIECE", 1000)
     W = np.asarray(np.random.default_rng(0).standard_normal((37, 11, 5)), order=order)
     assert len(list(pieces(W))) == (1 if order == "C" else 19)
     write_safetensors(tmp_path / "t", {"a": W})
@@ -235,7 +236,7 @@ def test_refuses_and_leaves_nothing(tmp_path, call, error, words):
 )
 def test_entries_that_no_header_holds(tmp_path, monkeypatch, entries, metadata, words):
     if "100 bytes" in words:
-        monkeypatch.setattr("lorax_np.io.writer.MAX_HEADER", 100)
+        monkeypatch.setattr("lorax_np.io.layout.MAX_HEADER", 100)
     with pytest.raises(ConfigError, match=words):
         SafetensorsWriter(tmp_path / "t", entries, metadata)
     assert left(tmp_path) == []
