@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import HostArray, to_host
+from ..backend import Array, HostArray, to_host
 from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
 from ..io.safetensors import BITS, NUMPY, SafetensorsFile, _bfloat16, show
@@ -187,13 +187,20 @@ class _Maker:
         """Some rows of a tensor of the base, as it stores them, or of what stands in for it."""
         stands_in = task.saved in self.adapter.saved and not task.saved.endswith(ROWS)
         if stands_in or not self.base.shards:
-            whole = to_host(self.adapter.saved[task.saved] if stands_in else self.base[task.source])
-            return whole.reshape(-1, cols)[start:stop]
+            whole = self.adapter.saved[task.saved] if stands_in else self._decoded(task.source)
+            return to_host(whole).reshape(-1, cols)[start:stop]
         file = self.base.shard(task.source)
         dtype = _dtype(file.dtype(task.source), str(file.path))
         found = self.scratch("W", (stop - start, cols), dtype)
         offset = file.place(task.source)[0] + start * cols * dtype.itemsize
         _read_into(self._file(file.path), found, offset, file.path)
+        return found
+
+    def _decoded(self, name: str) -> Array:
+        """A tensor of a GGUF file, which is decoded whole: kept until this thread wants another."""
+        if getattr(self._local, "name", None) != name:
+            self._local.name, self._local.whole = name, self.base[name]
+        found: Array = self._local.whole
         return found
 
     def _ratio(self, task: Task, update: Update | None) -> HostArray | None:

@@ -120,7 +120,7 @@ def written(base: Checkpoint, plan: CheckpointPlan, out: Path, sources: Sources,
             shutil.copyfile(path, place.folder / path.name)
         if plan.index is not None:
             (place.folder / index_name(base)).write_text(plan.index_text(), encoding="utf-8")
-        if plan.config and base.config:
+        if base.config and (plan.config or not (base.folder / "config.json").is_file()):
             text = json.dumps({**base.config, **plan.config}, indent=2, ensure_ascii=False) + "\n"
             (place.folder / "config.json").write_text(text, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(place.folder.iterdir())}

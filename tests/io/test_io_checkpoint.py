@@ -1,7 +1,6 @@
 """Checkpoints opened whole: files, directories, shards behind an index, and what an index may not say."""
 
 import json
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -97,12 +96,6 @@ def test_shards_may_be_links_elsewhere(tmp_path):
         (snapshot / name).rename(blobs / name)
         (snapshot / name).symlink_to(blobs / name)
     check(open_checkpoint(snapshot))
-
-
-@pytest.mark.skipif(find_spec("lorax_np.io.gguf") is not None, reason="this version reads GGUF files")
-def test_gguf_without_its_reader(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert "a GGUF file, which this version does not read" in refusal(tmp_path)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import lorax_np as lx
 from lorax_np import open_safetensors
 from lorax_np.backend import cast
 from lorax_np.io.checkpoint import open_checkpoint
+from lorax_np.io.gguf_writer import write_gguf
 from lorax_np.stream import work
 from lorax_np.stream.merge import merge_checkpoint
 from lorax_np.stream.update import Scratch, rounded
@@ -469,3 +470,39 @@ def test_rounding_to_bfloat16_is_that_of_cast(values):
         want = np.asarray(cast(V.copy(), "bfloat16"))
     if np.isfinite(want.astype(float)).all():
         assert rounded(V, "bfloat16", "", Scratch()).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_gguf_file(tmp_path, blocks, dtype):
+    """Names, rows of q and k, and the config as Hugging Face has them; and safetensors come out."""
+    rng = np.random.default_rng(0)
+    heads, d, ff, vocab = 4, 24, 40, 56
+    shapes = {"token_embd.weight": (vocab, d), "output_norm.weight": (d,)}
+    shapes |= {f"blk.0.attn_{p}.weight": (d, d) for p in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.attn_norm.weight": (d,), "blk.0.ffn_norm.weight": (d,), "blk.0.ffn_gate.weight": (ff, d)}
+    shapes |= {"blk.0.ffn_up.weight": (ff, d), "blk.0.ffn_down.weight": (d, ff)}
+    sizes = {"embedding_length": d, "feed_forward_length": ff, "block_count": 1, "context_length": 64}
+    sizes |= {"attention.head_count": heads, "attention.head_count_kv": heads}
+    said = {"general.architecture": ("string", "llama")}
+    said |= {f"llama.{name}": ("uint32", n) for name, n in sizes.items()}
+    said["llama.attention.layer_norm_rms_epsilon"] = ("float32", 1e-6)
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "base" / "m.gguf"
+    write_gguf(
+        path, said, {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    )
+    base = open_checkpoint(path)
+    q = "model.layers.0.self_attn.q_proj"
+    part = factors(rng, (d, d), 3)
+    adapter = write_adapter(tmp_path / "adapter", {q: part}, target_modules=["q_proj"])
+    merge_checkpoint(path, adapter, tmp_path / "out", dtype=dtype)
+    got = open_checkpoint(tmp_path / "out")
+    assert set(got) == set(base)
+    assert got.config == base.config | {"torch_dtype": dtype or "float32"}
+    assert got.config["model_type"] == "llama"
+    record = lx.Adapter(part["lora_A.weight"], part["lora_B.weight"])
+    for name, value in base.items():
+        want = np.asarray(value)
+        if name == f"{q}.weight":
+            want = lx.merge(lx.Linear(want.astype(np.float64)), record, scaling=S).W
+        assert same(np.array(got[name]), np.asarray(cast(want, dtype or "float32")))
