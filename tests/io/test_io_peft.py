@@ -161,6 +161,11 @@ REFUSED = {
         r"lora_magnitude_vector': expected \(4,\), got \(1, 4\)",
     ),
     "bias of B": (Q | {"lora_bias": True}, linear("q"), "a bias of B at every site, with lora_bias=True"),
+    "bias of B's length": (
+        Q | {"lora_bias": True},
+        linear("q", **{"lora_B.bias": normals(5)}),
+        r"lora_B.bias': expected \(4,\), got \(5,\)",
+    ),
     "no bias of B": (Q, linear("q", **{"lora_B.bias": normals(4)}), "no bias of B at every site"),
     "target": (Q, linear("q") | linear("k"), "where target_modules has them, got 'k'"),
     "target by regex": ({"target_modules": ".*q"}, linear("q.x"), "where target_modules has them"),

@@ -145,3 +145,10 @@ def test_a_vocabulary_may_have_grown(tmp_path):
 def test_a_trained_bias_has_the_bases_shape(tmp_path):
     weights = {"q.weight": ones(4, 5), "norm.bias": ones(6), "q.bias": ones(5)}
     refused(sample(tmp_path, "biases"), r"'q': expected q.bias of \(4,\), got \(5,\)", weights=weights)
+
+
+def test_a_head_stands_where_the_prefix_does_not_reach(tmp_path):
+    tensors = linear("layers.0.q") | {f"{PREFIX}head.weight": ones(3, 5), f"{PREFIX}pool.weight": ones(2, 2)}
+    folder = write(tmp_path, {"target_modules": ["q"], "modules_to_save": ["head", "pool"]}, tensors)
+    weights = {"m.layers.0.q.weight": ones(4, 5), "head.weight": ones(3, 5), "m.pool.weight": ones(2, 2)}
+    assert set(load_adapter(folder, weights=weights).saved) == {"head.weight", "m.pool.weight"}

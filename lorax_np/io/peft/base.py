@@ -33,14 +33,14 @@ def fit(path: Path, found: AdapterFiles, weights: Mapping[str, Array]) -> Adapte
         rename(name): replace(site, name=rename(name), weight=rename(site.weight))
         for name, site in found.sites.items()
     }
-    sites, order = _ordered(adapters, sites, shape)
+    order = _order(adapters, sites, shape)
     adapters = {order.get(name, name): adapter for name, adapter in adapters.items()}
     sites = {name: sites[name] for name in adapters}
     settled = _layouts(path, sites, adapters, shape, notes)
     for name, site in settled.items():
         if (problem := _unfit(site, adapters[name], shape(site.weight), shape, weights)) is not None:
             raise FormatError(f"{path}: {show(name)}: {problem}")
-    saved = {rename(name): array for name, array in found.saved.items()}
+    saved = {_beside(name, rename, weights): array for name, array in found.saved.items()}
     _check_saved(path, saved, weights, shape, notes)
     for name, site in settled.items():
         _check_rows_of(name, site, adapters[name], weights)
@@ -88,6 +88,11 @@ def _renaming(
         f"{path}: expected every site in the base, got {len(missing)} of {len(wanted)} that are not there: "
         f"{some(missing, _alike(missing, weights))}"
     )
+
+
+def _beside(name: str, rename: Rename, weights: Mapping[str, Any]) -> str:
+    """The base's name of a tensor beside the adapters: a head may stand where the prefix does not reach."""
+    return name if name in weights and rename(name) not in weights else rename(name)
 
 
 def _alike(missing: list[str], weights: Iterable[str]) -> list[str]:
@@ -142,10 +147,10 @@ def _unfit(
     return None
 
 
-def _ordered(
+def _order(
     adapters: Mapping[str, AnyAdapter], sites: Mapping[str, Site], shape: Callable[[str], Shape]
-) -> tuple[dict[str, Site], dict[str, str]]:
-    """Experts' parameters of one module in the only order in which they fit, where they do not as they are.
+) -> dict[str, str]:
+    """Other names for the parameters of a module, in the only order that fits, where they do not as they are.
 
     Depth alone tells a module's wrappers apart; the order in which it declares parameters is not in the file.
     """
@@ -169,7 +174,7 @@ def _ordered(
             ways = [way for way in permutations(names) if good(way)]
             if len(ways) == 1:
                 order |= dict(zip(names, ways[0], strict=True))
-    return dict(sites), order
+    return order
 
 
 def _layouts(
