@@ -20,7 +20,6 @@ from ..params import AnyAdapter, check_direction
 WIDE = "float64"
 HALF = 0x8000  # half an ulp of bfloat16, in the bits of a float32
 MANY = 100  # entries midway in one block, from which on all of it is rounded again at once
-OVERFLOW = (2 - 2.0**-8) * 2.0**127  # from here on a number is rounded to bfloat16's infinity
 
 
 class Part(NamedTuple):
@@ -220,7 +219,7 @@ def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray:
     found, hit = scratch("found", V.shape, bfloat16()), scratch("hit", V.shape, np.bool_)
     bits = near.view(np.uint32)
     np.copyto(near, V, casting="unsafe")
-    if not (near.max(initial=0.0) < OVERFLOW and near.min(initial=0.0) > -OVERFLOW):
+    if not (near.max(initial=0.0) < np.inf and near.min(initial=0.0) > -np.inf):  # NaN is not less either
         return to_numpy(V, "bfloat16")
     np.add(bits, HALF, out=bits)
     np.equal(np.bitwise_and(bits, 0xFFFF, out=low), 0, out=hit)

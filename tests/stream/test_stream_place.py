@@ -60,6 +60,9 @@ def test_after_an_interrupt_finished_files_wait_and_are_taken_up(made):
     waiting = {path.name for path in (out.parent / ".out.part" / "whole").iterdir()}
     assert waiting
     assert not any(name.endswith(".part") for name in waiting)
+    (out.parent / ".out.part" / "whole" / ".model-00001-of-00005.safetensors.0123.part").write_bytes(
+        b"unfinished"
+    )
     found = merge_checkpoint(base, adapter, out)
     assert set(found.resumed) == waiting
     assert content(out) == want
