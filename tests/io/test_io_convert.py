@@ -660,6 +660,11 @@ def test_a_weight_of_another_shape_than_the_factors_say_is_refused(tmp_path):
     write_safetensors(checkpoint, {"lm_head.weight": np.zeros((3, 4), "f4")})
     words = "lm_head: expected a weight of the base of shape (17, 10), set by A and B, got (3, 4)"
     refusal(lambda: back(tmp_path, path, "mlx", base=checkpoint), words)
+    refusal(lambda: plan_adapter(what, "mlx", options(checkpoint)), words)
+    write_safetensors(checkpoint, {"head.weight": np.zeros((17, 10), "f4")})
+    words = "lm_head: expected a module of the base, got a name that it does not have"
+    refusal(lambda: back(tmp_path, path, "mlx", base=checkpoint), words)
+    refusal(lambda: plan_adapter(what, "mlx", options(checkpoint)), words)
 
 
 def test_loralib_keeps_biases(tmp_path):

@@ -323,3 +323,57 @@ def test_a_table_that_gives_one_name_twice_is_refused(tmp_path):
         tmp_path, path, "'lora_unet_y': expected one module for x, got a second", names={"x": "x", "y": "x"}
     )
     refusal(tmp_path, path, "names: expected dotted names by kohya's, got 1", names={"x": "x", "y": 1})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("target", ["peft", "mlx", "loralib"])
+def test_numbers_that_are_none_are_refused_from_any_format(tmp_path, bad, target):
+    changed = B.copy()
+    changed[3, 1] = bad
+    path = tensors(tmp_path, {"lora_unet_x.lora_down.weight": A, "lora_unet_x.lora_up.weight": changed})
+    with pytest.raises(FormatError, match=r"x: B: expected finite numbers, got NaN or infinity$"):
+        convert(path, target, tmp_path / "out", names={"x": "x"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source_format", ["kohya", "loralib"])
+@pytest.mark.parametrize("dtype", ["i1", "u8", "?"])
+def test_integers_are_no_adapter(tmp_path, source_format, dtype):
+    a, b = A.astype(dtype), B.astype(dtype)
+    names = (
+        ("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight")
+        if source_format == "kohya"
+        else ("x.lora_A", "x.lora_B")
+    )
+    path = tensors(tmp_path, dict(zip(names, (a, b), strict=True)))
+    refusal(tmp_path, path, "expected parts that fit each other, got DtypeError", names={"x": "x"}, alpha=2.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf")])
+def test_an_alpha_that_scales_nothing_is_refused(tmp_path, alpha):
+    path = tensors(tmp_path, {"x.lora_A": A, "x.lora_B": B})
+    refusal(tmp_path, path, "lora_alpha: expected a finite number other than 0", alpha=alpha)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -0.0])
+def test_a_scale_that_is_no_number_is_refused(tmp_path, scale):
+    (tmp_path / "a").mkdir()
+    tensors(tmp_path / "a", {f"{X}.lora_a": A.T, f"{X}.lora_b": B.T}, "adapters.safetensors")
+    config = MLX | {"lora_parameters": {"rank": 2, "scale": scale}}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    refusal(tmp_path, tmp_path / "a", "lora_alpha: expected a finite number other than 0")
+
+
+@pytest.mark.parametrize("value", [float("inf"), 10**400, -(10**400), [2.0], {}, "x" * 200])
+def test_what_is_no_number_is_refused_in_short(tmp_path, value):
+    (tmp_path / "a").mkdir()
+    tensors(tmp_path / "a", {f"{X}.lora_a": A.T, f"{X}.lora_b": B.T}, "adapters.safetensors")
+    for part in ("scale", "dropout"):
+        config = MLX | {"lora_parameters": {"rank": 2, "scale": 1.0} | {part: value}}
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+        refusal(tmp_path, tmp_path / "a", f"lora_parameters: {part}: expected a number, got ")
+    arrays = {"layers.0.mlp.w1.lora_a.weight": A, "layers.0.mlp.w1.lora_b.weight": B}
+    tensors(tmp_path / "a", arrays, "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"lora_alpha": value}))
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    refusal(tmp_path, path, "lora_alpha: expected a number, got ", source_format="torchtune")

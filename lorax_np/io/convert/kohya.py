@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from ...backend import HostArray
-from ...errors import DtypeError, ShapeError
-from ...params import Adapter, AnyAdapter, ConvAdapter
 from ..peft import AdapterFiles
 from ..safetensors import SafetensorsFile, show
 from ..writer import write_safetensors
-from .model import Factors, Options, Plan, Read, check_holds, matrices, refuse, tensors_of
+from .model import Factors, Options, Plan, Read, check_holds, made, matrices, refuse, tensors_of
 from .scales import described, gathered, narrowed, plain_alpha
 
 PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
@@ -51,7 +49,7 @@ def read(path: Path, options: Options) -> Read:
             refuse(where, f"one module for {dotted}", "a second")
         A, B = _as_base_has_them(where, dotted, parts["A"], parts["B"], options)
         kinds[dotted] = "conv" if A.ndim == 4 else "linear"
-        adapters[dotted] = _made(where, A, B)
+        adapters[dotted] = made(where, {"A": A, "B": B})
         scalings[dotted] = _alpha(where, parts.get("alpha")) / A.shape[0] or 1.0  # no α is α = r
     files, more = described(adapters, scalings, base=options.base, where=file.path, kinds=kinds)
     return Read(files, [*notes, *more])
@@ -107,13 +105,6 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, HostArray]]:
         if A.ndim not in (2, 4) or B.ndim != A.ndim or B.shape[1] != A.shape[0] or set(B.shape[2:]) - {1}:
             refuse(where, "A (r, d_in[, k, k]) and B (d_out, r[, 1, 1])", f"{A.shape} and {B.shape}")
     return found
-
-
-def _made(where: str, A: HostArray, B: HostArray) -> AnyAdapter:
-    try:
-        return ConvAdapter(A, B) if A.ndim == 4 else Adapter(A, B)
-    except (DtypeError, ShapeError) as error:
-        refuse(where, "A and B that fit each other", f"{type(error).__name__}: {error}")
 
 
 def _alpha(where: str, value: HostArray | None) -> float:

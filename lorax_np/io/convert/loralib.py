@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from ...backend import HostArray, to_host
-from ...params import Adapter, AnyAdapter, ConvAdapter
 from ..peft import AdapterFiles
 from ..safetensors import SafetensorsFile
 from ..writer import write_safetensors
@@ -55,14 +54,14 @@ def read(path: Path, options: Options) -> Read:
         shape = options.base.shape(name) if options.base is not None else None
         if options.base is not None and shape is None:
             shape = options.base.shape(f"{name}.conv")  # a Conv2d holds its base under this name
+        kinds[name], found, r = "linear", {"A": A, "B": B}, A.shape[0]
         if shape is not None and len(shape) > 2:
-            adapters[name], r = _from_conv(where, A, B, shape)
-            kinds[name] = "conv"
+            kinds[name], (found, r) = "conv", _from_conv(where, A, B, shape)
         elif A.shape[0] != B.shape[1] or (shape is not None and B.shape[0] < min(shape)):
-            adapters[name], r = _from_merged(where, A, B, shape, options)
-        else:
-            adapters[name], r = made(where, {"A": A, "B": B}), A.shape[0]
-            kinds[name] = "embedding" if is_embedding(name, A, B, options.base) else "linear"
+            found, r = _from_merged(where, A, B, shape, options)
+        elif is_embedding(name, A, B, options.base):
+            kinds[name] = "embedding"
+        adapters[name] = made(where, found)
         if "b" in parts:
             adapters[name] = with_bias(where, adapters[name], parts["b"])
         scalings[name] = alpha / r
@@ -117,7 +116,9 @@ def to_conv(where: str, A: HostArray, B: HostArray) -> tuple[HostArray, HostArra
     return A.reshape(r * k, d_in * k), np.kron(B[:, :, 0, 0], np.eye(k, dtype=np.int8)).astype(B.dtype)
 
 
-def _from_conv(where: str, A: HostArray, B: HostArray, shape: tuple[int, ...]) -> tuple[AnyAdapter, int]:
+def _from_conv(
+    where: str, A: HostArray, B: HostArray, shape: tuple[int, ...]
+) -> tuple[dict[str, HostArray], int]:
     """A convolution's factors with its true kernel; loralib's rank, for its s = α/r."""
     d_out, d_in, *kernel = shape
     k = kernel[0]
@@ -130,14 +131,14 @@ def _from_conv(where: str, A: HostArray, B: HostArray, shape: tuple[int, ...]) -
     blocks = B.reshape(d_out, k, r, k)  # (o, a, ρ, a')
     own = blocks[:, 0, :, 0]
     if np.array_equal(blocks, np.einsum("or,ab->oarb", own, np.eye(k, dtype=B.dtype))):  # made by to_conv
-        return ConvAdapter(A.reshape(r, d_in, k, k), np.ascontiguousarray(own)[:, :, None, None]), r
+        return {"A": A.reshape(r, d_in, k, k), "B": np.ascontiguousarray(own)[:, :, None, None]}, r
     wide = np.kron(np.eye(k, dtype=A.dtype), A).reshape(k * k * r, d_in, k, k)  # (conversions.2)
-    return ConvAdapter(wide, B.reshape(d_out, k * k * r)[:, :, None, None]), r
+    return {"A": wide, "B": B.reshape(d_out, k * k * r)[:, :, None, None]}, r
 
 
 def _from_merged(
     where: str, A: HostArray, B: HostArray, shape: tuple[int, ...] | None, options: Options
-) -> tuple[Adapter, int]:
+) -> tuple[dict[str, HostArray], int]:
     """A MergedLinear as one pair of rank g·r, whose B has blocks on its diagonal and zeros elsewhere; r."""
     r = B.shape[1]
     g, over = divmod(A.shape[0], r)
@@ -157,4 +158,4 @@ def _from_merged(
         wide[part * rows : (part + 1) * rows, group * r : (group + 1) * r] = B[
             group * rows : (group + 1) * rows
         ]
-    return Adapter(A, wide), r
+    return {"A": A, "B": wide}, r

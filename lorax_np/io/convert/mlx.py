@@ -18,12 +18,25 @@ from ..peft import AdapterFiles
 from ..replace import new_directory
 from ..whole import check_free
 from ..writer import write_safetensors
-from .model import Options, Plan, Read, check_holds, grouped, made, matrices, refuse, tensors_of, two_axes
+from .model import (
+    Options,
+    Plan,
+    Read,
+    check_holds,
+    grouped,
+    made,
+    matrices,
+    number,
+    refuse,
+    tensors_of,
+    two_axes,
+)
 from .scales import described, is_embedding, one_rank, unified
 
 TENSORS, CONFIG = "adapters.safetensors", "adapter_config.json"
 ENDS = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
 LAYERS = "model.layers."
+FIELDS = ("dropout", 0.0), ("scale", None)  # of lora_parameters, and what they are where they are missing
 
 
 def read(path: Path, options: Options) -> Read:
@@ -119,13 +132,8 @@ def _settings(path: Path, config: Mapping[str, Any]) -> tuple[str, float, float]
     given = config.get("lora_parameters")
     if not isinstance(given, dict):
         refuse(f"{path}: lora_parameters", "an object with rank, scale and dropout", repr(given))
-    numbers = []
-    for name in ("dropout", "scale"):
-        value = given.get(name, 0.0 if name == "dropout" else None)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            refuse(f"{path}: lora_parameters: {name}", "a number", repr(value))
-        numbers.append(float(value))
-    return kind, numbers[0], numbers[1]
+    dropout, scale = (number(f"{path}: lora_parameters: {n}", given.get(n, d)) for n, d in FIELDS)
+    return kind, dropout, scale
 
 
 def _one_dtype(parts: Mapping[str, HostArray]) -> dict[str, HostArray]:

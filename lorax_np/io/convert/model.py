@@ -1,6 +1,7 @@
 """What all formats share: an adapter in memory, what is known of its base, and a plan of what to write."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from ...backend import Array, HostArray, to_host
 from ...config import Site
 from ...errors import ConfigError, DtypeError, FormatError, ShapeError
-from ...params import Adapter, AnyAdapter
+from ...kinds import shown
+from ...params import Adapter, AnyAdapter, ConvAdapter
 from ..checkpoint import open_checkpoint
 from ..gguf import open_gguf
 from ..gguf_names import hf_weights
@@ -88,6 +90,13 @@ def refuse(where: object, wanted: str, came: object) -> NoReturn:
     raise FormatError(f"{where}: expected {wanted}, got {came}") from None
 
 
+def number(where: object, value: object) -> float:
+    """A number of a file as a float. Raises FormatError for anything else, and for what no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        refuse(where, "a number", shown(value))
+    return float(value)
+
+
 def tensors_of(path: Path) -> SafetensorsFile:
     """Open the tensors of an adapter, once they hold something."""
     file = open_safetensors(path)
@@ -118,11 +127,11 @@ def grouped(
     return found
 
 
-def made(where: object, parts: Mapping[str, HostArray]) -> Adapter:
-    """An Adapter of parts. Raises FormatError where they do not fit each other."""
-    two_axes(where, parts)
+def made(where: object, parts: Mapping[str, HostArray]) -> AnyAdapter:
+    """An adapter of parts, a convolution's where A has kernel axes. Raises FormatError where they do not."""
+    kind = ConvAdapter if parts["A"].ndim > 2 else Adapter
     try:
-        return Adapter(**parts)
+        return kind(**parts)
     except (ConfigError, DtypeError, ShapeError) as error:
         refuse(where, "parts that fit each other", f"{type(error).__name__}: {error}")
 
@@ -187,7 +196,22 @@ def check_holds(
             refuse(where, "no bias of B, for which the format has no place", "bB (lora_bias)")
         if adapter.b is not None and not biases:
             refuse(where, "no trained bias, for which the format has no place", "b (bias)")
+        if options.base is not None:
+            check_fits(where, name, adapter, kind, options.base)
     return notes
+
+
+def check_fits(where: object, name: str, adapter: AnyAdapter, kind: str, base: Base) -> None:
+    """Check that the base has a module's weight, in the shape that A and B say, either way round if linear."""
+    if adapter.A is None or adapter.B is None:
+        return
+    shape = base.shape(name) or base.shape(f"{name}.conv")  # loralib's Conv2d has its base below itself
+    if shape is None:
+        refuse(where, "a module of the base", "a name that it does not have")
+    d_out, d_in, *kernel = adapter.B.shape[0], *adapter.A.shape[1:]
+    wanted = (d_in, d_out) if kind == "embedding" else (d_out, d_in, *kernel)
+    if shape != wanted and not (kind == "linear" and shape == wanted[::-1]):
+        refuse(where, f"a weight of the base of shape {wanted}, set by A and B", shape)
 
 
 def _check_repeats(where: str, array: HostArray, name: str, base: Base | None) -> None:

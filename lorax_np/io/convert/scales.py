@@ -8,16 +8,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
-from ...backend import HostArray, to_host
+from ...backend import HostArray, all_finite, to_host
 from ...config import LoraConfig, Site, site_at
 from ...errors import ConfigError
 from ...params import AnyAdapter
 from ..peft import AdapterFiles
-from .model import EMBEDDINGS, Base, Factors, refuse
+from .model import EMBEDDINGS, Base, Factors, check_fits, refuse
 
 
 def plain_alpha(site: Site) -> float:
@@ -31,8 +31,8 @@ def alpha_for(s: float, r: int) -> float:
     >>> alpha_for(2.5, 4), alpha_for(0.1, 3) / 3
     (10, 0.10000000000000002)
     """
-    alpha = s * r
-    return int(alpha) if alpha == int(alpha) else alpha
+    alpha = float(s * r)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def unified(
@@ -136,6 +136,10 @@ def described(
         refuse(where, "an adapter's tensors", "none")
     notes: list[tuple[str, str]] = []
     kinds = kinds or {}
+    for name, adapter in adapters.items():
+        _check_finite(f"{where}: {name}", adapter)
+        if base is not None:
+            check_fits(f"{where}: {name}", name, adapter, kinds.get(name, "linear"), base)
     ranks = {name: int(adapter.A.shape[0]) for name, adapter in adapters.items() if adapter.A is not None}
     alphas = {name: alpha_for(scalings[name], r) for name, r in ranks.items()}
     for name, r in ranks.items():
@@ -168,6 +172,13 @@ def described(
     return AdapterFiles(dict(adapters), config, sites, {}, {}), gathered(notes)
 
 
+def _check_finite(where: str, adapter: AnyAdapter) -> None:
+    for field in fields(adapter):
+        part = getattr(adapter, field.name)
+        if part is not None and not all_finite(part):
+            refuse(f"{where}: {field.name}", "finite numbers", "NaN or infinity")
+
+
 def targets(names: list[str], base: Base | None) -> list[str]:
     """target_modules: last parts of names where the base shows that they mean these sites, else whole names."""
     ends = {name.rpartition(".")[2] for name in names}
@@ -195,8 +206,6 @@ def is_transposed(adapters: Mapping[str, AnyAdapter], kinds: Mapping[str, str], 
         if adapter.A is None or adapter.B is None or shape is None or kinds.get(name, "linear") != "linear":
             continue
         sizes = (adapter.B.shape[0], adapter.A.shape[1])
-        if shape not in (sizes, sizes[::-1]):
-            refuse(name, f"a weight of the base of shape {sizes}, set by A and B", shape)
         if sizes[0] != sizes[1]:
             seen.add(shape == sizes[::-1])
     return seen == {True}

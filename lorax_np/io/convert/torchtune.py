@@ -19,7 +19,19 @@ from ..peft import AdapterFiles
 from ..replace import new_directory
 from ..whole import check_free
 from ..writer import write_safetensors
-from .model import Options, Plan, Read, check_holds, grouped, made, matrices, refuse, tensors_of, two_axes
+from .model import (
+    Options,
+    Plan,
+    Read,
+    check_holds,
+    grouped,
+    made,
+    matrices,
+    number,
+    refuse,
+    tensors_of,
+    two_axes,
+)
 from .scales import alpha_for, described, one_rank, unified
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -128,11 +140,7 @@ def _check_no_bias(where: str, name: str, options: Options) -> None:
 
 
 def _alpha(path: Path) -> float:
-    config = read_json(path)
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        refuse(f"{path}: lora_alpha", "a number", repr(alpha))
-    return alpha
+    return number(f"{path}: lora_alpha", read_json(path).get("lora_alpha"))
 
 
 def _turned(where: str, name: str, rows: HostArray, options: Options, turn: Any) -> HostArray:
