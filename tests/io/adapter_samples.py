@@ -57,6 +57,10 @@ SAMPLES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
         embedding("embed") | linear("q") | {f"{PREFIX}embed.base_layer.weight": normals(7, 5)},
     ),
     "conv": ({"target_modules": ["c"]}, conv("c")),
+    "dora of a convolution": (
+        {"target_modules": ["c"], "use_dora": True},
+        conv("c") | {f"{PREFIX}c.lora_magnitude_vector": normals(1, 4, 1, 1)},
+    ),
     "biases": (
         {"target_modules": ["q"], "bias": "all", "lora_bias": True},
         linear("q", **{"lora_B.bias": normals(4)})

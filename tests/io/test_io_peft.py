@@ -229,6 +229,17 @@ REFUSED = {
         "expected wrappers for a, b, c",
     ),
     "../": (Q, {f"{PREFIX}../../q.lora_A.weight": normals(2, 5)}, "dotted names without spaces and slashes"),
+    "a name twice": (
+        Q | {"bias": "all"},
+        linear("q") | {f"{PREFIX}n.bias": normals(4), f"{PREFIX}n.base_layer.bias": normals(4)},
+        "expected 'n.bias' once, got .*n.base_layer.bias' and .*n.bias'",
+    ),
+    "a part twice": (Q, linear("q") | embedding("q"), "'q': expected one A, got .*lora_A.* and .*embedding_A"),
+    "base_layer without a wrapper": (
+        Q,
+        linear("x.base_layer.q"),
+        "expected the key 'base_model.model.x.q.lora_A.weight', got 'base_model.model.x.base_layer.q",
+    ),
     "start": (Q | {"init_lora_weights": "pissa_niter_4"}, linear("q"), "a plain one of rank 2r"),
 }
 
@@ -323,7 +334,9 @@ def test_starts_that_leave_another_base_want_it(tmp_path, start):
     loftq = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if start == "loftq" else {}
     said = Q | {"init_lora_weights": start} | loftq
     folder = write(tmp_path / "alone", said, linear("q"))
-    refused(folder, rf"init_lora_weights='{start}': expected the base weights that it left, got none at 'q'")
+    refused(
+        folder, rf"init_lora_weights='{start}': expected the base weights that this start left, got none at 'q'"
+    )
     assert load_adapter(folder, residual_base=True).sites
     files = load_adapter(write(tmp_path / "both", said, linear("q", **{"base_layer.weight": normals(4, 5)})))
     assert list(files.saved) == ["q.weight"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
+from lorax_np.config import site_at
 from lorax_np.io import replace
 from lorax_np.io.peft import load_adapter, save_adapter
 
@@ -107,6 +108,11 @@ BAD_SAVES = {
     "name": (lambda a, c: ({"../q": a["q"]}, c), {}, "dotted names"),
     "saved": (lambda a, c: (a, c), {"saved": {"head.weight": np.ones((2, 2))}}, "no keys but those"),
     "sites": (lambda a, c: (a, c), {"sites": {}}, "sites: expected one for each adapter"),
+    "sites too many": (
+        lambda a, c: (a, c),
+        {"sites": {name: site_at(lx.LoraConfig(r=2), name) for name in ("q", "v")}},
+        "sites: expected 1 of them, as loading finds them, got 2",
+    ),
     "embedding": (
         lambda a, c: ({"embed_tokens": a["q"]}, lx.LoraConfig(r=2, target_modules=["embed_tokens"])),
         {},
@@ -220,6 +226,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 import lorax_np as lx
+from lorax_np.config import site_at
 from lorax_np.io import replace
 from lorax_np.io.peft import load_adapter, save_adapter
 

@@ -222,8 +222,9 @@ def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[
     alone = [place.site.name for place in places.values() if place.site.weight not in keys.plain]
     if alone:
         again = ", compute it again" if start in AGAIN else ""
+        said = f"init_lora_weights={config.init_lora_weights!r}"
         raise FormatError(
-            f"{path}: init_lora_weights={config.init_lora_weights!r}: expected the base weights that it left, "
-            f"got none at {some(alone)}: beside the original ones the adapter is wrong; convert it to a plain "
-            f"one of rank 2r, save the base with it{again}, or say residual_base=True"
+            f"{path}: {said}: expected the base weights that this start left, got none at {some(alone)}: "
+            "beside the original ones the adapter is wrong; convert it to a plain one of rank 2r, save the "
+            f"base with it{again}, or say residual_base=True"
         )
