@@ -1,5 +1,6 @@
 """Adapter directories, read: what comes of them, what is refused and in which words, and what is noted."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -264,6 +265,22 @@ CONFIGS = {
     "near miss": ('{"peft_type": "LORA", "use_rslorra": true}', "did you mean 'use_rslora'"),
     "exotic": ('{"peft_type": "LORA", "use_qalora": true}', "use_qalora: expected False"),
     "hostile": ('{"peft_type": "LORA", "target_modules": "' + "(" * 3000 + '"}', "regular expression"),
+    "many keys": (
+        json.dumps({"peft_type": "LORA", "rank_pattern": {f"k{i}": 2 for i in range(10_001)}}),
+        "at most 10000 keys in patterns, got 10001",
+    ),
+    "many expressions": (
+        json.dumps({"peft_type": "LORA", "rank_pattern": {f"k{i}.*": 2 for i in range(1001)}}),
+        "at most 1000 keys in patterns that are no names",
+    ),
+    "many characters": (
+        json.dumps({"peft_type": "LORA", "alpha_pattern": {"k" * 3999 + str(i): 2 for i in range(130)}}),
+        "at most 500000 characters of regular expressions",
+    ),
+    "large": (
+        '{"peft_type": "LORA", "auto_mapping": {"a": "' + "x" * (1 << 24) + '"}}',
+        "at most 16777216 bytes",
+    ),
     "long": ('{"peft_type": "LORA", "target_modules": "' + "a" * 5000 + '+"}', "at most 4000 characters"),
 }
 

@@ -51,6 +51,18 @@ def test_the_card_says_what_loading_needs(tmp_path):
     assert "| scaling | 1.5 |" in text
 
 
+def test_experts_are_told_by_target_parameters(tmp_path):
+    inner, outer = lx.Adapter(np.ones((6, 5)), np.ones((8, 6))), lx.Adapter(np.ones((6, 4)), np.ones((5, 6)))
+    config = lx.LoraConfig(r=2, target_modules=[], target_parameters=["e.gate_up_proj", "e.down_proj"])
+    save_adapter(tmp_path, {"0.e.down_proj": outer, "0.e.gate_up_proj": inner}, config)
+    files = load_adapter(tmp_path)
+    assert files.adapters["0.e.gate_up_proj"].B.shape == (8, 6)
+    assert "base_model.model.0.e.base_layer.lora_B.weight" in lx.open_safetensors(tmp_path / WEIGHTS)
+    sites = {name: site_at(config, name, kind="experts", weight=name) for name in ("0.e.up",)}
+    with pytest.raises(lx.ConfigError, match=r"target_parameters: expected '0.e.up', which has an adapter"):
+        save_adapter(tmp_path, {"0.e.up": inner}, config, sites=sites)
+
+
 def test_a_card_that_somebody_wrote_is_kept(tmp_path):
     adapters, config = one()
     save_adapter(tmp_path / "a", adapters, config, card=False)
