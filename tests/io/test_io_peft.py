@@ -185,6 +185,11 @@ REFUSED = {
         {key: a for i in range(150) for key, a in linear(f"{i}.q").items()},
         "shorter lists of names",
     ),
+    "patterns by sites": (
+        Q | {"rank_pattern": {f"k{i}": 2 for i in range(9999)}},
+        {key: a for i in range(2001) for key, a in linear(f"{i}.q", d_in=1, d_out=1).items()},
+        "fewer keys in patterns for 2001 sites, got 9999",
+    ),
     "excluded": (Q | {"exclude_modules": ["q"]}, linear("q"), "where exclude_modules has them"),
     "a key too many": (Q, linear("q") | {"head.weight": normals(2, 2)}, "every key to begin"),
     "nobody's key": (

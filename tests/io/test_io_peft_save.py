@@ -63,6 +63,19 @@ def test_experts_are_told_by_target_parameters(tmp_path):
         save_adapter(tmp_path, {"0.e.up": inner}, config, sites=sites)
 
 
+def test_convolutions_are_told_by_their_record(tmp_path):
+    adapter = lx.ConvAdapter(np.ones((2, 3, 5)), np.ones((4, 2, 1)))
+    save_adapter(tmp_path, {"c": adapter}, lx.LoraConfig(r=2, target_modules=["c"]))
+    assert load_adapter(tmp_path).sites["c"].kind == "conv"
+
+
+def test_a_bias_alone_is_saved_under_the_checkpoints_name(tmp_path):
+    adapters, _ = one()
+    config = lx.LoraConfig(r=2, target_modules=["q"], bias="all")
+    save_adapter(tmp_path, adapters | {"norm": lx.Adapter(None, None, b=np.ones(3))}, config)
+    assert list(load_adapter(tmp_path).saved) == ["norm.bias"]
+
+
 def test_a_card_that_somebody_wrote_is_kept(tmp_path):
     adapters, config = one()
     save_adapter(tmp_path / "a", adapters, config, card=False)
@@ -120,6 +133,16 @@ BAD_SAVES = {
     "name": (lambda a, c: ({"../q": a["q"]}, c), {}, "dotted names"),
     "saved": (lambda a, c: (a, c), {"saved": {"head.weight": np.ones((2, 2))}}, "no keys but those"),
     "sites": (lambda a, c: (a, c), {"sites": {}}, "sites: expected one for each adapter"),
+    "a bias twice": (
+        lambda a, c: ({"q": lx.Adapter(a["q"].A, a["q"].B, b=np.ones(4, "float32"))}, c),
+        {"saved": {"q.bias": np.ones(4, "float32")}},
+        "saved: expected no 'q.bias' beside the adapter's own",
+    ),
+    "a kind of another record": (
+        lambda a, c: (a, c),
+        {"sites": {"q": site_at(lx.LoraConfig(r=2), "q", kind="conv")}},
+        "'q': expected an adapter of its kind, conv, got Adapter",
+    ),
     "sites too many": (
         lambda a, c: (a, c),
         {"sites": {name: site_at(lx.LoraConfig(r=2), name) for name in ("q", "v")}},
