@@ -5,7 +5,8 @@
 Makes a llama of the given gigabytes on the spot and an adapter for it, and measures in turn, each in a process
 of its own: `cp -r` of the base, the same and `sync` (a merge, too, ends when its files are on the disk), our
 merge, and PEFT's merge_and_unload and save_pretrained, loading included. Times are from after the imports;
-memory is the most that the process ever had resident. Medians, ratios, and JSON; what was made is deleted.
+memory is the most that the process ever had resident; seconds of the processor are what other work on the
+machine changes least. Medians, ratios, and JSON; what was made is deleted.
 """
 
 import argparse
@@ -36,13 +37,14 @@ PEAK = """
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
         peak = int(line.split()[1]) * 1024
-print(json.dumps({"seconds": seconds, "peak": peak}))
+cpu = sum(os.times()[:2]) - before
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
 """
 OURS = (
     """
-import json, sys, time
+import json, os, sys, time
 from lorax_np.stream.merge import merge_checkpoint
-begun = time.perf_counter()
+begun, before = time.perf_counter(), sum(os.times()[:2])
 merge_checkpoint(*sys.argv[1:4])
 seconds = time.perf_counter() - begun
 """
@@ -50,12 +52,12 @@ seconds = time.perf_counter() - begun
 )
 PEFT = (
     """
-import json, sys, time, warnings
+import json, os, sys, time, warnings
 warnings.filterwarnings("ignore")
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-begun = time.perf_counter()
+begun, before = time.perf_counter(), sum(os.times()[:2])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 model = PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
 model.save_pretrained(sys.argv[3])
@@ -129,13 +131,13 @@ def make(folder: Path, size: float, dtype: str, targets: str) -> dict[str, int]:
     return {"bytes": total, "touched": touched, "largest": largest, "files": files, "tensors": len(named)}
 
 
-def copied(folder: Path) -> tuple[float, float]:
-    """Seconds of a plain copy, and of one that is on the disk."""
-    begun = time.perf_counter()
+def copied(folder: Path) -> tuple[float, float, float]:
+    """Seconds of a plain copy, of one that is on the disk, and of the processor for the first."""
+    begun, before = time.perf_counter(), sum(os.times()[2:4])
     subprocess.run(["cp", "-r", str(folder / "base"), str(folder / "copy")], check=True)
-    plain = time.perf_counter() - begun
+    plain, cpu = time.perf_counter() - begun, sum(os.times()[2:4]) - before
     subprocess.run(["sync", "-f", str(folder / "copy")], check=True)
-    return plain, time.perf_counter() - begun
+    return plain, time.perf_counter() - begun, cpu
 
 
 def child(text: str, folder: Path, name: str) -> dict[str, float]:
@@ -167,13 +169,15 @@ def measured(folder: Path, rounds: int, peft: bool, gate: Gate) -> dict[str, lis
             os.sync()
             gate.wait()
             if name == "ours":
-                plain, whole = copied(folder)
+                plain, whole, cpu = copied(folder)
                 put("cp, s", plain)
                 put("cp and sync, s", whole)
+                put("cp, processor s", cpu)
                 shutil.rmtree(folder / "copy")
                 os.sync()
             one = child(text, folder, name)
             put(f"{name}, s", one["seconds"])
+            put(f"{name}, processor s", one["cpu"])
             put(f"{name}, peak MB", one["peak"] / 1e6)
     return found
 
@@ -214,6 +218,7 @@ def main() -> None:
             ("speed of ours to cp and sync", "cp and sync, s", "ours, s"),
             ("speed of ours to PEFT", "peft, s", "ours, s"),
             ("memory of ours to PEFT", "ours, peak MB", "peft, peak MB"),
+            ("processor time of ours to PEFT", "ours, processor s", "peft, processor s"),
         )
         if x in figures and y in figures
     }
@@ -228,7 +233,8 @@ def main() -> None:
     path = asked.json or ROOT / "bench" / "results" / name
     said = {"asked": {"size": asked.size, "dtype": asked.dtype, "targets": asked.targets}, "made": made}
     said |= {"figures": figures, "medians": medians, "ratios": ratios, "bound_mb": bound}
-    said |= {"machine": about(gate, {}) | {"command": " ".join(["python bench/merging.py", *sys.argv[1:]])}}
+    command = f"python bench/merging.py --size {asked.size:g} --dtype {asked.dtype} --targets {asked.targets}"
+    said |= {"machine": about(gate, {}) | {"command": command}}
     path.write_text(json.dumps(said, indent=1) + "\n")
     print(path)
 
