@@ -18,6 +18,9 @@ from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeErr
 from .init import init_adapter
 from .inject import inject, plan, saved_tensors
 from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.convert import Converted, Detected, convert, detect
+from .io.gguf import GgufFile, open_gguf
+from .io.gguf_names import HfWeights, hf_weights
 from .io.peft import AdapterFiles, load_adapter, save_adapter
 from .io.safetensors import SafetensorsFile, open_safetensors
 from .io.writer import SafetensorsWriter, write_safetensors
@@ -104,10 +107,14 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "ConfigError",
     "Conv",
     "ConvAdapter",
+    "Converted",
+    "Detected",
     "DtypeError",
     "Embedding",
     "Experts",
     "FormatError",
+    "GgufFile",
+    "HfWeights",
     "Int8",
     "Linear",
     "LoraConfig",
@@ -134,13 +141,16 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "combine",
     "combine_sets",
     "compress_absmax",
+    "convert",
     "dequantise_int8",
     "dequantise_nf4",
+    "detect",
     "dropout_mask",
     "eva_ranks",
     "experts_delta_backward",
     "experts_delta_forward",
     "fast",
+    "hf_weights",
     "init_adapter",
     "init_conv_adapter",
     "init_embedding_adapter",
@@ -177,6 +187,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "merge_experts",
     "merge_several",
     "open_checkpoint",
+    "open_gguf",
     "open_safetensors",
     "pack",
     "param_count",

@@ -8,6 +8,8 @@ from typing import Any
 from .common import Parsers, seed
 from .streaming import Rate, options
 
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # as PEFT's LoftQConfig has them
+
 
 def add(commands: Parsers) -> None:
     """Declare the command and its arguments."""
@@ -33,6 +35,7 @@ def add(commands: Parsers) -> None:
     )
     init.add_argument("--dora", action="store_true", help="with a magnitude a row")
     init.add_argument("--rslora", action="store_true", help="s = α/√r")
+    init.add_argument("--bits", type=int, choices=(4, 8), help="of LoftQ's base (default: 4, or the config's)")
     init.add_argument("--seed", type=seed, default=0, help="of every draw (default: 0)")
     options(init, resume=False)
     init.set_defaults(run=run)
@@ -58,6 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         "use_dora": arguments.dora or None,
         "use_rslora": arguments.rslora or None,
     }
+    if arguments.bits is not None or (arguments.start == "loftq" and not said.get("loftq_config")):
+        said["loftq_config"] = {**LOFTQ, **(said.get("loftq_config") or {})}
+        said["loftq_config"] |= {} if arguments.bits is None else {"loftq_bits": arguments.bits}
     config = LoraConfig.from_dict(said | {name: value for name, value in given.items() if value is not None})
     if arguments.seed >= 1 << 32:
         raise ConfigError(f"--seed: expected less than 2**32, got {arguments.seed}")

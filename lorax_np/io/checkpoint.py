@@ -48,7 +48,11 @@ class Checkpoint(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without touching its bytes. Raises KeyError."""
-        return self.shard(name).shape(name) if self.shards else tuple(self[name].shape)
+        if self.shards:
+            return self.shard(name).shape(name)
+        known: Any = self._arrays
+        found: tuple[int, ...] = tuple(known.shape(name) if hasattr(known, "shape") else known[name].shape)
+        return found
 
     def __getitem__(self, name: str) -> Array:
         """One tensor, read-only. Raises KeyError, and FormatError as the files' readers do."""

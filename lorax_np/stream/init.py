@@ -4,6 +4,7 @@ Site by site: beside the adapters there is one weight in memory, and what its st
 specs/checkpoints.md.
 """
 
+import json
 import os
 import shutil
 import time
@@ -18,12 +19,13 @@ import numpy as np
 
 from ..backend import Array
 from ..config import LoraConfig, start_name
-from ..errors import ConfigError
 from ..inject import plan, saved_tensors, started
-from ..io.checkpoint import Checkpoint, open_checkpoint
+from ..io.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from ..io.layout import Entry, word_of
 from ..io.peft import save_adapter
 from ..io.peft.check import RESIDUAL
 from ..io.replace import new_directory
+from ..io.safetensors import show
 from ..io.writer import SafetensorsWriter
 from ..params import AnyAdapter
 from ..random import torch_generator
@@ -93,10 +95,6 @@ def init_checkpoint(
     left = out / BASE if start in RESIDUAL else None
     word = str(config.init_lora_weights).lower()
     outcome = Started(out, left, word, len(found.sites), found.trainable, found.total, dry=dry_run)
-    if left is not None and not checkpoint.shards:
-        raise ConfigError(
-            f"base: expected safetensors, to write what {start} leaves of it, got {checkpoint.path}"
-        )
     if dry_run:
         return outcome
     with new_directory(out, ()) as part, ExitStack() as stack:
@@ -179,18 +177,33 @@ class _Rest(ExitStack):
         self.folder.mkdir()
         for path in [*other_files(self.base)]:
             shutil.copyfile(path, self.folder / path.name)
+        if not self.base.shards:  # a GGUF file, whose config is in its metadata
+            entries = {
+                name: (word_of(self.base[name], show(name)), self.base.shape(name)) for name in self.base
+            }
+            self._open(SINGLE, entries, {"format": "pt"})
+            if self.base.config and not (self.folder / "config.json").exists():
+                text = json.dumps(self.base.config, indent=2, ensure_ascii=False) + "\n"
+                (self.folder / "config.json").write_text(text, encoding="utf-8")
         for file, shard in self.base.shards.items():
-            entries = {name: (shard.dtype(name), shard.shape(name)) for name in shard.names}
-            writer = SafetensorsWriter(self.folder / file, entries, {**shard.metadata, MARKED: self.start})
-            self.enter_context(writer)
-            for name in shard.names:
-                self._writers[name] = writer
-                if name not in self.weights:
-                    self._copy(name)
+            self._open(
+                file, {name: (shard.dtype(name), shard.shape(name)) for name in shard.names}, shard.metadata
+            )
         if self.base.index is not None:
             index = index_name(self.base)
             shutil.copyfile(self.base.folder / index, self.folder / index)
         return self
+
+    def _open(
+        self, file: str, entries: Mapping[str, tuple[str, tuple[int, ...]]], said: Mapping[str, str]
+    ) -> None:
+        """Begin one file, with all in it that is not started."""
+        writer = SafetensorsWriter(self.folder / file, entries, {**said, MARKED: self.start})
+        self.enter_context(writer)
+        for name in entries:
+            self._writers[name] = writer
+            if name not in self.weights:
+                self._copy(name)
 
     def put(self, name: str, residual: Array | None) -> None:
         """Write what is left of one weight: all of it, where its start took nothing."""
@@ -200,6 +213,9 @@ class _Rest(ExitStack):
             self._writers[name].write(name, np.asarray(residual))
 
     def _copy(self, name: str) -> None:
+        if not self.base.shards:
+            self._writers[name].write(name, np.asarray(self.base[name]))
+            return
         shard = self.base.shard(name)
         offset, size = shard.place(name)
         self._writers[name].copy_part(name, 0, self._files(shard.path), offset, size)

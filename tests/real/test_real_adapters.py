@@ -16,7 +16,27 @@ from lorax_np.cli import main
 
 pytestmark = pytest.mark.real
 
-IDS = [504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30, 8855, 29, 12797, 9534, 43145, 260, 622, 18996, 30]
+IDS = [
+    504,
+    2365,
+    6354,
+    16438,
+    27003,
+    690,
+    260,
+    23790,
+    2767,
+    30,
+    8855,
+    29,
+    12797,
+    9534,
+    43145,
+    260,
+    622,
+    18996,
+    30,
+]
 AGREES = 1e-10  # of the largest output: 30 layers in float64, whose products have up to 1536 terms of 1e-16
 
 
@@ -117,7 +137,9 @@ def test_smollm2_started_on_all_linear_layers(smollm2, tmp_path, start):
     assert main(["init", str(smollm2), str(tmp_path / "a"), "--start", start, "-r", "16", "--quiet"]) == 0
     files = lx.load_adapter(tmp_path / "a", residual_base=True)
     assert len(files.sites) == 210
-    assert main(["merge", str(tmp_path / "a" / "base"), str(tmp_path / "a"), str(tmp_path / "m"), "--quiet"]) == 0
+    assert (
+        main(["merge", str(tmp_path / "a" / "base"), str(tmp_path / "a"), str(tmp_path / "m"), "--quiet"]) == 0
+    )
     W, merged = lx.open_checkpoint(smollm2), lx.open_checkpoint(tmp_path / "m")
     assert set(merged) == set(W)
     adapted = {site.weight for site in files.sites.values()}
@@ -136,9 +158,8 @@ def test_smollm2_started_on_all_linear_layers(smollm2, tmp_path, start):
 @pytest.mark.peft
 def test_smollm2_from_pissa_answers_as_before(smollm2, plain, tmp_path):
     torch = _torch()
-    from transformers import AutoModelForCausalLM
-
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     assert main(["init", str(smollm2), str(tmp_path / "a"), "--start", "pissa", "-r", "16", "--quiet"]) == 0
     want = _output(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), IDS)
