@@ -43,6 +43,7 @@ def write_safetensors(
     hold; the system's OSError, as for a full disk. A file that was there stays until the new one is whole.
     Source: the module's first lines.
 
+    >>> import numpy as np
     >>> from tempfile import TemporaryDirectory
     >>> from lorax_np.io.safetensors import open_safetensors
     >>> with TemporaryDirectory() as folder:
@@ -67,6 +68,7 @@ class SafetensorsWriter:
     brought to the disk and renamed; where the block ends in an error or an interrupt it is removed.
     Raises ConfigError where entries cannot be held by a header.
 
+    >>> import numpy as np
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.safetensors"
