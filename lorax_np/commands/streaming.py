@@ -29,10 +29,10 @@ class Rate:
         self.shown = now
         rate = (done - self.first) / max(now - self.begun, 1e-9)
         left = f", {_clock((total - done) / rate)} left" if rate > 0 else ""
-        text = (
-            f"{self.word} {100 * done / max(total, 1):3.0f} %, {done / self.scale:.0f} of "
-            f"{total / self.scale:.0f} {self.unit}, {rate / self.scale:.0f} {self.unit}/s{left}"
-        )
+        digits = 0 if total > 100 * self.scale else 1
+        so_far, all_of_it, a_second = (f"{x / self.scale:.{digits}f}" for x in (done, total, rate))
+        share = f"{self.word} {100 * done / max(total, 1):3.0f} %"
+        text = f"{share}, {so_far} of {all_of_it} {self.unit}, {a_second} {self.unit}/s{left}"
         if self.terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         else:
