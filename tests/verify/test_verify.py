@@ -280,7 +280,11 @@ OFFERED_BY_OTHERS = {  # batteries of methods that the engine's subject has not
     *("converted", "on base", "combined", "alone", "reloaded", "foreign", "rebuilt", "resumed"),
     "schedule",
 }
-OTHER_LAYERS = {"embedding", "embedding laws", "conv", "conv laws", "conv start", "conv spread"}
+OTHER_LAYERS = {
+    *("embedding", "embedding laws", "conv", "conv laws", "conv start", "conv spread"),
+    *("packed", "unpacked", "together", "apart", "experts", "routed"),
+    *("related", "related laws", "blended", "blended exact", "blended laws"),
+}
 
 
 # ---- what is right is acquitted ----------------------------------------------------------------------------
