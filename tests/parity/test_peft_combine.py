@@ -338,3 +338,43 @@ def test_dora_is_combined_in_silence_in_peft():
     dora = {n: lx.Adapter(v.A, v.B, m=np.ones(6)) for n, v in adapters.items()}
     with pytest.raises(lx.ConfigError, match=r"^a: expected no m"):
         combine(dora, WEIGHTS, scalings, method="cat")
+
+
+# ---- whole directories --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_pefts_directories_combined_are_read_by_peft(tmp_path, method):
+    """Two saved adapters, one rank-stabilised, on a linear layer, an embedding and a convolution; then one."""
+    torch.manual_seed(0)
+    base = Sites(q=torch.nn.Linear(7, 6), e=torch.nn.Embedding(9, 5), c=torch.nn.Conv2d(3, 4, 3))
+    inputs = {"q": torch.randn(4, 7), "e": torch.arange(9), "c": torch.randn(2, 3, 5, 5)}
+    weights, each = {"a": 0.7, "b": -1.3}, {}
+
+    def updates(model):
+        with torch.no_grad():
+            return {n: getattr(model, n)(x) - getattr(base, n)(x) for n, x in inputs.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, (r, alpha, stable) in {"a": (2, 3, False), "b": (4, 5, True)}.items():
+            config = peft.LoraConfig(r=r, lora_alpha=alpha, use_rslora=stable, target_modules=list(inputs))
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.normal_()
+            model.save_pretrained(tmp_path / name)
+            each[name] = updates(model.base_model.model)
+        sets = {name: lx.load_adapter(tmp_path / name) for name in weights}
+        found = combine_sets(sets, weights, method=method, **({"rank": 6} if method == "svd" else {}))
+        lx.save_adapter(tmp_path / "new", found.adapters, found.config, sites=found.sites, saved=found.saved)
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "new").base_model.model
+    for name, got in updates(model).items():
+        layer = getattr(model, name)
+        assert layer.scaling["default"] == 1.0
+        assert layer.r["default"] == found.sites[name].r == len(found.adapters[name].A)
+        want = sum(w * each[n][name] for n, w in weights.items())
+        assert (got - want).norm() <= 64 * 2.0**-23 * sum(
+            abs(w) * each[n][name].norm() for n, w in weights.items()
+        )
