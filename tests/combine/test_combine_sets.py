@@ -79,6 +79,15 @@ def test_the_config_reads_every_site_back(method):
         assert site_at(config, f"deeper.{name}").r == config.r  # a pattern names this site and no other
 
 
+def test_rank_stabilisation_is_not_inherited():
+    """Whichever set comes first: a scaling of 1 is α = r without it."""
+    sets = two_sets()
+    assert sets["b"].config.use_rslora
+    found = combine_sets({name: sets[name] for name in "ba"}, W, method="cat")
+    assert found.config.use_rslora is False
+    assert {site_at(found.config, name).scaling for name in found.adapters} == {1.0}
+
+
 def test_targets_stay_where_all_sets_agree_and_else_name_the_sites():
     sets = two_sets()
     assert combine_sets(sets, W, method="cat").config.target_modules == ("m.k", "m.only_a", "m.only_b", "m.q")
