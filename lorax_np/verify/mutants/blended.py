@@ -17,7 +17,7 @@ class Blending(Arithmetic, Blends):
 Tasks = list[HostArray]
 
 
-def _with(**steps: Any) -> Any:
+def _with(steps: dict[str, Any]) -> Any:
     """What makes a subject that has other steps."""
     return type("Blending", (Blending,), steps)
 
@@ -61,8 +61,8 @@ def _both_sides(self: Any, update: HostArray, rank: int) -> Pair:
     return S[:rank, None] * Vh[:rank], U[:, :rank] * S[:rank]
 
 
-def _fault(id: str, title: str, line: str, sources: tuple[str, ...] = (), **steps: Any) -> Fault:
-    return Fault(id, title, "blended", sources, line, make=_with(**steps))
+def _fault(id: str, title: str, line: str, steps: dict[str, Any]) -> Fault:
+    return Fault(id, title, "blended", (), line, make=_with(steps))
 
 
 def _product(self: Any, c: float) -> float:
@@ -94,18 +94,18 @@ def _dropped_kept(self: Any, task: HostArray, mask: HostArray, density: float) -
 
 
 FAULTS = (
-    _fault("W1", "linear: w·s on both factors, not its root", "combine.2", down=_product, up=_product),
-    _fault("W2", "linear: the sign of w·s lost under the root", "combine.2", down=_unsigned),
-    _fault("W3", "cat: s left out", "combine.1", stacked=_unscaled),
-    _fault("W4", "svd: weights applied twice", "combine.10", mixture=_applied_twice),
-    _fault("W5", "svd: s applied twice", "combine.10", mixture=_scaled_twice),
-    _fault("W6", "svd: singular values on both factors", "combine.10", cut=_both_sides),
-    _fault("W7", "ties: the weighted sum elects", "combine.8", elected=_weighted_election),
-    _fault("W8", "ties: not divided by the number that agree", "combine.9", count=_undivided),
-    _fault("W9", "ties: divided by the number of adapters", "combine.9", count=_by_all),
-    _fault("W10", "pruning: the share that goes for the share that stays", "combine.5", largest=_inverted),
-    _fault("W11", "pruning: the smallest kept", "combine.5", largest=_smallest),
-    _fault("W12", "pruning: row by row, not over the whole array", "combine.5", largest=_by_rows),
-    _fault("W13", "dare: what is kept not divided by the density", "combine.6", some=_not_made_up),
-    _fault("W14", "dare: what is dropped kept", "combine.6", some=_dropped_kept),
+    _fault("W1", "linear: w·s on both factors, not its root", "combine.2", {"down": _product, "up": _product}),
+    _fault("W2", "linear: the sign of w·s lost under the root", "combine.2", {"down": _unsigned}),
+    _fault("W3", "cat: s left out", "combine.1", {"stacked": _unscaled}),
+    _fault("W4", "svd: weights applied twice", "combine.10", {"mixture": _applied_twice}),
+    _fault("W5", "svd: s applied twice", "combine.10", {"mixture": _scaled_twice}),
+    _fault("W6", "svd: singular values on both factors", "combine.10", {"cut": _both_sides}),
+    _fault("W7", "ties: the weighted sum elects", "combine.8", {"elected": _weighted_election}),
+    _fault("W8", "ties: not divided by the number that agree", "combine.9", {"count": _undivided}),
+    _fault("W9", "ties: divided by the number of adapters", "combine.9", {"count": _by_all}),
+    _fault("W10", "pruning: the share that goes for the share that stays", "combine.5", {"largest": _inverted}),
+    _fault("W11", "pruning: the smallest kept", "combine.5", {"largest": _smallest}),
+    _fault("W12", "pruning: row by row, not over the whole array", "combine.5", {"largest": _by_rows}),
+    _fault("W13", "dare: what is kept not divided by the density", "combine.6", {"some": _not_made_up}),
+    _fault("W14", "dare: what is dropped kept", "combine.6", {"some": _dropped_kept}),
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -172,35 +171,62 @@ def _padding_trained(case: RelatedCase, gy: HostArray, g: Named) -> Named:
     return {"T": table[case.at["index"]]}
 
 
-def _fault(id: str, title: str, line: str, form: str, **how: Any) -> Fault:
-    return Fault(id, title, "related", (), line, make=lambda: Changed(form, **how))
+def _fault(id: str, title: str, line: str, make: Callable[[], Changed]) -> Fault:
+    return Fault(id, title, "related", (), line, make=make)
 
 
 FAULTS = (
-    _fault("H1", "VeRA: λ_d on the outputs of B", "vera.2", "vera", given=_after_B),
-    _fault("H2", "VeRA: λ_d left out", "vera.2", "vera", given=_no_lambda_d),
-    _fault("H3", "VeRA: gλ_b of an output that λ_d did not scale", "vera.5", "vera", backward=_without_z),
-    _fault("H4", "VeRA: gλ_b of the output after λ_b", "vera.5", "vera", backward=_scaled_u),
-    _fault("H5", "VeRA: gx without λ_d", "vera.9", "vera", backward=_straight_gx),
-    _fault("H6", "AdaLoRA: α, not divided by the rank", "adalora.4", "adalora", given=_alpha_alone),
-    _fault("H7", "AdaLoRA: α divided by the ranks that are left", "adalora.4", "adalora", given=_rank_now),
-    _fault("H8", "AdaLoRA: E squared", "adalora.2", "adalora", given=_squared, returned=_through_square),
-    _fault("H9", "AdaLoRA: gE of z, which holds E already", "adalora.9", "adalora", backward=_of_z),
-    _fault("H10", "AdaLoRA: gA without E", "adalora.10", "adalora", backward=_gA_straight),
+    _fault("H1", "VeRA: λ_d on the outputs of B", "vera.2", lambda: Changed("vera", given=_after_B)),
+    _fault("H2", "VeRA: λ_d left out", "vera.2", lambda: Changed("vera", given=_no_lambda_d)),
+    _fault(
+        "H3",
+        "VeRA: gλ_b of an output that λ_d did not scale",
+        "vera.5",
+        lambda: Changed("vera", backward=_without_z),
+    ),
+    _fault("H4", "VeRA: gλ_b of the output after λ_b", "vera.5", lambda: Changed("vera", backward=_scaled_u)),
+    _fault("H5", "VeRA: gx without λ_d", "vera.9", lambda: Changed("vera", backward=_straight_gx)),
+    _fault(
+        "H6", "AdaLoRA: α, not divided by the rank", "adalora.4", lambda: Changed("adalora", given=_alpha_alone)
+    ),
+    _fault(
+        "H7",
+        "AdaLoRA: α divided by the ranks that are left",
+        "adalora.4",
+        lambda: Changed("adalora", given=_rank_now),
+    ),
+    _fault(
+        "H8",
+        "AdaLoRA: E squared",
+        "adalora.2",
+        lambda: Changed("adalora", given=_squared, returned=_through_square),
+    ),
+    _fault(
+        "H9", "AdaLoRA: gE of z, which holds E already", "adalora.9", lambda: Changed("adalora", backward=_of_z)
+    ),
+    _fault("H10", "AdaLoRA: gA without E", "adalora.10", lambda: Changed("adalora", backward=_gA_straight)),
     _fault(
         "H11",
         "token rows: gradients in another order than the rows",
         "tokens.4",
-        "tokens",
-        backward=_sorted_rows,
+        lambda: Changed("tokens", backward=_sorted_rows),
     ),
-    _fault("H12", "token rows: taken for differences from the table", "tokens.3", "tokens", given=_difference),
+    _fault(
+        "H12",
+        "token rows: taken for differences from the table",
+        "tokens.3",
+        lambda: Changed("tokens", given=_difference),
+    ),
     _fault(
         "H13",
         "token rows: of a token that comes twice, the last alone",
         "tokens.4",
-        "tokens",
-        backward=_last_position,
+        lambda: Changed("tokens", backward=_last_position),
     ),
-    _fault("H14", "token rows: the padding row trained", "tokens.7", "tokens", backward=_padding_trained),
+    _fault(
+        "H14",
+        "token rows: the padding row trained",
+        "tokens.7",
+        lambda: Changed("tokens", backward=_padding_trained),
+    ),
 )
