@@ -194,9 +194,7 @@ class _Rest(ExitStack):
             shutil.copyfile(self.base.folder / index, self.folder / index)
         return self
 
-    def _open(
-        self, file: str, entries: Mapping[str, tuple[str, tuple[int, ...]]], said: Mapping[str, str]
-    ) -> None:
+    def _open(self, file: str, entries: Mapping[str, Entry], said: Mapping[str, str]) -> None:
         """Begin one file, with all in it that is not started."""
         writer = SafetensorsWriter(self.folder / file, entries, {**said, MARKED: self.start})
         self.enter_context(writer)
