@@ -126,3 +126,95 @@ def test_a_captured_step_computes_what_a_step_does(cupy, dora, drop):
         want_gx, want = gpu.backward(gy, saved, base, adapter, scaling=0.7, norm_gradient=True)
         for a, b in ((y, want_y), (gx, want_gx), (g.A, want.A), (g.B, want.B)):
             cupy.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(cupy.abs(b).max()))
+
+
+# ---- the family's other layers -----------------------------------------------------------------------------
+
+
+def _experts(put, rng):
+    base = lx.Experts(put(rng.standard_normal((3, 5, 7))))
+    adapter = lx.Adapter(put(rng.standard_normal((6, 7))), put(rng.standard_normal((5, 6))))
+    x, ids = put(rng.standard_normal((8, 7))), put(np.array([0, 2, 2, 0, 2, 0, 0, 2]))
+    y, saved = lx.lora_experts_forward(x, base, adapter, scaling=0.7, ids=ids)
+    gx, g = lx.lora_experts_backward(put(rng.standard_normal((8, 5))), saved, base, adapter, scaling=0.7)
+    return y, gx, g.A, g.B, lx.merge_experts(base, adapter, scaling=0.7).W
+
+
+def _packed(put, rng):
+    adapters = [
+        [lx.Adapter(put(rng.standard_normal((r, 7))), put(rng.standard_normal((5, r))))] for r in (2, 4, 1)
+    ]
+    pack = lx.pack(adapters, [0.7, 1.9, 0.3])
+    x, ids = put(rng.standard_normal((8, 7))), put(np.array([2, 2, -1, 0, 1, 1, -1, 0]))
+    y, saved = lx.lora_packed_forward(x, pack.A, pack.B, ids, pack.ranks, pack.scalings, d_outs=pack.d_outs)
+    gy = put(rng.standard_normal((8, 5)))
+    return y, *lx.lora_packed_backward(gy, saved, pack.A, pack.B, pack.scalings)
+
+
+def _several(put, rng):
+    base = lx.Linear(put(rng.standard_normal((5, 7))), put(rng.standard_normal(5)))
+    adapters = {
+        str(r): lx.Adapter(put(rng.standard_normal((r, 7))), put(rng.standard_normal((5, r)))) for r in (2, 4)
+    }
+    x, gy = put(rng.standard_normal((2, 3, 7))), put(rng.standard_normal((2, 3, 5)))
+    scalings = {"2": 0.7, "4": 1.9}
+    y, saved = lx.lora_several_forward(x, base, adapters, scalings=scalings)
+    gx, g = lx.lora_several_backward(gy, saved, base, adapters, scalings=scalings)
+    return y, gx, g["2"].A, g["4"].B
+
+
+def _related(put, rng):
+    base = lx.Linear(put(rng.standard_normal((5, 7))))
+    x, gy = put(rng.standard_normal((3, 7))), put(rng.standard_normal((3, 5)))
+    shared = lx.VeraShared(put(rng.standard_normal((4, 7))), put(rng.standard_normal((5, 4))))
+    vera = lx.VeraAdapter(put(rng.standard_normal(4)), put(rng.standard_normal(5)))
+    y, saved = lx.vera_linear_forward(x, base, shared, vera)
+    gx, g = lx.vera_linear_backward(gy, saved, base, shared, vera)
+    form = lx.AdaLoraAdapter(*(put(rng.standard_normal(shape)) for shape in ((4, 7), (5, 4), (4,))))
+    how = {"alpha": 3.0, "rank": 4}
+    y2, saved2 = lx.adalora_linear_forward(x, base, form, **how)
+    gx2, g2 = lx.adalora_linear_backward(gy, saved2, base, form, **how)
+    return y, gx, g.lambda_d, g.lambda_b, y2, gx2, g2.A, g2.B, g2.E
+
+
+def _token_rows(put, rng):
+    base = lx.Embedding(put(rng.standard_normal((9, 5))))
+    rows = lx.TokenRows(put(np.array([1, 4])), put(rng.standard_normal((2, 5))))
+    y, saved = lx.token_rows_forward(put(np.array([[4, 4, 0], [8, 1, 4]])), base, rows)
+    g = lx.token_rows_backward(put(rng.standard_normal((2, 3, 5))), saved, base, rows)
+    return y, g.rows, lx.token_rows_merge(base, rows).W
+
+
+@pytest.mark.parametrize("layer", [_experts, _packed, _several, _related, _token_rows])
+def test_the_other_layers_on_the_device_are_those_of_the_host(cupy, layer):
+    """Embeddings and convolutions the harness judges there; these beside NumPy in float64."""
+    there = layer(cupy.asarray, np.random.default_rng(0))
+    here = layer(np.asarray, np.random.default_rng(0))
+    for got, want in zip(there, here, strict=True):
+        assert type(got) is cupy.ndarray
+        np.testing.assert_allclose(got.get(), want, rtol=0, atol=1e-13 * (1 + np.abs(want).max()))
+
+
+def test_a_looked_up_gradient_has_the_same_bits_each_time(cupy):
+    """No atomic additions: the order of sums is the tokens'."""
+    rng = np.random.default_rng(0)
+    base = lx.Embedding(cupy.asarray(rng.standard_normal((50, 8)).astype("f4")))
+    adapter = lx.Adapter(*(cupy.asarray(rng.standard_normal(s).astype("f4")) for s in ((4, 50), (8, 4))))
+    ids, gy = cupy.asarray(rng.integers(0, 50, 4000)), cupy.asarray(rng.standard_normal((4000, 8)).astype("f4"))
+    _, saved = lx.lora_embedding_forward(ids, base, adapter, scaling=0.7)
+    first = lx.lora_embedding_backward(gy, saved, base, adapter, scaling=0.7).A
+    for _ in range(5):
+        assert (first == lx.lora_embedding_backward(gy, saved, base, adapter, scaling=0.7).A).all()
+
+
+def test_starts_and_quantised_weights_on_the_device(cupy):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((24, 16)).astype("f4")
+    for start in ("olora", "orthogonal", "loftq", "pissa"):
+        more = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}} if start == "loftq" else {}
+        config = lx.LoraConfig(r=4, lora_alpha=6, init_lora_weights=start, **more)
+        base, adapter = lx.init_adapter(lx.Linear(cupy.asarray(W)), config, rng=np.random.default_rng(1))
+        want, beside = lx.init_adapter(lx.Linear(W), config, rng=np.random.default_rng(1))
+        for got, value in ((base.W, want.W), (adapter.A, beside.A), (adapter.B, beside.B)):
+            assert type(got) is cupy.ndarray
+            assert np.array_equal(got.get(), value)
