@@ -15,7 +15,9 @@ from .errors import ConfigError, DtypeError, ShapeError
 PIECE = 1 << 16  # entries that are handled at a time; a multiple of every block
 BLOCKS = 32, 64, 128, 256, 512, 1024, 2048, 4096  # entries that share one absmax
 NESTED = 256  # absmax that share one, where they are quantised themselves
-LEAST = np.float32(1e-38)  # an absmax below has no reciprocal in float32
+LEAST = np.finfo(
+    np.float32
+).tiny  # normal, so that it has a reciprocal also where subnormal numbers are flushed to 0
 MOST = np.finfo(np.float32).max / np.float32(128)  # an absmax above, 127 times, passes float32
 
 # The levels of NF4, exact in float32: quantiles of a normal, scaled to ±1, with a 0 of their own.

@@ -35,7 +35,7 @@ def audit(
     found = read(folder)
     say = progress or (lambda done, total, name: None)
     rows: list[Row] = []
-    check_config(found)
+    check_config(found, getattr(base, "residual", ""))
     check_others(found)
     for done, place in enumerate(found.places.values()):
         say(done, len(found.places), place.name)

@@ -15,12 +15,17 @@ BASE_STARTS = "pissa", "olora", "loftq"  # PEFT computes these again from the ba
 HEADS = "classifier", "score", "qa_outputs"  # PEFT adds these to modules_to_save by the task, there or not
 
 
-def check_config(found: Read) -> None:
-    """The start, and names and patterns without a site, or sites without a name."""
+def check_config(found: Read, left: str) -> None:
+    """The start, and names and patterns without a site, or sites without a name.
+
+    left : the start whose rest the base at hand is, or ""
+    """
     config, say = found.config, found.say
     names = [name.removesuffix(".base_layer") for name in found.places]
     start = start_name(config.init_lora_weights)
-    if start in LOST_STARTS:
+    if start and start == left:
+        pass  # the base is the one that this start left
+    elif start in LOST_STARTS:
         say("start", f"init_lora_weights={config.init_lora_weights!r}: convert to a plain adapter of rank 2r")
     elif start in BASE_STARTS:
         say("start-base", f"init_lora_weights={config.init_lora_weights!r}: convert, or save the new base")

@@ -140,7 +140,7 @@ def _beside(found: Read, place: Place, adapter: AnyAdapter, row: Row, base: Mapp
         say("zero-row", f"{len(seen.zero_rows)} of {len(matrix)} (first: {first}); use exclude_modules")
     if seen.k and (seen.k[0] < 1 / FAR or seen.k[1] > FAR):
         say("far-magnitude", f"m over the row norms: quartiles {seen.k[0]:.3g} and {seen.k[1]:.3g}")
-    if seen.relative > 1:
+    if seen.relative > 1 and not getattr(base, "residual", ""):
         say("large", f"{seen.relative:.3g} of the weight's norm")
     if seen.lost > MOST_LOST:
         say("merge-loss", f"{seen.lost:.0%} of the update, merged into {word}")

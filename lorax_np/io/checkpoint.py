@@ -17,6 +17,7 @@ from ..errors import FormatError
 from .safetensors import SafetensorsFile, _unique, open_safetensors, show
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+RESIDUAL = "lorax_np.residual"  # what a checkpoint that a start left says of itself: which start
 MAX_JSON = 100_000_000  # bytes, as of a header
 PICKLES = "*.bin", "*.pt", "*.pth", "*.ckpt"
 
@@ -41,6 +42,11 @@ class Checkpoint(Mapping[str, Array]):
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors."""
         return tuple(file.path for file in self.shards.values()) or (self.path,)
+
+    @property
+    def residual(self) -> str:
+        """The start that took s·BA out of these weights and left the rest, as their files say; "" for none."""
+        return next((f.metadata[RESIDUAL] for f in self.shards.values() if RESIDUAL in f.metadata), "")
 
     def shard(self, name: str) -> SafetensorsFile:
         """Return the open file that holds one tensor. Raises KeyError."""

@@ -9,7 +9,6 @@ from typing import Any
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..io.peft import AdapterFiles, load_adapter
 from ..io.peft.base import fit
-from .plan import RESIDUAL
 
 INPUTS = "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"
 HEAD = "lm_head.weight"
@@ -75,8 +74,7 @@ def fitted(adapter: str, base: str, mark: str = "", residual: bool = False) -> A
     when they are there anyway.
     """
     checkpoint = open_checkpoint(base)
-    said = any(RESIDUAL in file.metadata for file in checkpoint.shards.values())
-    found = load_adapter(adapter, residual_base=residual or said)
+    found = load_adapter(adapter, residual_base=residual or bool(checkpoint.residual))
     bare = {name: replace(record, m=None) for name, record in found.adapters.items()}
     fits = fit(Path(adapter), found._replace(adapters=bare), _Shapes(checkpoint))
     whole = zip(fits.adapters.items(), found.adapters.values(), strict=True)

@@ -20,6 +20,7 @@ import numpy as np
 from ..backend import Array
 from ..config import LoraConfig, start_name
 from ..inject import plan, saved_tensors, started
+from ..io.checkpoint import RESIDUAL as MARKED
 from ..io.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from ..io.layout import Entry, word_of
 from ..io.peft import save_adapter
@@ -30,7 +31,6 @@ from ..io.writer import SafetensorsWriter
 from ..params import AnyAdapter
 from ..random import torch_generator
 from .place import check_apart
-from .plan import RESIDUAL as MARKED
 from .work import opened, read_tensor
 from .written import index_name, other_files
 

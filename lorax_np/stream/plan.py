@@ -12,13 +12,12 @@ from math import prod
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..io.checkpoint import SINGLE, Checkpoint
+from ..io.checkpoint import RESIDUAL, SINGLE, Checkpoint
 from ..io.layout import word_of
 from ..io.safetensors import BITS, show
 
 Kind = Literal["copy", "cast", "update", "bias", "saved", "rows", "original"]
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what is computed with
-RESIDUAL = "lorax_np.residual"  # what a checkpoint that a start left says of itself: which start
 NAMES = {word: name for name, word in FLOATS.items()}
 
 

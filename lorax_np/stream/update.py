@@ -19,6 +19,7 @@ from ..params import AnyAdapter, check_direction
 
 WIDE = "float64"
 HALF = 0x8000  # half an ulp of bfloat16, in the bits of a float32
+OVER = np.float32((2 - 2.0**-8) * 2.0**127)  # from here on bfloat16 has infinity
 MANY = 100  # entries midway in one block, from which on all of it is rounded again at once
 
 
@@ -199,7 +200,10 @@ def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch, *, new_only:
         if dtype == WIDE:
             found = V
         elif dtype == "bfloat16":
-            found = _to_bfloat16(V, scratch)
+            finite = _to_bfloat16(V, scratch)
+            if finite is not None:
+                return finite
+            found = to_numpy(V, dtype)
         else:
             found = scratch("found", V.shape, dtype)
             np.copyto(found, V, casting="unsafe")
@@ -208,8 +212,10 @@ def rounded(V: HostArray, dtype: str, where: str, scratch: Scratch, *, new_only:
     return found
 
 
-def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray:
+def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray | None:
     """V in bfloat16, the upper half of a float32: half an ulp is added, and the lower half cut off.
+
+    None where an entry is not finite, or would round to infinity.
 
     Two roundings, to float32 and on, differ from one only where the first ends midway between two numbers of
     bfloat16. Half an ulp lifts those to a lower half of zeros; they, with their neighbours, are rounded again,
@@ -219,8 +225,8 @@ def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray:
     found, hit = scratch("found", V.shape, bfloat16()), scratch("hit", V.shape, np.bool_)
     bits = near.view(np.uint32)
     np.copyto(near, V, casting="unsafe")
-    if not (near.max(initial=0.0) < np.inf and near.min(initial=0.0) > -np.inf):  # NaN is not less either
-        return to_numpy(V, "bfloat16")
+    if not (near.max(initial=0.0) < OVER and near.min(initial=0.0) > -OVER):  # NaN is not less either
+        return None
     np.add(bits, HALF, out=bits)
     np.equal(np.bitwise_and(bits, 0xFFFF, out=low), 0, out=hit)
     np.copyto(found.view(np.uint16), np.right_shift(bits, 16, out=low), casting="unsafe")

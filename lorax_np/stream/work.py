@@ -24,7 +24,7 @@ from .plan import NAMES, FilePlan, Task
 from .plans import ROWS, indices_of
 from .update import WIDE, Blocks, Scratch, Update, matrix_shape, rounded, to_numpy, update_of
 
-BLOCK = 1 << 17  # entries of rows that are updated at a time: in float64 they stay in a core's own cache
+BLOCK = 1 << 19  # entries of rows that are updated at a time; smaller ones have threads wait for each other
 UNIT = 1 << 24  # bytes of a tensor that one thread takes at a time
 ROWWISE = "cast", "update", "rows"  # kinds of tasks that are computed rows by rows
 Progress = Callable[[int], None]  # told how many bytes more are written

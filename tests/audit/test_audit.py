@@ -10,11 +10,15 @@ import pytest
 from adapters import SITES, linear, write
 from faults import faults, with_base
 
+import lorax_np as lx
 from lorax_np.audit import audit
 from lorax_np.audit.experts import misplaced
 from lorax_np.audit.report import FAULTS
 from lorax_np.audit.weights import rounded
 from lorax_np.errors import FormatError
+from lorax_np.io.checkpoint import open_checkpoint
+from lorax_np.io.writer import write_safetensors
+from lorax_np.stream.init import init_checkpoint
 
 SOUND, PLANTED, BESIDE = adapters.sound(), faults(), with_base()
 ROOT = Path(__file__).parents[2]
@@ -75,6 +79,19 @@ def test_every_fault_that_the_base_shows_is_found(tmp_path, name):
     assert audit(tmp_path / "a").passed  # the base alone shows it
 
 
+def test_a_start_is_sound_beside_the_base_that_it_left(tmp_path):
+    """PiSSA's update may be larger than the rest, and only there."""
+    write_safetensors(tmp_path / "w.safetensors", adapters.base(), {"format": "pt"})
+    config = lx.LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+    init_checkpoint(tmp_path / "w.safetensors", config, tmp_path / "a")
+    found = audit(tmp_path / "a", open_checkpoint(tmp_path / "a" / "base"))
+    assert found.passed, str(found)
+    assert max(row.relative for row in found.rows) > 1
+    beside = audit(tmp_path / "a", open_checkpoint(tmp_path / "w.safetensors"))
+    assert {f.id for f in beside.findings} == {"start-base"}
+    assert {f.id for f in audit(tmp_path / "a").findings} == {"start-base"}
+
+
 def test_a_pickle_is_never_loaded(tmp_path):
     write(tmp_path, linear(0)[0], None)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
@@ -123,9 +140,9 @@ def test_the_figures_are_those_of_the_update(tmp_path):
 
 
 def test_experts_without_a_difference_convict_nobody():
-    """Sizes that mean nothing: not one of 2000 draws in either order, at a chance of 1e-6 each."""
+    """Sizes that mean nothing: not one of 500 draws in either order, at a chance of 1e-6 each."""
     rng = np.random.default_rng(0)
-    for _ in range(2000):
+    for _ in range(500):
         E, r = rng.integers(2, 9), rng.integers(2, 9)
         assert misplaced(rng.standard_normal((E * r, 8)), rng.standard_normal((9, E * r)), int(E)) == ""
 

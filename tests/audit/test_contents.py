@@ -62,7 +62,7 @@ def test_norms_are_summed_wide(tmp_path, dtype):
 
 
 def test_inspect_prints_a_table_and_writes_json_and_a_picture(adapter, base, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the plot extra")
     assert (
         main(["inspect", str(adapter), "--plot", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")])
         == 0
@@ -103,7 +103,15 @@ def test_check_says_what_is_wrong_and_exits_by_it(adapter, base, tmp_path, capsy
     ],
 )
 def test_bad_usage_is_one_line(adapter, arguments, words, capsys):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="needs the plot extra")
     assert main([str(adapter) if word == "ADAPTER" else word for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_a_plot_without_matplotlib_names_the_extra(adapter, monkeypatch, capsys):
+    monkeypatch.setattr("lorax_np.commands.inspect.find_spec", lambda name: None)
+    assert main(["inspect", str(adapter), "--plot", "a.png"]) == 2
+    assert "pip install 'lorax-np[plot]'" in capsys.readouterr().err

@@ -294,7 +294,10 @@ def test_a_folder_that_is_not_there_and_one_in_the_place(tmp_path):
 def child(text, *arguments):
     """Run a script in a process of its own, this package before it."""
     root = str(Path(__file__).parents[2])
-    script = f"import sys; sys.path.insert(0, {root!r})\n{text}"
+    interrupts = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # off in the background
+    )
+    script = f"import sys; sys.path.insert(0, {root!r})\n{interrupts}\n{text}"
     return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE)
 
 

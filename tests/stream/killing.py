@@ -13,6 +13,8 @@ from lorax_np.stream.merge import merge_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 import sys
 sys.path.insert(0, sys.argv[1])
 from lorax_np.stream.merge import merge_checkpoint

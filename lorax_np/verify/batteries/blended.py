@@ -27,7 +27,7 @@ def battery_blended(subject: Any, profile: str, seed: int, level: str, only: str
         return
     dtype = PROFILES[profile]
     for i, method in enumerate(METHODS):
-        for j in range(2 if level == "quick" else 6):
+        for j in range(2 if level == "quick" else 4):
             id = f"blended/{method}/{j}"
             if chosen(id, only):
                 case = draw(id, method, dtype, (seed, 91, i, j))
