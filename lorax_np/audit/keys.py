@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..backend import HostArray
 from ..config import TIERS, LoraConfig, site_at
+from ..config.fields import MARK
 from ..config.site import Kind
 from ..errors import ConfigError, FormatError
 from ..io.safetensors import open_safetensors
@@ -48,6 +49,7 @@ class Read(NamedTuple):
     places: dict[str, Place]
     others: dict[str, HostArray]  # by key without the prefix
     findings: list[Finding]
+    left: str  # the start that the file says left its base, or ""
     broken: frozenset[str]  # fields of the config that had to be left out
 
     def say(self, id: str, text: str, site: str = "") -> None:
@@ -60,7 +62,7 @@ def read(folder: Path) -> Read:
     findings: list[Finding] = []
     raw = _json(folder / "adapter_config.json")
     config, broken = _config(raw, findings)
-    tensors = _tensors(folder, findings)
+    tensors, left = _tensors(folder, findings)
     places: dict[str, Place] = {}
     others: dict[str, HostArray] = {}
     bare = 0
@@ -88,7 +90,7 @@ def read(folder: Path) -> Read:
         findings.append(
             Finding("empty", "", f"expected keys with {', '.join(ENDINGS)}, got {len(tensors)} others")
         )
-    return Read(config, raw, places, others, findings, broken)
+    return Read(config, raw, places, others, findings, left, broken)
 
 
 def _kind(site: str, config: LoraConfig, value: HostArray) -> Kind:
@@ -138,7 +140,7 @@ def _config(raw: Mapping[str, Any], findings: list[Finding]) -> tuple[LoraConfig
     return config, frozenset(raw.keys() - kept.keys())
 
 
-def _tensors(folder: Path, findings: list[Finding]) -> Mapping[str, HostArray]:
+def _tensors(folder: Path, findings: list[Finding]) -> tuple[Mapping[str, HostArray], str]:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -146,13 +148,13 @@ def _tensors(folder: Path, findings: list[Finding]) -> Mapping[str, HostArray]:
             raise FormatError(f"{path}: expected the weights of an adapter, got no such file")
         convert = "convert it once, with torch.load(weights_only=True) and safetensors.torch.save_file"
         findings.append(Finding("pickle", "", f"{pickles[0]}: never loaded here; {convert}"))
-        return {}
+        return {}, ""
     try:
         file = open_safetensors(path)
-        return {name: file[name] for name in file}
+        return {name: file[name] for name in file}, file.metadata.get(MARK, "")
     except FormatError as error:
         findings.append(Finding("unreadable", "", str(error)))
-        return {}
+        return {}, ""
 
 
 def expected(config: LoraConfig, place: Place) -> tuple[int, float, float]:

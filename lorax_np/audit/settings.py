@@ -22,13 +22,14 @@ def check_config(found: Read, left: str) -> None:
     """
     config, say = found.config, found.say
     names = [name.removesuffix(".base_layer") for name in found.places]
-    start = start_name(config.init_lora_weights)
-    if start and start == left:
+    named = found.left or config.init_lora_weights
+    start = start_name(named)
+    if start and start == start_name(left):
         pass  # the base is the one that this start left
     elif start in LOST_STARTS:
-        say("start", f"init_lora_weights={config.init_lora_weights!r}: convert to a plain adapter of rank 2r")
+        say("start", f"{named!r}: convert to a plain adapter of rank 2r, or merge into the base that it left")
     elif start in BASE_STARTS:
-        say("start-base", f"init_lora_weights={config.init_lora_weights!r}: convert, or save the new base")
+        say("start-base", f"{named!r}: convert, or take the base that it left")
     for field in ("rank_pattern", "alpha_pattern"):
         for key, value in (getattr(config, field) or {}).items():
             if names and all(pattern_value({key: value}, name, field, None) is None for name in names):

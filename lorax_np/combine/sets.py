@@ -10,7 +10,7 @@ import numpy as np
 
 from ..backend import Array, HostArray, from_host, to_host
 from ..config import LoraConfig, Site
-from ..config.fields import RESIDUAL, start_name
+from ..config.fields import MARK, RESIDUAL, start_name
 from ..errors import ConfigError, ShapeError
 from ..params import Adapter, AnyAdapter
 from .adapters import check_fit, combined
@@ -72,10 +72,11 @@ def combine_sets(
     choice = choose(method, density, majority_sign_method, rank, clamp, rng)
     check_numbers(sets, weights=weights)
     for name, one in sets.items():
-        if start_name(one.config.init_lora_weights) in RESIDUAL:
+        start = getattr(one, "metadata", {}).get(MARK) or one.config.init_lora_weights
+        if start_name(start) in RESIDUAL:
             raise ConfigError(
-                f"{name}: expected adapters of the original weight, got init_lora_weights="
-                f"{one.config.init_lora_weights!r}, whose base is a residual; convert them with plain first"
+                f"{name}: expected adapters of the original weight, got those of the start {start!r}, whose "
+                "base is a residual; convert them with plain first"
             )
     adapters: dict[str, AnyAdapter] = {}
     sites: dict[str, Site] = {}

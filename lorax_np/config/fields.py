@@ -24,6 +24,7 @@ STARTS: Mapping[str, Tier] = {  # the words of init_lora_weights, next to True a
     "mica": "exotic",
 }
 ROOTS = "pissa", "pissa_niter_k", "corda", "loftq"  # these starts scale A and B by √(S/s): s must be above 0
+MARK = "lorax_np.residual"  # in the metadata of files: the start that left this base, or whose adapter this is
 RESIDUAL = "pissa", "pissa_niter_k", "olora", "corda", "lora_ga"  # these take s·BA out of W, and leave the rest
 
 

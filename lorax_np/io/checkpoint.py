@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..backend import Array
+from ..config.fields import MARK
 from ..errors import FormatError
 from .safetensors import SafetensorsFile, _unique, open_safetensors, show
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-RESIDUAL = "lorax_np.residual"  # what a checkpoint that a start left says of itself: which start
 MAX_JSON = 100_000_000  # bytes, as of a header
 PICKLES = "*.bin", "*.pt", "*.pth", "*.ckpt"
 
@@ -46,7 +46,7 @@ class Checkpoint(Mapping[str, Array]):
     @property
     def residual(self) -> str:
         """The start that took s·BA out of these weights and left the rest, as their files say; "" for none."""
-        return next((f.metadata[RESIDUAL] for f in self.shards.values() if RESIDUAL in f.metadata), "")
+        return next((f.metadata[MARK] for f in self.shards.values() if MARK in f.metadata), "")
 
     def shard(self, name: str) -> SafetensorsFile:
         """Return the open file that holds one tensor. Raises KeyError."""

@@ -19,8 +19,8 @@ import numpy as np
 
 from ..backend import Array
 from ..config import LoraConfig, start_name
+from ..config.fields import MARK
 from ..inject import plan, saved_tensors, started
-from ..io.checkpoint import RESIDUAL as MARKED
 from ..io.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from ..io.layout import Entry, word_of
 from ..io.peft import save_adapter
@@ -35,6 +35,7 @@ from .work import opened, read_tensor
 from .written import index_name, other_files
 
 PathLike = str | os.PathLike[str]
+UNREAD: Any = {"loftq_config": {}, "corda_config": None, "lora_ga_config": None}  # settings of those starts
 BASE = "base"  # the folder, within the adapter's, of what a start left of the base
 
 
@@ -116,15 +117,19 @@ def init_checkpoint(
                     done += prod(checkpoint.shape(site.weight))
                     if progress is not None:
                         progress(done, total)
-        said = str(Path(base)) if left is None else str(left.resolve())
-        if left is not None or config.base_model_name_or_path is None:
-            config = replace(config, base_model_name_or_path=said)
+        if left is not None:  # a plain adapter of that base: PEFT would start anew, from what is left
+            config = replace(
+                config, init_lora_weights=True, base_model_name_or_path=str(left.resolve()), **UNREAD
+            )
+        elif config.base_model_name_or_path is None:
+            config = replace(config, base_model_name_or_path=str(Path(base)))
         save_adapter(
             part,
             adapters,
             config,
             sites=found.sites,
             saved=saved_tensors(weights, found),
+            metadata=None if left is None else {MARK: word},
             residual_base=left is not None,
         )
     return replace(outcome, seconds=time.perf_counter() - begun)
@@ -196,7 +201,7 @@ class _Rest(ExitStack):
 
     def _open(self, file: str, entries: Mapping[str, Entry], said: Mapping[str, str]) -> None:
         """Begin one file, with all in it that is not started."""
-        writer = SafetensorsWriter(self.folder / file, entries, {**said, MARKED: self.start})
+        writer = SafetensorsWriter(self.folder / file, entries, {**said, MARK: self.start})
         self.enter_context(writer)
         for name in entries:
             self._writers[name] = writer

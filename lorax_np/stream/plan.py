@@ -11,8 +11,9 @@ from hashlib import sha256
 from math import prod
 from typing import Any, Literal
 
+from ..config.fields import MARK
 from ..errors import ConfigError
-from ..io.checkpoint import RESIDUAL, SINGLE, Checkpoint
+from ..io.checkpoint import SINGLE, Checkpoint
 from ..io.layout import word_of
 from ..io.safetensors import BITS, show
 
@@ -141,4 +142,4 @@ def filed(
 
 def _said(metadata: Mapping[str, str]) -> dict[str, str]:
     """What a new file says of itself: what the old one did, but that it is what a start left."""
-    return {key: value for key, value in metadata.items() if key != RESIDUAL}
+    return {key: value for key, value in metadata.items() if key != MARK}

@@ -172,7 +172,7 @@ def _changed(**more):
         (
             {"a": _changed(), "b": _changed(init_lora_weights="pissa")},
             ConfigError,
-            "b: expected adapters of the original weight, got init_lora_weights='pissa', whose base is a",
+            "b: expected adapters of the original weight, got those of the start 'pissa'",
         ),
         ({"a": _changed(use_dora=True)}, ConfigError, "q: a: expected no m, since a sum of updates"),
         (

@@ -14,7 +14,10 @@ import pytest
 import lorax_np as lx
 from lorax_np.cli import main
 
-pytestmark = pytest.mark.real
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),  # of PEFT's to transformers
+]
 
 IDS = [
     504,
@@ -131,7 +134,7 @@ def test_minilm_merged_gives_the_states_of_peft(minilm, tmp_path):
     _agree(_output(AutoModel.from_pretrained(tmp_path / "merged", dtype=torch.float64), ids), want)
 
 
-@pytest.mark.parametrize("start", ["pissa", "loftq"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "loftq"])
 def test_smollm2_started_on_all_linear_layers(smollm2, tmp_path, start):
     """The residual base and the adapter merge into W again: to one rounding, or better than 4 bits alone."""
     assert main(["init", str(smollm2), str(tmp_path / "a"), "--start", start, "-r", "16", "--quiet"]) == 0
@@ -148,7 +151,7 @@ def test_smollm2_started_on_all_linear_layers(smollm2, tmp_path, start):
             assert np.array_equal(merged[name], W[name]), name
             continue
         off = np.abs(merged[name].astype(float) - W[name])
-        if start == "pissa":
+        if start != "loftq":
             assert (off <= np.spacing(np.abs(W[name]).max())).all(), name
         else:
             alone = lx.dequantise_nf4(lx.quantise_nf4(W[name])) - W[name]
@@ -161,7 +164,10 @@ def test_smollm2_from_pissa_answers_as_before(smollm2, plain, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    assert main(["init", str(smollm2), str(tmp_path / "a"), "--start", "pissa", "-r", "16", "--quiet"]) == 0
+    assert (
+        main(["init", str(smollm2), str(tmp_path / "a"), "--start", "pissa_niter_4", "-r", "16", "--quiet"])
+        == 0
+    )
     want = _output(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), IDS)
     rest = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base", dtype=torch.float32)
     less = _output(rest, IDS)

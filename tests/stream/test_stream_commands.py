@@ -9,7 +9,7 @@ import pytest
 from making import content, factors, read, weights, write_adapter, write_checkpoint
 
 from lorax_np.commands import init, merge, streaming, unmerge
-from lorax_np.errors import ConfigError
+from lorax_np.errors import ConfigError, FormatError
 from lorax_np.io.peft import load_adapter
 from lorax_np.stream.merge import merge_checkpoint
 
@@ -85,7 +85,10 @@ def test_init(made, capsys):
     assert lines[1].startswith("started 4 sites as pissa in ")
     assert lines[2] == f"next: lorax-np check {out} --base {out / 'base'}"
     found = load_adapter(out, residual_base=True)
-    assert (found.config.r, found.config.lora_alpha, found.config.init_lora_weights) == (4, 6, "pissa")
+    assert (found.config.r, found.config.lora_alpha, found.config.init_lora_weights) == (4, 6, True)
+    assert found.metadata["lorax_np.residual"] == "pissa"  # so that PEFT starts nothing anew, and we still know
+    with pytest.raises(FormatError, match="expected the base weights that this start left"):
+        load_adapter(out)
     again = out.with_name("again")
     assert typed("init", base, again, "--config", out, "--start", "true", "--dora", "--rslora", "--json") == 0
     assert json.loads(capsys.readouterr().out)["start"] == "true"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...config import LoraConfig, start_name
+from ...config.fields import MARK
 from ...errors import FormatError
 from ..safetensors import show
 from .keys import Keys, some
@@ -34,9 +35,12 @@ def check_file(
     resolver: Resolver,
     dtypes: Mapping[str, str],
     *,
+    left: str,
     residual_base: bool,
 ) -> tuple[dict[str, Place], list[str]]:
     """Return the places in a file, and notes.
+
+    left : the start that the file's metadata name, where its adapter belongs to the base that this start left
 
     Raises FormatError, one line that names the first few at fault: keys that are missing or that nothing asks
     for, shapes that are not those of the config's ranks, dtypes that are none of an adapter's.
@@ -57,7 +61,7 @@ def check_file(
     _check_layers(path, config, places)
     _check_plain(path, config, keys, places, resolver.shapes)
     if not residual_base:
-        _check_residual(path, config, keys, places)
+        _check_residual(path, config, keys, places, left)
     return places, notes_on(config, keys, places, resolver)
 
 
@@ -214,15 +218,15 @@ def _check_rows(path: Path, rows: dict[str, int] | None, module: str, key: str, 
         _refuse(path, key, f"({found[0]}, dim), a row for each of trainable_token_indices", shape)
 
 
-def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[str, Place]) -> None:
+def _check_residual(path: Path, config: LoraConfig, keys: Keys, places: Mapping[str, Place], left: str) -> None:
     """An adapter that is right only beside the base that its start left comes with that base."""
-    start = start_name(config.init_lora_weights)
+    start = start_name(left or config.init_lora_weights)
     if start not in RESIDUAL:
         return
     alone = [place.site.name for place in places.values() if place.site.weight not in keys.plain]
     if alone:
         again = ", compute it again" if start in AGAIN else ""
-        said = f"init_lora_weights={config.init_lora_weights!r}"
+        said = f"metadata: {MARK}={left!r}" if left else f"init_lora_weights={config.init_lora_weights!r}"
         raise FormatError(
             f"{path}: {said}: expected the base weights that this start left, got none at {some(alone)}: "
             "beside the original ones the adapter is wrong; convert it to a plain one of rank 2r, save the "

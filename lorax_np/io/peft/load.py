@@ -9,6 +9,7 @@ import numpy as np
 
 from ...backend import Array
 from ...config import LoraConfig
+from ...config.fields import MARK
 from ...errors import ConfigError, DtypeError, FormatError, ShapeError
 from ...params import Adapter, AnyAdapter, ConvAdapter
 from ..safetensors import HostArray, SafetensorsFile, open_safetensors, show
@@ -55,7 +56,8 @@ def load_adapter(
     shapes = {name: file.shape(name) for name in file.names}
     dtypes = {name: file.dtype(name) for name in file.names}
     resolver = Resolver(file.path, config, keys, shapes)
-    places, notes = check_file(file.path, config, resolver, dtypes, residual_base=residual_base)
+    left = file.metadata.get(MARK, "")
+    places, notes = check_file(file.path, config, resolver, dtypes, left=left, residual_base=residual_base)
     biases = {} if config.bias == "none" else own_biases(places, keys.plain)
     adapters = {name: _adapter(file, place, biases.get(name)) for name, place in places.items()}
     others = {name: key for name, key in keys.plain.items() if key not in biases.values()}
