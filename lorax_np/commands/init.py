@@ -36,6 +36,8 @@ def add(commands: Parsers) -> None:
     init.add_argument("--dora", action="store_true", help="with a magnitude a row")
     init.add_argument("--rslora", action="store_true", help="s = α/√r")
     init.add_argument("--bits", type=int, choices=(4, 8), help="of LoftQ's base (default: 4, or the config's)")
+    init.add_argument("--inputs", metavar="FILE", help="safetensors of inputs (rows, d_in) by site: eva, corda")
+    init.add_argument("--gradients", metavar="FILE", help="safetensors of gradients like W by site: lora_ga")
     init.add_argument("--seed", type=seed, default=0, help="of every draw (default: 0)")
     options(init, resume=False)
     init.set_defaults(run=run)
@@ -43,7 +45,7 @@ def add(commands: Parsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start, and print what was started."""
-    from .. import ConfigError, LoraConfig
+    from .. import ConfigError, LoraConfig, open_safetensors
     from ..io.checkpoint import read_json
     from ..stream.init import init_checkpoint
 
@@ -76,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             progress=progress,
             dry_run=arguments.dry_run,
+            inputs=open_safetensors(arguments.inputs) if arguments.inputs else None,
+            gradients=open_safetensors(arguments.gradients) if arguments.gradients else None,
         )
     finally:
         progress.done()

@@ -10,7 +10,9 @@ from making import content, factors, read, weights, write_adapter, write_checkpo
 
 from lorax_np.commands import init, merge, streaming, unmerge
 from lorax_np.errors import ConfigError, FormatError
+from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.io.peft import load_adapter
+from lorax_np.io.writer import write_safetensors
 from lorax_np.stream.merge import merge_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -98,6 +100,31 @@ def test_init(made, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("would start 12 sites as true")
     with pytest.raises(ConfigError, match="--seed: expected less than"):
         typed("init", base, again.with_name("dry"), "--seed", 1 << 32)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_init_from_data(made, tmp_path, start):
+    """Starts of inputs or gradients take them from files, a tensor for each site."""
+    base, _, out = made
+    rng = np.random.default_rng(3)
+    names = [name for name in open_checkpoint(base) if name.endswith("q_proj.weight")]
+    shape = {"lora_ga": (24, 24)}.get(start, (60, 24))
+    given = {name.removesuffix(".weight"): rng.standard_normal(shape).astype("f4") for name in names}
+    write_safetensors(tmp_path / "data.safetensors", given)
+    how = ("-r", 4, "--start", start, "--target-modules", "q_proj")
+    with pytest.raises(ConfigError, match="gradient" if start == "lora_ga" else "inputs"):
+        typed("init", base, out, *how)
+    assert not out.exists()
+    flag = "--gradients" if start == "lora_ga" else "--inputs"
+    assert typed("init", base, out, *how, flag, tmp_path / "data.safetensors") == 0
+    files = load_adapter(out, residual_base=True)
+    assert len(files.adapters) == len(names)
+    rest = open_checkpoint(out / "base") if start != "eva" else open_checkpoint(base)
+    for name in names:
+        a, s = files.adapters[name.removesuffix(".weight")], files.sites[name.removesuffix(".weight")].scaling
+        W, left = (np.asarray(v[name], float) for v in (open_checkpoint(base), rest))
+        off = np.abs(left + s * a.B.astype(float) @ a.A - W)
+        assert off.max() <= 2.0**-9 * np.exp2(np.ceil(np.log2(np.abs(left).max()))), "one rounding to bfloat16"
 
 
 class Screen:
