@@ -75,7 +75,10 @@ def test_the_right_pass(right, profile):
         assert [c for c in checks if c.verdict != "pass"] == []
         assert max(c.ratio for c in checks if c.ratio is not None) < 0.6
     assert len({c.id for c in checks}) == len(checks)
-    assert 0 < len(judged(right(), profile, "quick")) < len(checks) / 2
+    quick = judged(right(), profile, "quick")
+    count = {b: [sum(c.battery == b for c in v) for v in (quick, checks)] for b in ("related", "related laws")}
+    assert 0 < count["related"][0] < count["related"][1] / 2
+    assert count["related laws"][0] == count["related laws"][1] > 0  # laws are drawn once at either level
 
 
 def test_the_truth_is_the_definition():

@@ -118,7 +118,7 @@ def cases(subject: Any, profile: str, seed: int, level: str, only: str, stem: st
     """The cases whose norm is differentiated as the subject's is, by the segments of their ids."""
     norms = spec_of(subject).norm_gradient
     for i, layout in enumerate(LAYOUTS):
-        for j in range(1 if level == "quick" else 2):
+        for j in range(1 if level == "quick" else 3):
             id = f"{stem}/{layout[0].replace(', ', '-').replace(' ', '-')}/{j}"
             if chosen(id, only) and ("dora" not in layout[0] or ("full" in layout[0]) in norms):
                 yield draw(id, i, PROFILES[profile], (seed, 61, i, j))
