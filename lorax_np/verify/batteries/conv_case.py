@@ -67,6 +67,10 @@ class ConvCase:
         """The kernel's sizes."""
         return tuple(self.W.shape[2:])
 
+    def plain(self) -> "ConvCase":
+        """The same layer without a magnitude, by its config too, from which some subjects are made."""
+        return replace(self, config=replace(self.config, use_dora=False), m=None, norm_gradient=False)
+
     def arrays(self) -> dict[str, HostArray]:
         """Every array that the case has, by name."""
         return {name: value for name in ARRAYS if (value := getattr(self, name)) is not None}

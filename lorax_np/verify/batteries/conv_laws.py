@@ -129,7 +129,7 @@ def _neutral(subject: Any, case: ConvCase) -> str | None:
     """m = ‖W + s·BA‖ over channels and kernel: y is the layer's without a magnitude. m∘gm = Σ gy∘(y − b)."""
     flat = as_linear(wide(case))
     n = np.linalg.norm(flat.W + case.scaling * flat.B @ flat.A, axis=1)
-    plain = replace(case, m=None, norm_gradient=False)
+    plain = case.plain()
     same = replace(case, m=n.astype(case.x.dtype))
     slack = _slack(same) + _slack(plain)
     wrong = off("y", forward(subject, same), forward(subject, plain).astype(np.float64), slack)
@@ -157,7 +157,7 @@ def _served(subject: Any, case: ConvCase) -> str | None:
     found = by_name("conv_merge", ask(subject, "conv_merge", bare.copy()), ("W", "b"))
     if "W" not in found or found["W"].shape != case.W.shape:
         return f"W: expected shape {case.W.shape}, got {found['W'].shape if 'W' in found else 'none'}"
-    after = replace(bare, W=found["W"], b=found.get("b"), B=0 * case.B, bB=None, m=None, norm_gradient=False)
+    after = replace(bare.plain(), W=found["W"], b=found.get("b"), B=0 * case.B, bB=None)
     slack = 2 * (_slack(bare) + _slack(after))  # what a merge rounds is less than what a product does
     return off("y", forward(subject, after), forward(subject, bare).astype(np.float64), slack)
 

@@ -58,6 +58,10 @@ class EmbeddingCase:
         """How often each id occurs, (vocab,)."""
         return np.bincount(self.ids.reshape(-1), minlength=len(self.W))
 
+    def plain(self) -> "EmbeddingCase":
+        """The same layer without a magnitude, by its config too, from which some subjects are made."""
+        return replace(self, config=replace(self.config, use_dora=False), m=None, norm_gradient=False)
+
     def arrays(self) -> dict[str, HostArray]:
         """Every array, by name."""
         names = ("W", "A", "B", "m", "ids", "gy")

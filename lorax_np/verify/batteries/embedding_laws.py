@@ -160,7 +160,7 @@ def _neutral(subject: Any, case: EmbeddingCase, p: Precision) -> str | None:
     """m = ‖Wᵀ + s·BA‖ by rows: y is the layer's without a magnitude. And m∘gm = Σ gy∘y: y is linear in m."""
     W, A, B = (value.astype(np.float64) for value in (case.W, case.A, case.B))
     n = np.linalg.norm(W.T + case.scaling * B @ A, axis=1).astype(case.W.dtype)
-    same, plain = replace(case, m=n), replace(case, m=None, norm_gradient=False)
+    same, plain = replace(case, m=n), case.plain()
     limit = _limit(same, p)["y"] + _limit(plain, p)["y"]
     wrong = off("y", forward(subject, same), forward(subject, plain), limit)
     if wrong or case.m is None or not hasattr(subject, "embedding_backward"):
@@ -177,7 +177,7 @@ def _served(subject: Any, case: EmbeddingCase, p: Precision) -> str | None:
     if "W" not in found or found["W"].shape != case.W.shape:
         return f"W: expected shape {case.W.shape}, got {found['W'].shape if 'W' in found else 'none'}"
     every = replace(case, ids=np.arange(len(case.W)), gy=np.zeros_like(case.W))
-    after = replace(every, W=found["W"], B=0 * case.B, m=None, norm_gradient=False)
+    after = replace(every.plain(), W=found["W"], B=0 * case.B)
     limit = 2 * (_limit(every, p)["y"] + _limit(after, p)["y"])
     return off("y", forward(subject, after), forward(subject, every), limit)
 
