@@ -91,9 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"trainable params: {found.trainable:,} || all params: {found.total:,} || trainable%: {share:.4f}"
         )
         if found.dry:
-            print(f"would start {found.sites} sites as {found.start}, at {found.out}")
+            rest = " and what is left of the base" if found.base else ""
+            what = f"{found.nbytes:,} bytes of adapters{rest}"
+            print(f"would start {found.sites} sites as {found.start}, at {found.out}: {what}")
             return 0
         rest = f", and what is left of the base at {found.base}" if found.base else ""
-        print(f"started {found.sites} sites as {found.start} in {found.seconds:.1f} s, at {found.out}{rest}")
+        done = f"in {found.seconds:.1f} s, {found.nbytes / 1e6:.4g} MB"
+        print(f"started {found.sites} sites as {found.start} {done}, at {found.out}{rest}")
         print(f"next: lorax-np check {found.out} --base {found.base or arguments.base}")
     return 0

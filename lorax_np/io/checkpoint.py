@@ -9,12 +9,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..backend import Array
 from ..config.fields import MARK
 from ..errors import FormatError
+from .layout import word_of
 from .safetensors import SafetensorsFile, _unique, open_safetensors, show
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,6 +61,17 @@ class Checkpoint(Mapping[str, Array]):
         known: Any = self._arrays
         found: tuple[int, ...] = tuple(known.shape(name) if hasattr(known, "shape") else known[name].shape)
         return found
+
+    def word(self, name: str) -> str:
+        """The safetensors format's word for the dtype of one tensor, as "F32". Raises KeyError."""
+        return self.shard(name).dtype(name) if self.shards else word_of(self[name], show(name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as arrays; those of a GGUF file are counted as float32, as most are read."""
+        if self.shards:
+            return sum(file.nbytes(name) for file in self.shards.values() for name in file.names)
+        return 4 * sum(prod(self.shape(name)) for name in self)
 
     def __getitem__(self, name: str) -> Array:
         """One tensor, read-only. Raises KeyError, and FormatError as the files' readers do."""

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array
-from ..config import LoraConfig, start_name
+from ..config import LoraConfig, Plan, start_name
 from ..config.fields import MARK
 from ..inject import plan, saved_tensors, started
 from ..io.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from ..io.layout import Entry, word_of
+from ..io.layout import Entry
 from ..io.peft import save_adapter
 from ..io.peft.check import RESIDUAL
 from ..io.replace import new_directory
-from ..io.safetensors import show
+from ..io.safetensors import BITS
 from ..io.writer import SafetensorsWriter
 from ..params import AnyAdapter
 from ..random import torch_generator
@@ -44,6 +44,7 @@ class Started:
     """What was started, or would be.
 
     out : the adapter's directory;  base : the residual checkpoint, None where the start leaves the base alone
+    nbytes : of all files that were written; in a dry run, of the tensors that they would hold
     """
 
     out: Path
@@ -52,14 +53,14 @@ class Started:
     sites: int
     trainable: int
     total: int
+    nbytes: int
     seconds: float = 0.0
     dry: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        plain = {
-            name: getattr(self, name) for name in ("start", "sites", "trainable", "total", "seconds", "dry")
-        }
+        names = "start", "sites", "trainable", "total", "nbytes", "seconds", "dry"
+        plain = {"bytes" if name == "nbytes" else name: getattr(self, name) for name in names}
         return {"out": str(self.out), "base": None if self.base is None else str(self.base), **plain}
 
 
@@ -95,7 +96,8 @@ def init_checkpoint(
     start = start_name(config.init_lora_weights)
     left = out / BASE if start in RESIDUAL else None
     word = str(config.init_lora_weights).lower()
-    outcome = Started(out, left, word, len(found.sites), found.trainable, found.total, dry=dry_run)
+    nbytes = _expected(checkpoint, config, found, left is not None)
+    outcome = Started(out, left, word, len(found.sites), found.trainable, found.total, nbytes, dry=dry_run)
     if dry_run:
         return outcome
     with new_directory(out, ()) as part, ExitStack() as stack:
@@ -132,7 +134,15 @@ def init_checkpoint(
             metadata=None if left is None else {MARK: word},
             residual_base=left is not None,
         )
-    return replace(outcome, seconds=time.perf_counter() - begun)
+        nbytes = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+    return replace(outcome, nbytes=nbytes, seconds=time.perf_counter() - begun)
+
+
+def _expected(base: Checkpoint, config: LoraConfig, found: Plan, left: bool) -> int:
+    """Bytes of the tensors to come: what trains, and all of the base where a start leaves a rest of it."""
+    first = next((base.word(site.weight) for site in found.sites.values()), "F32")
+    size = {None: 8 if first == "F64" else 4, "base": BITS[first] // 8, "float64": 8, "float32": 4}
+    return found.trainable * size.get(config.adapter_dtype, 2) + (base.nbytes if left else 0)
 
 
 class _Read(Mapping[str, Array]):
@@ -183,9 +193,7 @@ class _Rest(ExitStack):
         for path in [*other_files(self.base)]:
             shutil.copyfile(path, self.folder / path.name)
         if not self.base.shards:  # a GGUF file, whose config is in its metadata
-            entries = {
-                name: (word_of(self.base[name], show(name)), self.base.shape(name)) for name in self.base
-            }
+            entries = {name: (self.base.word(name), self.base.shape(name)) for name in self.base}
             self._open(SINGLE, entries, {"format": "pt"})
             if self.base.config and not (self.folder / "config.json").exists():
                 text = json.dumps(self.base.config, indent=2, ensure_ascii=False) + "\n"

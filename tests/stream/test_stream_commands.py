@@ -98,6 +98,16 @@ def test_init(made, capsys):
     assert (config.r, config.use_dora, config.use_rslora, config.init_lora_weights) == (4, True, True, True)
     assert typed("init", base, again.with_name("dry"), "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("would start 12 sites as true")
+    for start in ("true", "pissa"):  # a dry run counts the tensors that are written
+        place = again.with_name(start)
+        how = ("init", base, place, "-r", 4, "--start", start, "--json")
+        assert typed(*how, "--dry-run") == 0
+        dry = json.loads(capsys.readouterr().out)["bytes"]
+        assert typed(*how) == 0
+        wet = json.loads(capsys.readouterr().out)["bytes"]
+        files = [open_checkpoint(place / "adapter_model.safetensors")]
+        files += [open_checkpoint(place / "base")] if start == "pissa" else []
+        assert dry == sum(file.nbytes for file in files) < wet
     with pytest.raises(ConfigError, match="--seed: expected less than"):
         typed("init", base, again.with_name("dry"), "--seed", 1 << 32)
 
