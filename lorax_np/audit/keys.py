@@ -3,14 +3,16 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..backend import HostArray
-from ..config import TIERS, LoraConfig, site_at
+from ..config import TIERS, LoraConfig
 from ..config.fields import MARK
 from ..config.site import Kind
 from ..errors import ConfigError, FormatError
+from ..io.peft.sites import Numbers
 from ..io.safetensors import open_safetensors
 from ..kinds import nearest, shown, silent
 from .report import Finding
@@ -51,6 +53,7 @@ class Read(NamedTuple):
     findings: list[Finding]
     left: str  # the start that the file says left its base, or ""
     broken: frozenset[str]  # fields of the config that had to be left out
+    numbers: Numbers  # rank and α by name, in bounded time: the patterns are a stranger's
 
     def say(self, id: str, text: str, site: str = "") -> None:
         """Add a finding."""
@@ -90,7 +93,14 @@ def read(folder: Path) -> Read:
         findings.append(
             Finding("empty", "", f"expected keys with {', '.join(ENDINGS)}, got {len(tensors)} others")
         )
-    return Read(config, raw, places, others, findings, left, broken)
+    try:
+        numbers = Numbers(folder / "adapter_config.json", config, len(places))
+    except (ConfigError, FormatError) as error:
+        findings.append(Finding("config", "", str(error)))
+        broken |= {"rank_pattern", "alpha_pattern"}
+        config = replace(config, rank_pattern={}, alpha_pattern={})
+        numbers = Numbers(folder / "adapter_config.json", config, len(places))
+    return Read(config, raw, places, others, findings, left, broken, numbers)
 
 
 def _kind(site: str, config: LoraConfig, value: HostArray) -> Kind:
@@ -157,16 +167,16 @@ def _tensors(folder: Path, findings: list[Finding]) -> tuple[Mapping[str, HostAr
         return {}, ""
 
 
-def expected(config: LoraConfig, place: Place) -> tuple[int, float, float]:
+def expected(found: Read, place: Place) -> tuple[int, float, float]:
     """Rank, α and s that the config gives a site, as far as it can be resolved."""
-    site = site_at(config, place.name, kind=place.kind)
+    site = found.numbers.site(place.name.removesuffix(".base_layer"), kind=place.kind)
     return site.r, site.alpha, site.scaling
 
 
-def expected_or_none(config: LoraConfig, place: Place) -> tuple[int, float, float] | None:
+def expected_or_none(found: Read, place: Place) -> tuple[int, float, float] | None:
     """What the config gives a site, or None where it contradicts itself there."""
     try:
-        return expected(config, place)
+        return expected(found, place)
     except ConfigError:
         return None
 

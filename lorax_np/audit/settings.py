@@ -1,13 +1,12 @@
 """Checks of an adapter's config against its keys, and of the tensors that stand beside the factors."""
 
-import re
-
 import numpy as np
 
 from ..backend import HostArray
 from ..config import start_name
-from ..config.site import pattern_value
-from ..kinds import nearest
+from ..errors import ConfigError
+from ..io.peft.sites import targeted
+from ..kinds import nearest, shown
 from .keys import EMBEDDINGS, SCALES, Read, expected_or_none
 
 LOST_STARTS = "pissa_niter_k", "corda", "lora_ga"  # PEFT draws these anew, or not at all, when it loads
@@ -30,43 +29,31 @@ def check_config(found: Read, left: str) -> None:
         say("start", f"{named!r}: convert to a plain adapter of rank 2r, or merge into the base that it left")
     elif start in BASE_STARTS:
         say("start-base", f"{named!r}: convert, or take the base that it left")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key, value in (getattr(config, field) or {}).items():
-            if names and all(pattern_value({key: value}, name, field, None) is None for name in names):
-                say("pattern", f"{field}: {key!r} fits none of {len(names)} sites")
-    targets, last = config.target_modules, {name.rpartition(".")[2] for name in names}
-    if isinstance(targets, tuple):
-        for target in targets:
-            if names and not any(_named(name, target) for name in names):
-                say("target", f"{target!r} has none of {len(names)} sites{nearest(target, last)}")
-    for place in found.places.values():
-        if place.kind != "experts" and not _targeted(place.name, targets):
-            say("untargeted", f"target_modules={shown_targets(targets)}", place.name)
     _check_scales(found)
+    for field, keys in found.numbers.unused().items() if names else ():  # by now every site has been looked up
+        for key in keys:
+            say("pattern", f"{field}: {key!r} fits none of {len(names)} sites")
+    try:
+        _check_targets(found, names)
+    except ConfigError as error:  # of a regular expression that cannot be matched in bounded time
+        say("config", str(error))
 
 
-def _named(site: str, name: str) -> bool:
-    return site == name or site.endswith("." + name)
-
-
-def _targeted(site: str, targets: object) -> bool:
-    if isinstance(targets, tuple):
-        return any(_named(site, name) for name in targets)
-    if isinstance(targets, str) and targets.lower() != "all-linear":
-        return re.fullmatch(targets, site) is not None
-    return True  # all linear ones, or the table of the model's type
-
-
-def shown_targets(targets: object) -> str:
-    """target_modules in one short piece."""
-    text = ", ".join(targets) if isinstance(targets, tuple) else repr(targets)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _check_targets(found: Read, names: list[str]) -> None:
+    wanted, last = targeted(found.config), {name.rpartition(".")[2] for name in names}
+    if wanted is None:
+        return  # all linear ones, or the table of the model's type
+    for target in wanted.without(names) if names else ():
+        found.say("target", f"{target!r} has none of {len(names)} sites{nearest(target, last)}")
+    for place in found.places.values():
+        if place.kind != "experts" and not wanted.mean(place.name):
+            found.say("untargeted", f"target_modules={shown(found.config.target_modules)}", place.name)
 
 
 def _check_scales(found: Read) -> None:
     """A scale or α stated a second time: in the config, or beside the factors as kohya does."""
     config = found.config
-    places = {name: expected_or_none(config, place) for name, place in found.places.items()}
+    places = {name: expected_or_none(found, place) for name, place in found.places.items()}
     first = next((value for value in places.values() if value), None)
     for name in SCALES:
         value = config.extra.get(name)

@@ -31,7 +31,7 @@ def check_place(found: Read, place: Place, base: Mapping[str, Any] | None) -> Ro
         found.say(id, text, place.name)
 
     try:
-        r, alpha, s = expected(found.config, place)
+        r, alpha, s = expected(found, place)
     except ConfigError as error:
         say("config", str(error))
         return None
@@ -102,7 +102,7 @@ def _adapter(found: Read, place: Place, say: Say) -> AnyAdapter | None:
     try:
         return record(host["A"], host["B"], m=m, bB=bB)
     except (ShapeError, DtypeError, ConfigError) as error:
-        r = (expected_or_none(found.config, place) or (0,))[0]
+        r = (expected_or_none(found, place) or (0,))[0]
         say("transposed", _shapes(place)) if _turned(place, r) else say("shape", str(error))
         return None
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import adapters
@@ -90,6 +91,19 @@ def test_a_start_is_sound_beside_the_base_that_it_left(tmp_path):
     beside = audit(tmp_path / "a", open_checkpoint(tmp_path / "w.safetensors"))
     assert {f.id for f in beside.findings} == {"start-base"}
     assert {f.id for f in audit(tmp_path / "a").findings} == {"start-base"}
+
+
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "alpha_pattern"])
+def test_a_strangers_expression_ends(tmp_path, field):
+    """(a+)+$ against a name of as takes re longer than anyone waits."""
+    config, tensors = linear(0)
+    name = "a" * 60 + "!"
+    tensors = {key.replace("model.layers", name): value for key, value in tensors.items()}
+    config[field] = "(a+)+$" if field == "target_modules" else {"(a+)+$": 4}
+    started = time.monotonic()
+    found = audit(write(tmp_path / "a", config, tensors))
+    assert time.monotonic() - started < 5
+    assert {f.id for f in found.findings} & {"untargeted", "pattern"}
 
 
 def test_a_pickle_is_never_loaded(tmp_path):
