@@ -16,9 +16,16 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40
 settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("LORAX_NP_HYPOTHESIS", "ci"))
 
+THOROUGH = os.environ.get("LORAX_NP_TESTS") == "all"  # as .ci/run sets it; a newcomer has five minutes
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip PEFT's lane, with its reason, where the extra is not installed."""
+    """Skip, each with its reason, PEFT's lane where the extra is not installed, and what repeats at length."""
+    if not THOROUGH:
+        reason = "repeats what others of its kind show; LORAX_NP_TESTS=all runs it, as .ci/run does"
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason=reason))
     missing = [name for name in ("torch", "peft") if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)}: not installed; pip install 'lorax-np[peft]'"

@@ -25,7 +25,15 @@ def cupy(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("profile", ["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param("fp64", marks=pytest.mark.thorough),
+        "fp32",
+        "bf16",
+        pytest.param("fp16", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_plan_passes_the_harness(cupy, profile):
     report = verify(subjects.fast(cupy), profile, "quick")
     assert report.passed, str(report)

@@ -102,7 +102,7 @@ def again(text):
 # ---- what is wrong is convicted, and named -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", ["fp32", pytest.param("fp64", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", BROKEN.values(), ids=BROKEN)
 def test_a_broken_subject_fails_in_the_tensors_that_are_wrong_and_in_no_other(kind, profile):
     """By every battery that knows the truth of a tensor; what laws and differences say comes on top."""
@@ -585,7 +585,14 @@ def test_garbage_never_breaks_the_harness(made, code, only):
         assert strict(json.dumps(report.to_dict(), allow_nan=False)) == json.loads(json.dumps(report.to_dict()))
 
 
-@pytest.mark.parametrize("profile", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param("tf32", marks=pytest.mark.thorough),
+        "bf16",
+        pytest.param("fp16", marks=pytest.mark.thorough),
+    ],
+)
 def test_garbage_never_breaks_the_harness_in_narrow_formats(profile):
     """What is no array of the right dtype and shape is refused there too; nothing of it passes by rounding."""
     pytest.importorskip("ml_dtypes", reason="the bf16 extra is not installed")
