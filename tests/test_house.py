@@ -55,6 +55,7 @@ CUPY = {
     *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
     *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
     *("any",),  # rows of tokens
+    *("cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",
@@ -178,7 +179,7 @@ def array_libraries(file, source):
         if isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module]
         for module in modules:
-            if module.split(".")[0] not in ("typing", "math", "collections"):
+            if module.split(".")[0] not in ("typing", "math", "collections", "itertools"):
                 yield f"{file}:{node.lineno} imports {module}"
 
 
