@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..backend import Array, namespace_of, real
 from ..shapes import bind
-from .erf import erf
+from .erf import erf, sign_of
 
 
 def sigmoid(u: Array) -> Array:
@@ -23,13 +23,12 @@ def sigmoid(u: Array) -> Array:
 
 def _sigmoids(u: Array) -> tuple[Any, Any]:
     """σ(u) and 1 − σ(u) = σ(−u), each to its own last digits."""
-    xp = namespace_of(u=u)
-    part: Any = real(u)
-    left = part < 0.0
-    e = xp.exp(xp.where(left, u, -u))        # (...)  (activation.1), at most 1
-    large = 1.0 / (1.0 + e)                  # (...)  (activation.2)
-    small = e * large                        # (...)  (activation.3)
-    return xp.where(left, small, large), xp.where(left, large, small)
+    xp, sign = namespace_of(u=u), sign_of(u)
+    e = xp.exp(-(sign * u))                  # (...)  (activation.1), at most 1
+    large = 1.0 / (1.0 + e)                  # (...)  (activation.2), the greater of the two
+    right = 0.5 + 0.5 * sign                 # (...)  1 where u ≥ 0, else 0
+    left = 1.0 - right
+    return (right + left * e) * large, (left + right * e) * large  # (...)  (activation.3)
 
 
 def silu_forward(u: Array) -> Array:
