@@ -4,6 +4,7 @@ from math import log
 from typing import Any, NamedTuple
 
 from ..backend import Array, cast, dtype_name, from_host, namespace, namespace_of
+from ..errors import ConfigError
 from ..shapes import bind
 
 
@@ -20,17 +21,24 @@ def relative_buckets(low: int, high: int, *, buckets: int, bidirectional: bool, 
 
     Near distances have a bucket each, farther ones share it by the logarithm of their distance. That logarithm
     is taken in float32, and on the host, whatever the arrays: its last digit decides at the edges of buckets.
+    Raises ConfigError where there are too few buckets for a logarithm.
     Source: Raffel et al. 2019, arXiv:1910.10683, section 2.1; specs/attention.md.
 
     >>> relative_buckets(-9, 3, buckets=8, bidirectional=True, max_distance=16).tolist()
     [3, 3, 3, 3, 2, 2, 2, 2, 1, 0, 5, 6]
     """
+    n = buckets // 2 if bidirectional else buckets
+    half = n // 2
+    if not 0 < half < max_distance:
+        least = 4 if bidirectional else 2
+        raise ConfigError(
+            f"buckets, max_distance: expected {least} buckets at least, and a distance above a half of a side's, "
+            f"got {buckets}, {max_distance}"
+        )
     xp = namespace("numpy")
     r = xp.arange(low, high)
-    n = buckets // 2 if bidirectional else buckets
     side = n * (r > 0) if bidirectional else 0 * r            # (attention.14)
     d = abs(r) if bidirectional else (-r).clip(min=0)         # (attention.15)
-    half = n // 2
     ratio = d.clip(min=1).astype("float32") / half
     share = xp.log(ratio) / log(max_distance / half) * (n - half)  # float32      (attention.16)
     far = (half + share.astype("int64")).clip(max=n - 1)      # (attention.17)

@@ -1,7 +1,7 @@
 """Rotary positions: pairs of channels turned by an angle, and the adjoint turn.  Derivation: specs/rope.md."""
 
 from collections.abc import Mapping
-from math import log, pi
+from math import inf, log, pi
 from typing import Any
 
 from ..backend import Array, cast, from_host, namespace, namespace_of
@@ -60,7 +60,7 @@ def rope_frequencies(
     if D < 2 or D % 2:
         raise ConfigError(f"D: expected an even number of channels to turn, got {D}")
     plain = [float(theta) ** (-2 * i / D) for i in range(D // 2)]          # (rope.1)
-    numbers = dict(scaling or {})
+    numbers = scaling or {}
     kind = numbers.get("rope_type", numbers.get("type", "default"))
     if kind == "default":
         return plain, 1.0
@@ -78,8 +78,8 @@ def _number(numbers: Mapping[str, Any], name: str, default: float | None = None)
     value = numbers.get(name)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"rope_scaling: expected a number at {name!r}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+        raise ConfigError(f"rope_scaling: expected a number above 0 at {name!r}, got {value!r}")
     return float(value)
 
 
@@ -89,6 +89,8 @@ def _llama3(plain: list[float], numbers: Mapping[str, Any]) -> list[float]:
         _number(numbers, name)
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
+    if low >= high:
+        raise ConfigError(f"rope_scaling: expected high_freq_factor above low_freq_factor, {low}, got {high}")
     found = []
     for f in plain:
         turns = before * f / (2 * pi)                     # of this pair over the original length  (rope.4)
