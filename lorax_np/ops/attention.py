@@ -68,7 +68,7 @@ def attention_forward(
         Z = xp.sum(E, axis=-1, keepdims=True)              # (K, g, n, 1)  (attention.5)
         outs.append(_tokens((E @ _keys(v, part)) / Z))     # (n, H, D)     (attention.6)
         logs.append(_tokens(top + xp.log(Z))[:, :, 0])     # (n, H)        (attention.7)
-    o = xp.concat(outs, axis=0) if outs else xp.zeros_like(q)
+    o = xp.concat(outs, axis=0) if outs else xp.reshape(v[:0, ...], (0, q.shape[1], v.shape[2]))
     L = xp.concat(logs, axis=0) if logs else xp.zeros_like(q)[:, :, 0]
     return o, AttentionSaved(q, k, v, o, L)
 
@@ -139,6 +139,8 @@ def _parts(
     q: Array, k: Array, starts: Sequence[int], key_starts: Sequence[int] | None, rule: _Rule, block: int
 ) -> Iterator[_Part]:
     """The blocks of all sequences, in order."""
+    if block < 1:
+        raise ShapeError(f"block: expected 1 query at least, got {block}")
     rows = _bounds("starts", starts, q.shape[0])
     keys = _bounds("key_starts", starts if key_starts is None else key_starts, k.shape[0])
     if len(rows) != len(keys):

@@ -32,7 +32,7 @@ def relative_buckets(low: int, high: int, *, buckets: int, bidirectional: bool, 
     if not 0 < half < max_distance:
         least = 4 if bidirectional else 2
         raise ConfigError(
-            f"buckets, max_distance: expected {least} buckets at least, and a distance above a half of a side's, "
+            f"buckets, max_distance: expected {least} buckets at least, and more than {half} tokens, "
             f"got {buckets}, {max_distance}"
         )
     xp = namespace("numpy")

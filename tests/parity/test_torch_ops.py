@@ -1,6 +1,6 @@
 """Norms, rotary positions, attention and activations against torch's own and its autograd.
 
-See specs/norm.md, rope.md, attention.md and activation.md. Everything is float64, to the roundings of either side.
+See specs/norm.md, rope.md, attention.md and activation.md. In float64, to the roundings of either side.
 """
 
 from itertools import pairwise
