@@ -36,7 +36,7 @@ def attention_forward(
     """o = softmax(a·q kᵀ + bias) v, each sequence for itself and each head for itself.
 
     q : (N, H, D)        queries of all sequences, one below the other
-    k, v : (M, K, D)     keys and values; query head h reads key head h // (H/K)
+    k, v : (M, K, D)     keys and values; query head h reads key head h // (H/K), and v may have another width
     starts : (S + 1,)    integers on the host: queries starts[i] to starts[i + 1] − 1 are sequence i's
     key_starts : (S + 1,)  the same for keys; None: as starts
     scale : float        a

@@ -300,6 +300,10 @@ def test_buckets_by_hand():
     ]  # half = 2: 2 + ⌊2 ln(d/2)/ln 6⌋, from 5 on 3
     left = relative_buckets(-13, 3, buckets=8, bidirectional=False, max_distance=12)
     assert left.tolist() == [7, 7, 7, 7, 6, 6, 6, 5, 4, 4, 3, 2, 1, 0, 0, 0]  # 4 + ⌊4 ln(d/4)/ln 3⌋
+    (single,) = relative_buckets(-24, -23, buckets=36, bidirectional=False, max_distance=32)
+    assert (
+        single == 27
+    )  # 18 + ⌊18 ln(24/18)/ln(32/18)⌋ is 18 + 9 exactly: float64's logarithm falls short of it
     edges = relative_buckets(-128, 0, buckets=32, bidirectional=False, max_distance=128)[::-1]
     assert [1 + int(np.argmax(edges == b)) for b in range(16, 32)] == [
         *(16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)

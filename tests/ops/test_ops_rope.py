@@ -117,14 +117,19 @@ def test_llama3_keeps_short_waves_and_slows_long_ones():
 
 
 def test_yarn_by_hand():
-    """(rope.7) to (rope.10): 24 channels, θ = 10⁴, 64 positions, factor 4."""
+    """(rope.7) to (rope.10): 24 channels, θ = 10⁴, factor 4, 64 positions and 4096.
+
+    Over 64 positions pair i turns 64·10^(−i/3)/2π times: 32 times at i = −1.49, so from 0 on; once at 3.02, up
+    to 4. Over 4096, 32 times at 3.93, from 3 on, and once at 8.44, up to 9.
+    """
     plain, _ = rope_frequencies(24, theta=1e4)
-    got, factor = rope_frequencies(24, theta=1e4, scaling={"rope_type": "yarn", "factor": 4.0, **BEFORE})
-    assert factor == 0.1 * log(4.0) + 1
-    # 64/(2π·32) turns is below 1: index −1.49, up to 0; 64/2π = 10.2 turns: index 3.02, up to 4
-    for i, (f, g) in enumerate(zip(plain, got, strict=True)):
-        slowed = min(i / 4, 1.0)
-        assert abs(g - (slowed * f / 4 + (1 - slowed) * f)) <= 8 * EPS * f
+    for before, first, last in ((64, 0, 4), (4096, 3, 9)):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": before}
+        got, factor = rope_frequencies(24, theta=1e4, scaling=scaling)
+        assert factor == 0.1 * log(4.0) + 1
+        for i, (f, g) in enumerate(zip(plain, got, strict=True)):
+            slowed = min(max((i - first) / (last - first), 0.0), 1.0)
+            assert abs(g - (slowed * f / 4 + (1 - slowed) * f)) <= 8 * EPS * f
     more = {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0, "mscale_all_dim": 0.5, **BEFORE}
     assert rope_frequencies(24, theta=1e4, scaling=more)[1] == (0.2 * log(4.0) + 1) / (0.05 * log(4.0) + 1)
     assert rope_frequencies(24, theta=1e4, scaling={**more, "attention_factor": 1.5})[1] == 1.5
