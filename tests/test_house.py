@@ -29,8 +29,9 @@ FLOORS = (
     ("errors.py", "kinds.py", "backend.py", "shapes.py", "tree.py", "random.py"),
     ("ops/", "params.py", "config/", "singular.py", "quant.py"),
     ("starts/",),
-    ("init.py", "layer.py", "fast/", "merge.py", "combine/", "optim.py"),
+    ("init.py", "layer.py", "fast/", "merge.py", "combine/"),
     ("layers/", "plain.py", "spectra.py"),
+    ("optim/",),
     ("inject.py", "models/", "io/", "parallel.py"),
     ("stream/", "audit/", "train.py"),
     ("__init__.py",),
@@ -56,6 +57,7 @@ CUPY = {
     *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
     *("any",),  # rows of tokens
     *("cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
+    *("argmax", "exp", "log", "log1p", "ones_like", "take_along_axis", "zeros"),  # losses, pooling and routers
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",
