@@ -1,0 +1,65 @@
+"""Labels and row bounds, read and checked on the host once, and how many labels count.  See specs/loss.md."""
+
+from typing import Any
+
+from ..backend import Array, dtype_name, to_host
+from ..errors import ConfigError, DtypeError, ShapeError
+
+IGNORED = -100  # the label of what has none
+
+
+def count_kept(labels: Array) -> int:
+    """Return how many entries of labels carry one, that is are not −100: what a step's n is the sum of.
+
+    Source: specs/loss.md.
+
+    >>> import numpy as np
+    >>> count_kept(np.array([3, -100, 0]))
+    2
+    """
+    return int((to_host(labels) != IGNORED).sum())
+
+
+def check_n(n: int) -> None:
+    """Raise ConfigError unless n counts at least one label.  See specs/loss.md."""
+    if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
+        raise ConfigError(f"n: expected the number of labels of the whole step, at least 1, got {n!r}")
+
+
+def targets(labels: Array, V: int, *, len_: int) -> tuple[Any, Any]:
+    """Return labels : (N,) with 0 in place of −100, and which are kept, on the host.  See specs/loss.md."""
+    host = to_host(labels)
+    if tuple(host.shape) != (len_,):
+        raise ShapeError(f"labels: expected (N,) with N={len_} set by the rows, got {tuple(host.shape)}")
+    if host.dtype.kind not in "iu":
+        raise DtypeError(f"labels: expected integers, got {dtype_name(host)}")
+    host = host.astype("int64")
+    kept = host != IGNORED
+    bad = (kept & ((host < 0) | (host >= V))).nonzero()[0]
+    if len(bad):
+        raise ConfigError(f"labels: expected 0 to {V - 1} or −100, got {host[bad[0]]} in row {bad[0]}")
+    return host * kept, kept
+
+
+def two_axes(**arrays: Array) -> None:
+    """Raise ShapeError unless each array has two axes; the first may hold nothing.  See specs/loss.md."""
+    for name, x in arrays.items():
+        if x.ndim != 2:
+            raise ShapeError(f"{name}: expected two axes, got {tuple(x.shape)}")
+
+
+def bounds_of(starts: Array, N: int) -> list[tuple[int, int]]:
+    """Return where each sequence begins and ends, from starts : (S + 1,), checked.
+
+    Raises ShapeError unless the bounds begin at 0, rise, and end at N.  See specs/pooling.md.
+    """
+    host = to_host(starts)
+    if host.ndim != 1 or not len(host):
+        raise ShapeError(f"starts: expected (S + 1,), got {tuple(host.shape)}")
+    if host.dtype.kind not in "iu":
+        raise DtypeError(f"starts: expected integers, got {dtype_name(host)}")
+    bounds = [(int(host[i]), int(host[i + 1])) for i in range(len(host) - 1)]
+    if host[0] != 0 or host[-1] != N or any(b <= a for a, b in bounds):
+        shown = ", ".join(str(b) for b in host[:6]) + (", ..." if len(host) > 6 else "")
+        raise ShapeError(f"starts: expected 0, then rising bounds up to N={N} set by the rows, got {shown}")
+    return bounds

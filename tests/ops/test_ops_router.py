@@ -1,0 +1,115 @@
+"""Routers: which experts, their weights, and the gradient by every logit by a complex step."""
+
+import numpy as np
+import pytest
+from checkers import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LIBRARIES, normals, seeds
+
+from lorax_np.errors import ConfigError
+from lorax_np.ops.router import (
+    topk_sigmoid_backward,
+    topk_sigmoid_forward,
+    topk_softmax_backward,
+    topk_softmax_forward,
+)
+
+libraries = pytest.mark.parametrize("library", LIBRARIES, ids=lambda x: x.name)
+EPS = 2.0**-52
+few = settings(max_examples=8)
+
+
+def complex_step(f, at):
+    want = np.empty(at.shape)
+    for i in np.ndindex(at.shape):
+        stepped = at.astype("complex128")
+        stepped[i] += 1e-30j
+        want[i] = np.imag(complex(f(stepped))) / 1e-30
+    return want
+
+
+@libraries
+@few
+@given(seed=seeds, N=st.integers(0, 4), E=st.integers(1, 6), data=st.data())
+def test_softmax_of_the_largest(library, seed, N, E, data):
+    """(router.1) to (router.3) and (router.8)."""
+    k = data.draw(st.integers(1, E))
+    z, gw = normals(seed)(N, E), normals(seed + 1)(N, k)
+    ids, w, saved = topk_softmax_forward(library.place(z), k)
+    order = np.argsort(-z, axis=1, kind="stable")[:, :k]
+    assert np.array_equal(library.host(ids), order)
+    e = np.exp(np.take_along_axis(z, order, axis=1))
+    assert_close("w", library.host(w), e / e.sum(axis=1, keepdims=True), 16 * EPS)
+    gz = library.host(topk_softmax_backward(library.place(gw), saved))
+    assert gz.shape == (N, E)
+    step = complex_step(lambda t: np.sum(gw * topk_softmax_forward(t, k)[1]), z)
+    bound = 16 * EPS * np.abs(gw).sum(axis=1, keepdims=True)
+    assert_close("gz", gz, step, bound)
+    off = np.ones((N, E), bool)
+    np.put_along_axis(off, order, False, axis=1)
+    assert not gz[off].any()
+    if N and k > 1:
+        with pytest.raises(AssertionError):
+            assert_close("gz", gz * 1.001, step, bound)
+
+
+@libraries
+@few
+@given(
+    seed=seeds,
+    N=st.integers(0, 4),
+    E=st.integers(1, 6),
+    scale=st.sampled_from([1.0, 2.5]),
+    biased=st.booleans(),
+    data=st.data(),
+)
+def test_shares_of_sigmoids(library, seed, N, E, scale, biased, data):
+    """(router.4) to (router.7): the bias chooses, and is in no weight."""
+    k = data.draw(st.integers(1, E))
+    z, gw, bias = normals(seed)(N, E), normals(seed + 1)(N, k), normals(seed + 2)(E)
+    given_bias = library.place(bias) if biased else None
+    ids, w, saved = topk_sigmoid_forward(library.place(z), k, bias=given_bias, scale=scale)
+    s = 1 / (1 + np.exp(-z))
+    order = np.argsort(-(s + bias * biased), axis=1, kind="stable")[:, :k]
+    assert np.array_equal(library.host(ids), order)
+    kept = np.take_along_axis(s, order, axis=1)
+    assert_close("w", library.host(w), scale * kept / kept.sum(axis=1, keepdims=True), 16 * EPS * scale)
+    gz = library.host(topk_sigmoid_backward(library.place(gw), saved))
+    step = complex_step(
+        lambda t: np.sum(gw * topk_sigmoid_forward(t, k, bias=bias if biased else None, scale=scale)[1]), z
+    )
+    bound = 32 * EPS * scale * np.abs(gw).sum(axis=1, keepdims=True)
+    assert_close("gz", gz, step, bound)
+    if N and k > 1:
+        with pytest.raises(AssertionError):
+            assert_close("gz", gz * 1.001, step, bound)
+        with pytest.raises(AssertionError):  # the sum taken for a constant
+            assert_close("gz", np.where(gz != 0, gz + gz.mean() + 1e-3, gz), step, bound)
+
+
+@libraries
+def test_of_equal_logits_the_lowest_index_goes_first(library):
+    z = library.place(np.array([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 5]))
+    ids, w, _ = topk_softmax_forward(z, 4)
+    assert library.host(ids).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+    assert np.array_equal(library.host(w)[1], np.full(4, 0.25))
+    ids, w, _ = topk_sigmoid_forward(z, 4)
+    assert library.host(ids).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_logits_do_not_overflow(dtype):
+    z = np.array([[-500.0, 900.0, 899.0], [-900.0, -901.0, -950.0]], dtype)
+    _, w, saved = topk_softmax_forward(z, 2)
+    assert_close("w", w, np.full((2, 2), 1) * [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], 1e-6)
+    assert w.dtype == topk_softmax_backward(w, saved).dtype == dtype
+
+
+def test_what_has_no_meaning_is_refused():
+    for k in (0, 4):
+        with pytest.raises(ConfigError, match=rf"^k: expected 1 to 3, the number of experts, got {k}$"):
+            topk_softmax_forward(np.ones((2, 3)), k)
+    _, w, saved = topk_softmax_forward(np.ones((2, 3)), 2)
+    with pytest.raises(ConfigError, match=r"^saved: expected topk_sigmoid_forward's, got"):
+        topk_sigmoid_backward(w, saved)
