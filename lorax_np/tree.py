@@ -98,9 +98,7 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Array]]:
             yield from _walk(value, f"{name}.{key}" if name else str(key))
     elif tree is not None:
         if not name or not hasattr(tree, "shape"):
-            raise TypeError(
-                f"{name or 'tree'}: expected a record, a mapping or an array in one, got {tree!r:.60}"
-            )
+            raise TypeError(f"{name or 'tree'}: expected a record or mapping of arrays, got {tree!r:.60}")
         yield name, tree
 
 

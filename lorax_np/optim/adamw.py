@@ -43,7 +43,7 @@ def adamw_step(
     >>> new["B"].round(6).tolist(), state["t"]
     ([0.9, 2.1], 1)
     """
-    check_gradients(params, grads)
+    check_gradients(params, grads, state, "m")
     new, after = dict(params), dict(state) | {"t": state["t"] + 1}
     for name, g in grads.items():
         how = factors(after["t"], rate(lr, name, "lr"), rate(weight_decay, name, "weight_decay"), betas, eps)

@@ -62,7 +62,6 @@ def groups(
         "B": (fast, weight_decay),
         "heads": (lr, weight_decay),
         "one axis": (fast, 0.0),
-        "embedding, one axis": (slow, 0.0),
     }
     members: dict[str, list[str]] = {label: [] for label in rates}
     for name, value in params.items():
@@ -76,10 +75,10 @@ def groups(
 
 def _label(name: str, value: Array, embeddings: tuple[str, ...]) -> str:
     last = name.rpartition(".")[2]
-    if any(_within(name, site) for site in embeddings):
-        return "embedding" if value.ndim > 1 else "embedding, one axis"
     if value.ndim < 2:
         return "one axis"
+    if any(_within(name, site) for site in embeddings):
+        return "embedding"
     if last == "B" or "lora_B" in name:
         return "B"
     return "A" if last == "A" or "lora_A" in name else "heads"

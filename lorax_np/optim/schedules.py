@@ -1,25 +1,10 @@
 """How the rate of learning changes over the steps.  See specs/optim.md."""
 
-from collections.abc import Callable
 from math import cos, pi
 
 from ..errors import ConfigError
 
-
-def _constant(f: float) -> float:
-    return 1.0
-
-
-def _linear(f: float) -> float:
-    return 1 - f
-
-
-def _cosine(f: float) -> float:
-    return 0.5 * (1 + cos(pi * f))  # (optim.15)
-
-
-SHAPES: dict[str, Callable[[float], float]] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
-SCHEDULES = tuple(SHAPES)
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
@@ -35,7 +20,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
     >>> [round(schedule("cosine", step, 6, 2), 3) for step in range(7)]
     [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
-    if name not in SHAPES:
+    if name not in SCHEDULES:
         raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if not 0 <= warmup <= total:
         raise ConfigError(f"warmup: expected 0 to {total}, the number of steps, got {warmup}")
@@ -43,4 +28,7 @@ def schedule(name: str, step: int, total: int, warmup: int = 0) -> float:
         raise ConfigError(f"step: expected 0 to {total}, the number of steps, got {step}")
     if step < warmup:
         return step / warmup  # (optim.13)
-    return SHAPES[name]((step - warmup) / max(1, total - warmup))  # (optim.14)
+    span = max(1, total - warmup)
+    if name == "linear":
+        return (total - step) / span  # (optim.14)
+    return 0.5 * (1 + cos(pi * ((step - warmup) / span))) if name == "cosine" else 1.0  # (optim.15)

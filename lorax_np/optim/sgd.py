@@ -38,7 +38,7 @@ def sgd_step(
     >>> params["B"].tolist()
     [0.375]
     """
-    check_gradients(params, grads)
+    check_gradients(params, grads, state, "u")
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
     new, after = dict(params), dict(state) | {"t": state["t"] + 1}

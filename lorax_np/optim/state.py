@@ -55,11 +55,13 @@ def zeros(params: Mapping[str, Array], *letters: str) -> State:
     return state
 
 
-def check_gradients(params: Mapping[str, Array], grads: Mapping[str, Array]) -> None:
-    """Raise unless every gradient has a parameter of its name, shape and dtype."""
+def check_gradients(params: Mapping[str, Array], grads: Mapping[str, Array], state: State, letter: str) -> None:
+    """Raise unless every gradient has a parameter of its name, shape and dtype, and a state."""
     for name, g in grads.items():
         if name not in params:
             raise ConfigError(f"{name}: expected a parameter for this gradient, got none")
+        if f"{letter}.{name}" not in state:
+            raise ConfigError(f"state: expected {letter}.{name} for this gradient, got none")
         p = params[name]
         if tuple(g.shape) != tuple(p.shape):
             raise ShapeError(f"{name}: expected a gradient of {tuple(p.shape)}, got {tuple(g.shape)}")
