@@ -4,12 +4,13 @@ Every loss is a sum over this call's labels divided by n, the number of labels o
 losses and gradients of micro-batches and ranks add up.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..backend import Array, dtype_name, from_host, namespace, namespace_of, real, to_host
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..shapes import bind
-from .targets import IGNORED, bounds_of, check_n, targets, two_axes
+from .targets import IGNORED, bounds_of, check_n, integers, targets, two_axes
 
 
 class CrossEntropySaved(NamedTuple):
@@ -184,15 +185,15 @@ class SpanSaved(NamedTuple):
     n: int
 
 
-def span_forward(z: Array, starts: Array, spans: Array, *, n: int) -> tuple[Array, SpanSaved]:
+def span_forward(z: Array, starts: Sequence[int] | Array, spans: Array, *, n: int) -> tuple[Array, SpanSaved]:
     """Cross entropy of first and last row of an answer, over the rows of each sequence, ℓ = Σ_kept (L − z_y)/n.
 
     z      : (N, 2)   logits of being the first and the last row
-    starts : (S + 1,) bounds of the sequences among the rows
+    starts : S + 1 integers, rows where sequences begin, and N
     spans  : (S, 2)   first and last row within the sequence; −100, or past its end, for none
     n      : int      labels of the whole step, first and last each counted: count_spans's sum
 
-    Returns ℓ : () and the saved activations. starts and spans are read on the host. Source: specs/loss.md.
+    Returns ℓ : () and the saved activations. spans is read on the host. Source: specs/loss.md.
 
     >>> import numpy as np
     >>> z = np.log(np.array([[1.0, 1.0], [3.0, 1.0], [5.0, 5.0]]))
@@ -268,7 +269,7 @@ def _kept_spans(bounds: list[tuple[int, int]], spans: Any) -> Any:
     return (spans >= 0) & (spans < T)
 
 
-def count_spans(spans: Array, starts: Array) -> int:
+def count_spans(spans: Array, starts: Sequence[int] | Array) -> int:
     """Return how many labels of spans : (S, 2) lie inside their sequences: what n is the sum of.
 
     Source: specs/loss.md.
@@ -277,7 +278,8 @@ def count_spans(spans: Array, starts: Array) -> int:
     >>> count_spans(np.array([[1, 0], [0, -100], [1, 2]]), np.array([0, 2, 3, 5]))
     4
     """
-    return int(_kept_spans(bounds_of(starts, int(to_host(starts)[-1])), to_host(spans)).sum())
+    ends = integers("starts", starts)
+    return int(_kept_spans(bounds_of(ends, ends[-1] if ends else 0), to_host(spans)).sum())
 
 
 # ---- numbers as labels -------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """One vector for each sequence: mean, one of its rows, length 1; losses of pairs.  See specs/pooling.md."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..backend import Array, dtype_name, from_host, namespace, namespace_of, to_host
+from ..backend import Array, dtype_name, from_host, namespace, namespace_of
 from ..errors import ShapeError
 from ..shapes import bind
 from .dora import row_norm_forward
@@ -14,13 +15,16 @@ from .loss import (
     mse_backward,
     mse_forward,
 )
-from .targets import bounds_of, two_axes
+from .targets import bounds_of, integers, two_axes
 
 
-def mean_pool_forward(h: Array, starts: Array) -> Array:
-    """Mean of the rows of each sequence: h : (N, d), starts : (S + 1,) -> m : (S, d).
+def mean_pool_forward(h: Array, starts: Sequence[int] | Array) -> Array:
+    """Mean of the rows of each sequence -> m : (S, d).
 
-    starts is read on the host. Source: specs/pooling.md.
+    h      : (N, d)  rows, one sequence after the other
+    starts : S + 1 integers, a sequence or an array: rows where sequences begin, and N
+
+    Source: specs/pooling.md.
 
     >>> import numpy as np
     >>> mean_pool_forward(np.array([[1.0], [3.0], [5.0]]), np.array([0, 2, 3])).tolist()
@@ -35,23 +39,23 @@ def mean_pool_forward(h: Array, starts: Array) -> Array:
     return m
 
 
-def mean_pool_backward(gm: Array, starts: Array) -> Array:
+def mean_pool_backward(gm: Array, starts: Sequence[int] | Array) -> Array:
     """Adjoint of mean_pool_forward: gm : (S, d) -> gh : (N, d), each row its sequence's gm/T."""
     bind(gm=(gm, "... d"))
     two_axes(gm=gm)
-    host = to_host(starts)
-    bounds_of(starts, int(host[-1]))
-    if gm.shape[0] != len(host) - 1:
-        raise ShapeError(f"gm: expected (S, d) with S={len(host) - 1} set by starts, got {tuple(gm.shape)}")
-    T = host[1:] - host[:-1]                             # (S,)
-    which = namespace("numpy").arange(len(T)).repeat(T)
+    ends = integers("starts", starts)
+    bounds = bounds_of(ends, ends[-1] if ends else 0)
+    if gm.shape[0] != len(bounds):
+        raise ShapeError(f"gm: expected (S, d) with S={len(bounds)} set by starts, got {tuple(gm.shape)}")
+    xp, library = namespace_of(gm=gm), namespace("numpy")
+    T = library.asarray([b - a for a, b in bounds], dtype="int64")  # (S,)
+    which = library.arange(len(bounds)).repeat(T)        # (N,)  the sequence of each row
     share = from_host((1.0 / T).astype(dtype_name(gm)), gm)
-    xp = namespace_of(gm=gm)
     gh: Array = xp.take(gm * share[:, None], from_host(which, gm), axis=0)  # (N, d)  (pooling.2)
     return gh
 
 
-def pick_forward(h: Array, index: Array) -> Array:
+def pick_forward(h: Array, index: Sequence[int] | Array) -> Array:
     """Rows of h : (N, d) by index : (S,) -> (S, d): first or last rows of sequences.  (pooling.3).
 
     >>> import numpy as np
@@ -65,7 +69,7 @@ def pick_forward(h: Array, index: Array) -> Array:
     return picked
 
 
-def pick_backward(g: Array, index: Array, N: int) -> Array:
+def pick_backward(g: Array, index: Sequence[int] | Array, N: int) -> Array:
     """Adjoint of pick_forward: g : (S, d) -> gh : (N, d), 0 in every row that was not picked.
 
     >>> import numpy as np
@@ -85,12 +89,11 @@ def pick_backward(g: Array, index: Array, N: int) -> Array:
     return gh
 
 
-def _distinct(index: Array, N: int) -> Any:
-    host = to_host(index)
-    numbers = [int(i) for i in host]
+def _distinct(index: Sequence[int] | Array, N: int) -> Any:
+    numbers = integers("index", index)
     if any(not 0 <= i < N for i in numbers) or len(set(numbers)) != len(numbers):
         raise ShapeError(f"index: expected distinct rows from 0 to {N - 1}, got {numbers[:8]}")
-    return host
+    return namespace("numpy").asarray(numbers, dtype="int64")
 
 
 class UnitSaved(NamedTuple):

@@ -1,5 +1,6 @@
 """Labels and row bounds, read and checked on the host once, and how many labels count.  See specs/loss.md."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..backend import Array, dtype_name, to_host
@@ -48,18 +49,30 @@ def two_axes(**arrays: Array) -> None:
             raise ShapeError(f"{name}: expected two axes, got {tuple(x.shape)}")
 
 
-def bounds_of(starts: Array, N: int) -> list[tuple[int, int]]:
-    """Return where each sequence begins and ends, from starts : (S + 1,), checked.
+def integers(name: str, values: Sequence[int] | Array) -> list[int]:
+    """Return a sequence, or an array of one axis, of integers as Python's own.  See specs/pooling.md."""
+    if isinstance(values, (tuple, list)):
+        if not all(hasattr(i, "__index__") for i in values):
+            raise DtypeError(f"{name}: expected integers, got {values[:8]!r}")
+        return [int(i) for i in values]
+    host = to_host(values)  # type: ignore[arg-type]
+    if host.ndim != 1:
+        raise ShapeError(f"{name}: expected one axis, got {tuple(host.shape)}")
+    if host.dtype.kind not in "iu":
+        raise DtypeError(f"{name}: expected integers, got {dtype_name(host)}")
+    found: list[int] = host.tolist()
+    return found
+
+
+def bounds_of(starts: Sequence[int] | Array, N: int) -> list[tuple[int, int]]:
+    """Return where each sequence begins and ends, from S + 1 bounds, checked.
 
     Raises ShapeError unless the bounds begin at 0, rise, and end at N.  See specs/pooling.md.
     """
-    host = to_host(starts)
-    if host.ndim != 1 or not len(host):
-        raise ShapeError(f"starts: expected (S + 1,), got {tuple(host.shape)}")
-    if host.dtype.kind not in "iu":
-        raise DtypeError(f"starts: expected integers, got {dtype_name(host)}")
-    bounds = [(int(host[i]), int(host[i + 1])) for i in range(len(host) - 1)]
-    if host[0] != 0 or host[-1] != N or any(b <= a for a, b in bounds):
-        shown = ", ".join(str(b) for b in host[:6]) + (", ..." if len(host) > 6 else "")
-        raise ShapeError(f"starts: expected 0, then rising bounds up to N={N} set by the rows, got {shown}")
+    ends = integers("starts", starts)
+    bounds = [(ends[i], ends[i + 1]) for i in range(len(ends) - 1)]
+    if not ends or ends[0] != 0 or ends[-1] != N or any(b <= a for a, b in bounds):
+        shown = ", ".join(str(b) for b in ends[:6]) + (", ..." if len(ends) > 6 else "")
+        wanted = f"0, then rising bounds up to N={N} set by the rows"
+        raise ShapeError(f"starts: expected {wanted}, got {shown or 'none'}")
     return bounds

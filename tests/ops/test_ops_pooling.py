@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LIBRARIES, normals, seeds
 
-from lorax_np.errors import ConfigError, ShapeError
+from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.ops.pooling import (
     contrastive_backward,
     contrastive_forward,
@@ -50,6 +50,8 @@ def test_means_and_their_adjoint(library, seed, lengths, d):
     draw, host, starts = normals(seed, library), library.host, bounds(lengths)
     h, gm = draw(sum(lengths), d), draw(len(lengths), d)
     m, gh = mean_pool_forward(h, library.place(starts)), mean_pool_backward(gm, library.place(starts))
+    again = mean_pool_forward(h, tuple(starts.tolist()))  # a tuple of integers, as batches have it
+    assert np.array_equal(host(again), host(m))
     assert (m.shape, gh.shape, m.dtype, gh.dtype) == (gm.shape, h.shape, h.dtype, h.dtype)
     parts = [host(h)[a:b].mean(axis=0) for a, b in itertools.pairwise(starts)]
     assert_close("m", host(m), np.reshape(parts, gm.shape), 16 * EPS * np.abs(host(h)).max(initial=0))
@@ -135,6 +137,12 @@ def test_what_does_not_fit_is_refused():
         mean_pool_forward(h, np.array([0, 4]))
     with pytest.raises(ShapeError, match=r"^gm: expected \(S, d\) with S=2 set by starts, got \(5, 2\)$"):
         mean_pool_backward(h, np.array([0, 2, 5]))
+    with pytest.raises(DtypeError, match=r"^starts: expected integers, got \(0, 2.5\)$"):
+        mean_pool_forward(h, (0, 2.5))
+    with pytest.raises(DtypeError, match=r"^index: expected integers, got float64$"):
+        pick_forward(h, np.ones(2))
+    with pytest.raises(ShapeError, match=r"^index: expected one axis, got \(1, 1\)$"):
+        pick_forward(h, np.ones((1, 1), int))
     for index in ([5], [-1], [1, 1]):
         with pytest.raises(ShapeError, match=r"^index: expected distinct rows from 0 to 4, got"):
             pick_forward(h, np.array(index))
