@@ -157,7 +157,7 @@ def contrastive_forward(
     """
     bind(y1=(y1, "... d"), y2=(y2, "... d"))
     two_axes(y1=y1)
-    z = scale * (y1 @ y2.T)                              # (S, S)        (pooling.8)
+    z = scale * (y1 @ y2.T) if y1.shape[0] else y1       # (S, S)        (pooling.8), nothing of nothing
     labels = namespace("numpy").arange(y1.shape[0])
     loss, saved = cross_entropy_forward(z, labels, n=n)
     return loss, ContrastiveSaved(y1, y2, saved, scale)
@@ -165,6 +165,8 @@ def contrastive_forward(
 
 def contrastive_backward(saved: ContrastiveSaved) -> tuple[Array, Array]:
     """Gradients of the contrastive loss: gy1, gy2 : (S, d)."""
+    if not saved.y1.shape[0]:
+        return saved.y1, saved.y2
     gz = saved.scale * cross_entropy_backward(saved.loss)  # (S, S)
     return gz @ saved.y2, gz.T @ saved.y1                # (S, d)        (pooling.9)
 

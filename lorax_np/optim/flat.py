@@ -8,7 +8,7 @@ from ..tree import Layout, flatten, unflatten
 from .adamw import adamw, factors
 from .state import Rate, State, rate
 
-BLOCK = 1 << 15  # numbers worked on at once, so that all of a step's intermediates stay in a cache
+BLOCK = 12_288  # numbers worked on at once: what is in between stays in a cache, and in memory that is kept
 
 
 def adamw_flat_start(p: Array) -> State:
@@ -35,7 +35,7 @@ def adamw_flat_step(
 
     p, g             : (size,) parameters and gradients in the layout's order
     lr, weight_decay : one number for all, or one for each of the layout's names
-    block            : numbers worked on at once; None for 32768 on the host, all of a stretch on a device
+    block            : numbers worked on at once; None for 12288 on the host, all of a stretch on a device
 
     Source: specs/optim.md.
 

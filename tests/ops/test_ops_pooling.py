@@ -129,6 +129,18 @@ def test_losses_of_pairs_and_every_entry_of_their_gradients(library, seed, S, d,
     assert_close("gy2", found[1], complex_step(lambda t: cosine_mse_forward(y1, t, scores, n=n)[0], y2), size)
 
 
+@libraries
+def test_no_pairs_cost_nothing(library):
+    """A rank's share of a step may be empty."""
+    y = library.place(np.ones((0, 3)))
+    loss, saved = contrastive_forward(y, y, n=4)
+    assert float(library.host(loss)) == 0
+    assert [g.shape for g in contrastive_backward(saved)] == [(0, 3), (0, 3)]
+    loss, saved = cosine_mse_forward(y, y, y[:, 0], n=4)
+    assert float(library.host(loss)) == 0
+    assert [g.shape for g in cosine_mse_backward(saved)] == [(0, 3), (0, 3)]
+
+
 def test_what_does_not_fit_is_refused():
     h = np.ones((5, 2))
     with pytest.raises(
