@@ -45,7 +45,7 @@ def cross_entropy_forward(
     """
     V = bind(z=(z, "... V"))["V"]
     two_axes(z=z)
-    check_n(n)
+    n = check_n(n)
     smoothing = _share(smoothing)
     host, kept = targets(labels, V, len_=z.shape[0])
     y, keep = from_host(host, z), from_host(kept, z)
@@ -131,7 +131,7 @@ def head_cross_entropy(
     """
     V = bind(h=(h, "... d"), E=(E, "V d"))["V"]
     two_axes(h=h)
-    check_n(n)
+    n, scale = check_n(n), float(scale)
     smoothing = _share(smoothing)
     for name, size in (("rows", rows), ("block", block)):
         if size < 1:
@@ -202,7 +202,7 @@ def span_forward(z: Array, starts: Sequence[int] | Array, spans: Array, *, n: in
     (0.375, [-0.083333333333, 0.166666666667])
     """
     bind(z=(z, "... 2"))
-    check_n(n)
+    n = check_n(n)
     if z.ndim != 2 or z.shape[1] != 2:
         raise ShapeError(f"z: expected (N, 2), got {tuple(z.shape)}")
     bounds = bounds_of(starts, z.shape[0])
@@ -302,7 +302,7 @@ def mse_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     (2.5, [1.0, -2.0])
     """
     _same(z, y)
-    check_n(n)
+    n = check_n(n)
     xp = namespace_of(z=z, y=y)
     loss = xp.sum((z - y) * (z - y)) / n                 # ()            (loss.14)
     return loss, TargetSaved(z, y, n)
@@ -324,7 +324,7 @@ def bce_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     (0.5, [-0.25, 0.0])
     """
     _same(z, y)
-    check_n(n)
+    n = check_n(n)
     xp = namespace_of(z=z, y=y)
     at: Any = real(z)
     positive, zero = at > 0, xp.zeros_like(z)

@@ -157,6 +157,7 @@ def contrastive_forward(
     """
     bind(y1=(y1, "... d"), y2=(y2, "... d"))
     two_axes(y1=y1)
+    scale = float(scale)
     z = scale * (y1 @ y2.T) if y1.shape[0] else y1       # (S, S)        (pooling.8), nothing of nothing
     labels = namespace("numpy").arange(y1.shape[0])
     loss, saved = cross_entropy_forward(z, labels, n=n)

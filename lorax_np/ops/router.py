@@ -99,7 +99,7 @@ def topk_sigmoid_forward(
     """
     E = bind(z=(z, "... E"), bias=(bias, "? E"))["E"]
     two_axes(z=z)
-    xp = namespace_of(z=z)
+    xp, scale = namespace_of(z=z), float(scale)
     s = 1.0 / (1.0 + xp.exp(-z))                         # (N, E)        (router.4)
     chosen = real(s) if bias is None else real(s) + real(bias)[None, :]
     ids = _largest(_grouped(chosen, groups, keep_groups, k), k)  # (N, k)  (router.1)

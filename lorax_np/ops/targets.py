@@ -21,10 +21,14 @@ def count_kept(labels: Array) -> int:
     return int((to_host(labels) != IGNORED).sum())
 
 
-def check_n(n: int) -> None:
-    """Raise ConfigError unless n counts at least one label.  See specs/loss.md."""
+def check_n(n: int) -> int:
+    """Return n as Python's integer, which widens no array.  See specs/loss.md.
+
+    Raises ConfigError unless it is an integer of 1 or more.
+    """
     if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
         raise ConfigError(f"n: expected the number of labels of the whole step, at least 1, got {n!r}")
+    return int(n)
 
 
 def targets(labels: Array, V: int, *, len_: int) -> tuple[Any, Any]:

@@ -66,7 +66,7 @@ class Factors(NamedTuple):
 
 def factors(t: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> Factors:
     """Return the numbers of step t, counted from 1."""
-    one, two = betas
+    one, two = map(float, betas)
     if not (0 <= one < 1 and 0 <= two < 1):
         raise ConfigError(f"betas: expected two numbers from 0 to below 1, got {betas!r}")
     if not 0 < eps < float("inf"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from math import isfinite, prod
+from numbers import Real
 from typing import NamedTuple
 
 from ..backend import Array
@@ -89,7 +90,7 @@ def _within(name: str, site: str) -> bool:
 
 
 def _check(what: str, value: float, *, zero: bool) -> None:
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and isfinite(value)
+    good = not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
     if not good or value < 0 or (value == 0 and not zero):
         raise ConfigError(f"{what}: expected a finite number {'from' if zero else 'above'} 0, got {value!r}")
 

@@ -41,11 +41,12 @@ def sgd_step(
     check_gradients(params, grads, state, "u")
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum: expected a number from 0 to below 1, got {momentum!r}")
+    mu = float(momentum)
     new, after = dict(params), dict(state) | {"t": state["t"] + 1}
     for name, g in grads.items():
         p, decay = params[name], rate(weight_decay, name, "weight_decay")
         d = fma(p, decay, g) if decay else g  # (optim.7)
-        u = momentum * state[f"u.{name}"] + d if momentum and state["t"] else d  # (optim.8)
+        u = mu * state[f"u.{name}"] + d if mu and state["t"] else d  # (optim.8)
         new[name] = fma(u, -rate(lr, name, "lr"), p)  # (optim.9)
         after[f"u.{name}"] = u
     return new, after

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def rate(given: Rate, name: str, what: str) -> float:
     if isinstance(given, Mapping) and name not in given:
         raise ConfigError(f"{what}: expected a rate for {name}, got none")
     value = given[name] if isinstance(given, Mapping) else given
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value) or value < 0:
         raise ConfigError(f"{what}: expected a finite number from 0, got {value!r} for {name}")
     return float(value)
 
