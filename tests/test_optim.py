@@ -174,6 +174,20 @@ def test_the_flat_form_has_the_same_bits(library, block, dtype):
     assert all(host(again[k]).tobytes() == host(flat[k]).tobytes() for k in ("m", "v"))
 
 
+@libraries
+@pytest.mark.parametrize("part", [1, 4, 11])
+def test_large_arrays_are_stepped_by_rows_to_the_same_bits(library, part, monkeypatch):
+    shapes = {"head": (5, 3), "conv": (3, 2, 2), "one": (1, 20), "b": (13,)}
+    params, grads = drawn(1, library, shapes=shapes), drawn(2, library, shapes=shapes)
+    whole, _ = adamw_step(params, grads, adamw_start(params), lr=0.1, weight_decay=0.1)
+    state = adamw_start(params)
+    monkeypatch.setattr("lorax_np.optim.adamw.PART", part)
+    parts, after = adamw_step(params, grads, state, lr=0.1, weight_decay=0.1)
+    assert all(library.host(parts[k]).tobytes() == library.host(whole[k]).tobytes() for k in shapes)
+    assert all(library.host(after[f"{letter}.{k}"]).all() for letter in "mv" for k in shapes)
+    assert not any(library.host(state[f"{letter}.{k}"]).any() for letter in "mv" for k in shapes)
+
+
 def test_the_flat_form_would_be_told_from_another():
     """One block stepped twice, or rates of a neighbour: bits differ."""
     params, grads = drawn(1), drawn(2)
@@ -272,6 +286,14 @@ def test_clipping(library, dtype):
     assert all(library.host(own[k]).tobytes() == library.host(small[k]).tobytes() for k in grads)
 
 
+def test_the_norm_of_a_large_array_is_taken_in_parts(monkeypatch):
+    grads = drawn(1, shapes={"a": (7, 5), "b": (0, 3), "c": (2,)})
+    _, whole = clip(grads, None)
+    monkeypatch.setattr("lorax_np.optim.clip.PART", 4)
+    _, parts = clip({**grads, "a": np.array(grads["a"]).T.copy().T}, None)
+    assert abs(parts - whole) < 1e-15 * whole
+
+
 def test_the_norm_of_what_is_not_finite_is_told_and_nothing_is_scaled():
     for bad in (np.inf, -np.inf, np.nan):
         grads = {"a": np.array([1.0, bad]), "b": np.array([2.0])}
@@ -342,7 +364,7 @@ def test_groups_that_have_no_meaning_are_refused():
         with pytest.raises(ConfigError, match=rf"^{word}: expected a finite number from 0, got -1"):
             groups(params, **({"lr": 1e-4} | {word: -1}))
     with pytest.raises(ConfigError, match=r"^embeddings: expected the name of an adapted .*, got 'embe'$"):
-        groups(params, lr=1e-4, embeddings=["embe"])
+        groups(drawn(1, shapes=NAMED), lr=1e-4, embeddings=["embe"])
 
 
 def test_lora_fa_holds_a_and_corrects_b():

@@ -1,13 +1,13 @@
 """AdamW: decay apart from the gradient, two running means, bias corrections.  Derivation: specs/optim.md."""
 
 from collections.abc import Mapping
-from math import sqrt
-from typing import NamedTuple
+from math import prod, sqrt
+from typing import Any, NamedTuple
 
 from ..backend import Array, namespace_of
 from ..errors import ConfigError
 from ..tree import Leaves
-from .state import Rate, State, check_gradients, fma, rate, zeros
+from .state import PART, Rate, State, check_gradients, fma, rate, zeros
 
 
 def adamw_start(params: Mapping[str, Array]) -> State:
@@ -48,7 +48,7 @@ def adamw_step(
     for name, g in grads.items():
         how = factors(after["t"], rate(lr, name, "lr"), rate(weight_decay, name, "weight_decay"), betas, eps)
         p, m, v = params[name], state[f"m.{name}"], state[f"v.{name}"]
-        new[name], after[f"m.{name}"], after[f"v.{name}"] = adamw(p, g, m, v, how)
+        new[name], after[f"m.{name}"], after[f"v.{name}"] = by_rows(p, g, m, v, how)
     return new, after
 
 
@@ -85,3 +85,17 @@ def adamw(p: Array, g: Array, m: Array, v: Array, c: Factors) -> tuple[Array, Ar
     d = xp.sqrt(v) / c.root + c.eps  # (optim.5)
     p = p + (c.step * m) / d  # (optim.6)
     return p, m, v
+
+
+def by_rows(p: Array, g: Array, m: Array, v: Array, c: Factors) -> tuple[Array, Array, Array]:
+    """As adamw, to the bit; a large array some rows at a time, so that little is held besides the result."""
+    if prod(p.shape) <= PART or p.shape[0] == 1:
+        return adamw(p, g, m, v, c)
+    xp = namespace_of(p=p)
+    new: tuple[Any, ...] = tuple(xp.zeros_like(x) for x in (p, m, v))
+    size = max(1, PART * p.shape[0] // prod(p.shape))
+    for i in range(0, p.shape[0], size):
+        at = slice(i, min(i + size, p.shape[0])), ...
+        for whole, part in zip(new, adamw(p[at], g[at], m[at], v[at], c), strict=True):
+            whole[at] = part
+    return new[0], new[1], new[2]

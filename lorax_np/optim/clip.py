@@ -1,13 +1,13 @@
 """Gradients scaled down to a largest norm.  Derivation: specs/optim.md."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import isnan, sqrt
 from typing import Any
 
 from ..backend import Array, cast, dtype_name, namespace_of, quiet, to_host
 from ..errors import ConfigError
 from ..tree import Leaves
-from .state import single
+from .state import PART, single
 
 
 def clip(grads: Mapping[str, Array], max_norm: float | None) -> tuple[Leaves, float]:
@@ -46,14 +46,21 @@ def _factor(grads: Mapping[str, Array], max_norm: float | None) -> tuple[float, 
 
 
 def _norm(grads: Mapping[str, Array]) -> float:
-    """√Σg², each array's sum where it lives, and one number read at the end."""
+    """√Σg², each part's sum where it lives, and one number read at the end."""
     if not grads:
         return 0.0
     xp = namespace_of(**grads)
     with quiet():
-        wide = (cast(g, "float64") for g in grads.values())
-        squares = xp.stack([xp.sum(g * g) for g in wide])
-        return sqrt(float(to_host(xp.sum(squares[None, :], axis=1))[0]))  # (optim.10)
+        parts = xp.stack([part for g in grads.values() for part in _squares(g)])
+        return sqrt(float(to_host(xp.sum(parts[None, :], axis=1))[0]))  # (optim.10)
+
+
+def _squares(g: Array) -> Iterator[Array]:
+    xp = namespace_of(g=g)
+    flat = xp.reshape(g, (-1,))
+    for i in range(0, max(flat.shape[0], 1), PART):
+        wide = cast(flat[i : min(i + PART, flat.shape[0])], "float64")
+        yield xp.sum(wide * wide)
 
 
 def _times(g: Array, c: float) -> Array:

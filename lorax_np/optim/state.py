@@ -13,6 +13,8 @@ from ..errors import ConfigError, DtypeError, FormatError, ShapeError
 State = dict[str, Any]  # arrays as "m.NAME", integers as "t"
 Rate = float | Mapping[str, float]  # one for all, or one for each name
 
+PART = 1 << 18  # numbers of one array in float64 at once: a whole head would be large
+
 
 def single(c: float) -> float:
     """Return the float32 nearest to a number."""
