@@ -5,9 +5,9 @@ integers, which a file can hold.
 """
 
 from .adamw import adamw_start, adamw_step
-from .clip import clip, clip_into
+from .clipping import clip, clip_into
 from .flat import adamw_flat_start, adamw_flat_step, flat_state, named_state
-from .groups import Group, group_rates, group_table, groups
+from .grouping import Group, group_rates, group_table, groups
 from .lora_fa import lora_fa_gradients
 from .schedules import SCHEDULES, schedule
 from .sgd import sgd_start, sgd_step
