@@ -106,7 +106,7 @@ def head_cross_entropy(
     *,
     n: int,
     rows: int = 256,
-    block: int = 4,
+    block: int | None = None,
     smoothing: float = 0.0,
     need_gE: bool = False,
     scale: float = 1.0,
@@ -117,7 +117,7 @@ def head_cross_entropy(
     E      : (V, d)   the head, or the tied embedding
     labels : (N,)     as in cross_entropy_forward; rows without a label are not multiplied at all
     rows   : int      rows of z held at once: the one array of logits becomes that of their gradient
-    block  : int      rows worked on at a time, so that they stay in a cache; on a device take as many as `rows`
+    block  : int      rows worked on at a time; None for 4 on the host, which stay in a cache, all on a device
     scale  : float    T5's d^-½ where its embedding is tied
 
     n and smoothing are cross_entropy_forward's. Returns ℓ : (), gh : (N, d), and gE : (V, d) or None.
@@ -133,11 +133,11 @@ def head_cross_entropy(
     two_axes(h=h)
     n, scale = check_n(n), float(scale)
     smoothing = _share(smoothing)
-    for name, size in (("rows", rows), ("block", block)):
-        if size < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {size}")
     host, kept = targets(labels, V, len_=h.shape[0])
     xp = namespace_of(h=h, E=E)
+    block = block or (4 if xp.__name__ == "numpy" else rows)
+    if rows < 1 or block < 1:
+        raise ConfigError(f"rows, block: expected at least 1 each, got {rows} and {block}")
     which = kept.nonzero()[0]                            # (K,)  the rows that have a label
     gE = xp.zeros_like(E) if need_gE else None
     if not len(which):

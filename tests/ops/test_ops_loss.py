@@ -113,7 +113,7 @@ def test_the_checker_refuses_wrong_gradients(seed, V, smoothing):
     d=st.integers(1, 4),
     V=st.integers(1, 7),
     rows=st.integers(1, 5),
-    block=st.integers(1, 4),
+    block=st.sampled_from([None, 1, 2, 3]),
     smoothing=shares,
     scale=st.sampled_from([1.0, 0.3]),
 )
@@ -304,7 +304,7 @@ def test_what_has_no_meaning_is_refused():
             cross_entropy_forward(z, labels, n=2, smoothing=share)
     with pytest.raises(ShapeError, match=r"^z: expected two axes, got \(4,\)$"):
         cross_entropy_forward(z[0], labels[:1], n=2)
-    with pytest.raises(ConfigError, match=r"^rows: expected at least 1, got 0$"):
+    with pytest.raises(ConfigError, match=r"^rows, block: expected at least 1 each, got 0 and 4$"):
         head_cross_entropy(z, np.ones((4, 4)), labels, n=2, rows=0)
     with pytest.raises(ConfigError, match=r"^spans: expected rows from 0, or −100 for none, got"):
         span_forward(np.ones((3, 2)), np.array([0, 3]), np.array([[-1, 0]]), n=1)
