@@ -1,19 +1,22 @@
 """What every block of a model is given: its weights by name, and linear layers with whatever trains at them.
 
-A name is looked up in this order: what trains whole in its place, else the base. A linear layer is computed by a
-pair of functions, the reference's or lx.fast's; which of its tensors have gradients is decided by what trains,
-never by the model.
+A name is looked up in this order: what trains whole in its place, else the base. A linear layer is computed by
+a pair of functions, the reference's or lx.fast's; which of its tensors have gradients is decided by what
+trains, never by the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import fast
-from ..backend import Array, cast, compute_dtype, dtype_name, namespace_of
+from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of
 from ..config import Site
 from ..errors import ConfigError
 from ..layer import lora_linear_backward, lora_linear_forward
 from ..layers.embedding import Embedding, lora_embedding_backward, lora_embedding_forward
+from ..layers.tokens import TokenRows, token_rows_backward, token_rows_forward
 from ..ops.embedding import lookup_backward, lookup_forward
 from ..ops.linear import linear_backward_b, linear_backward_W, linear_backward_x, linear_forward
 from ..ops.norm import (
@@ -27,7 +30,9 @@ from ..ops.norm import (
 )
 from ..params import Adapter, Linear, linear_from_stored
 from ..random import dropout_mask, site_key
-from .records import Dropout, Gradients, Rows, Trained
+from .records import Dropout, Gradients, Model, Rows, Trained
+
+DELTA = "token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
 
 
 class Pair(NamedTuple):
@@ -52,7 +57,7 @@ class Pass:
 
     def __init__(
         self,
-        weights: Mapping[str, Array],
+        model: Model,
         sites: Mapping[str, Site],
         trained: Trained,
         *,
@@ -62,79 +67,109 @@ class Pass:
     ) -> None:
         """Lay what trains over a base.
 
-        weights : arrays by their names in a checkpoint
-        sites, trained : as inject gives them
+        sites, trained : as inject, plan and saved_tensors give them
         pair : which functions compute a linear layer
         dropout : makes the masks; None drops nothing, as in evaluation
-        dtype : float32 or float64, what activations are computed in; None is that of the first weight
+        dtype : float32 or float64, what activations are computed in; None is that of the model's first weight
         """
-        self.weights, self.sites, self.trained = weights, sites, trained
+        self.weights, self.config = model.weights, model.config
+        self.sites, self.trained = sites, trained
         self.pair, self.dropout = pair, dropout
-        self.dtype = dtype or compute_dtype(weights[next(iter(weights))])
+        self.dtype = dtype or compute_dtype(self.weights[next(iter(self.weights))])
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
     def has(self, name: str) -> bool:
-        """Whether a tensor of this name is in the base."""
-        return name in self.weights
+        """Whether a tensor of this name is in the base, or trains whole."""
+        return name in self.weights or name in self.trained.saved
 
     def weight(self, name: str) -> Array:
         """The tensor in use under a name, in the dtype of activations."""
-        own = self.trained.saved.get(name)
-        return cast(self.weights[name] if own is None else own, self.dtype)
+        return cast(self._stored(name), self.dtype)
 
     def bias(self, module: str) -> Array | None:
-        """The bias in use at a module: the adapter's, else the one that trains whole, else the base's, or None."""
+        """The bias in use at a module: the adapter's, else one that trains whole, else the base's, or None."""
         adapter, name = self.trained.adapters.get(module), f"{module}.bias"
         if adapter is not None and adapter.b is not None:
             return cast(adapter.b, self.dtype)
-        return self.weight(name) if name in self.trained.saved or name in self.weights else None
+        return self.weight(name) if self.has(name) else None
 
     def whole(self, name: str) -> bool:
         """Whether the tensor of this name trains whole."""
         return name in self.trained.saved
 
+    def trains(self, module: str) -> bool:
+        """Whether anything trains at a module or below it.
+
+        >>> import numpy as np
+        >>> model = Model("", "llama", {}, {"a.b.weight": np.eye(2)})
+        >>> at = Pass(model, {}, Trained({}, {"a.b.weight": np.eye(2)}))
+        >>> at.trains("a"), at.trains("a.b"), at.trains("a.bc")
+        (True, True, False)
+        """
+        return any(f"{name}.".startswith(f"{module}.") for name in self._names())
+
     def scaling(self, site: str) -> float:
         """The factor s of a site."""
         return self.sites[site].scaling
 
+    def add_saved(self, name: str, g: Array, gradients: Gradients) -> None:
+        """Add a gradient by a tensor that trains, in its dtype."""
+        gradients.add_saved(name, cast(g, dtype_name(self.trained.saved[name])))
+
     # ---- linear layers ---------------------------------------------------------------------------------
 
-    def linear(self, name: str, x: Array, rows: Rows, *, transposed: bool = False) -> tuple[Array, Any]:
+    def linear(
+        self, name: str, x: Array, rows: Rows | None, *, transposed: bool = False, mask: Array | None = None
+    ) -> tuple[Array, Any]:
         """The linear layer of a module, with its adapter where it has one.
 
         x : (N, d_in)      activations, whose sequences lie as rows says
+        rows : Rows        makes the site's dropout mask; None where mask is given, or where none is wanted
         transposed : bool  whether the weight is stored as (d_in, d_out)
+        mask : (N, d_in)   as mask() gives it
 
         Returns y : (N, d_out), and what linear_back reads.
         """
-        base = self._base(name, transposed)
-        adapter = self._adapter(name)
+        base, adapter = self._base(name, transposed), self._adapter(name)
         if adapter is None or adapter.A is None:
-            return linear_forward(x, base.W, self.bias(name)), x
-        mask = self._mask(name, x, rows)
+            return linear_forward(x, base.W, base.b), x if self.whole(f"{name}.weight") else None
+        mask = mask if rows is None else self.mask(name, x, rows)
         return self.pair.forward(x, base, adapter, scaling=self.scaling(name), mask=mask)
 
     def linear_back(
         self, name: str, gy: Array, saved: Any, gradients: Gradients, *, transposed: bool = False
     ) -> Array:
         """Adjoint of linear: gy : (N, d_out) -> gx : (N, d_in); adds what trains at the module to gradients."""
-        base, adapter = self._base(name, transposed), self._adapter(name)
+        base, adapter, x = self._base(name, transposed), self._adapter(name), saved
         if adapter is None or adapter.A is None:
-            x = saved
             gx = linear_backward_x(gy, base.W)
+            self._bias_back(name, gy, gradients)
         else:
             x = saved.x
             gx, g = self.pair.backward(gy, saved, base, adapter, scaling=self.scaling(name))
             gradients.add(name, g)
-        if adapter is not None and adapter.A is None:
-            gradients.add(name, Adapter(None, None, b=_like(linear_backward_b(gy), adapter.b)))
         if self.whole(f"{name}.weight"):
             gW = linear_backward_W(gy, x)
-            gradients.add_saved(f"{name}.weight", self._as_saved(f"{name}.weight", gW.T if transposed else gW))
+            self.add_saved(f"{name}.weight", gW.T if transposed else gW, gradients)
         if self.whole(f"{name}.bias"):
-            gradients.add_saved(f"{name}.bias", self._as_saved(f"{name}.bias", linear_backward_b(gy)))
+            self.add_saved(f"{name}.bias", linear_backward_b(gy), gradients)
         return gx
+
+    def mask(self, name: str, x: Array, rows: Rows) -> Array | None:
+        """The dropout mask of a site, sequence by sequence: (N, d_in), or None.  (models.1)"""
+        adapter = self._adapter(name)
+        if adapter is None or adapter.A is None or self.dropout is None or self.sites[name].p == 0:
+            return None
+        xp, key, low = namespace_of(x=x), site_key(name), compute_dtype(adapter.A)
+        seed, step = self.dropout
+        parts = [
+            dropout_mask(
+                (length, x.shape[1]), self.sites[name].p, seed, step, key, dtype=low, xp=xp, c3=index
+            )  # (models.1)
+            for length, index in zip(rows.lengths, rows.index, strict=True)
+        ]
+        return xp.concat(parts, axis=0) if parts else None
 
     # ---- norms -----------------------------------------------------------------------------------------
 
@@ -145,8 +180,7 @@ class Pass:
     def rms_norm_back(self, name: str, gy: Array, saved: NormSaved, gradients: Gradients) -> Array:
         """Adjoint of rms_norm."""
         if self.whole(f"{name}.weight"):
-            gw = rms_norm_backward_w(gy, saved)
-            gradients.add_saved(f"{name}.weight", self._as_saved(f"{name}.weight", gw))
+            self.add_saved(f"{name}.weight", rms_norm_backward_w(gy, saved), gradients)
         return rms_norm_backward(gy, saved, self.weight(f"{name}.weight"))
 
     def layer_norm(self, name: str, x: Array, eps: float) -> tuple[Array, NormSaved]:
@@ -158,14 +192,11 @@ class Pass:
 
     def layer_norm_back(self, name: str, gy: Array, saved: NormSaved, gradients: Gradients) -> Array:
         """Adjoint of layer_norm."""
-        adapter = self._adapter(name)
-        if adapter is not None:
-            gradients.add(name, Adapter(None, None, b=_like(linear_backward_b(gy), adapter.b)))
+        self._bias_back(name, gy, gradients)
         if self.whole(f"{name}.weight"):
-            gw = layer_norm_backward_w(gy, saved)
-            gradients.add_saved(f"{name}.weight", self._as_saved(f"{name}.weight", gw))
+            self.add_saved(f"{name}.weight", layer_norm_backward_w(gy, saved), gradients)
         if self.whole(f"{name}.bias"):
-            gradients.add_saved(f"{name}.bias", self._as_saved(f"{name}.bias", linear_backward_b(gy)))
+            self.add_saved(f"{name}.bias", linear_backward_b(gy), gradients)
         return layer_norm_backward(gy, saved, self.weight(f"{name}.weight"))
 
     # ---- embeddings ------------------------------------------------------------------------------------
@@ -175,31 +206,44 @@ class Pass:
 
         ids : (N,) -> y : (N, d), and what embedding_back reads
         """
-        table = self._table(name)
-        adapter = self._adapter(name)
-        if adapter is None:
-            return cast(lookup_forward(table, ids), self.dtype), ids
-        y, saved = lora_embedding_forward(ids, Embedding(table), adapter, scaling=self.scaling(name))
-        return cast(y, self.dtype), saved
+        adapter, tokens = self._adapter(name), self.tokens(name)
+        if adapter is not None:
+            table = Embedding(self.weight(f"{name}.weight"))
+            return lora_embedding_forward(ids, table, adapter, scaling=self.scaling(name))
+        if tokens is not None:
+            return token_rows_forward(ids, Embedding(self.weight(f"{name}.weight")), tokens)
+        return cast(lookup_forward(self._stored(f"{name}.weight"), ids), self.dtype), ids
 
     def embedding_back(
         self, name: str, gy: Array, saved: Any, gradients: Gradients, *, padding: int | None = None
     ) -> None:
-        """Adjoint of embedding, which ends here: ids have no gradient."""
-        adapter, delta = self._adapter(name), f"{name}.token_adapter.trainable_tokens_delta"
-        ids = saved
+        """Adjoint of embedding, which ends here: ids have no gradient. That of the row `padding` is 0."""
+        adapter, tokens = self._adapter(name), self.tokens(name)
         if adapter is not None:
-            ids = saved.ids
-            base = Embedding(self._table(name))
-            gl = cast(gy, dtype_name(base.W))
-            gradients.add(name, lora_embedding_backward(gl, saved, base, adapter, scaling=self.scaling(name)))
-        if self.whole(f"{name}.weight"):
-            g = lookup_backward(gy, ids, self.weight(f"{name}.weight"), padding=padding)
-            gradients.add_saved(f"{name}.weight", self._as_saved(f"{name}.weight", g))
-        if self.whole(delta):
-            raise ConfigError(f"{delta}: expected no trained rows in this pass, got some")
+            table = Embedding(self.weight(f"{name}.weight"), padding)
+            gradients.add(name, lora_embedding_backward(gy, saved, table, adapter, scaling=self.scaling(name)))
+        elif tokens is not None:
+            table = Embedding(self.weight(f"{name}.weight"), padding)
+            self.add_saved(f"{name}.{DELTA}", token_rows_backward(gy, saved, table, tokens).rows, gradients)
+        elif self.whole(f"{name}.weight"):
+            gT = lookup_backward(gy, saved, self.weight(f"{name}.weight"), padding=padding)
+            self.add_saved(f"{name}.weight", gT, gradients)
+
+    def tokens(self, name: str) -> TokenRows | None:
+        """The rows of an embedding that train, where some do."""
+        rows = self.trained.saved.get(f"{name}.{DELTA}")
+        if rows is None:
+            return None
+        if name not in self.trained.tokens:
+            raise ConfigError(f"{name}: expected in tokens which rows of it train, got nothing")
+        return TokenRows(from_host(np.array(list(self.trained.tokens[name]), dtype="int64"), rows), rows)
 
     # ---- inside ----------------------------------------------------------------------------------------
+
+    def _names(self) -> Iterator[str]:
+        """Names of all that trains."""
+        yield from self.trained.adapters
+        yield from self.trained.saved
 
     def _adapter(self, name: str) -> Adapter | None:
         found = self.trained.adapters.get(name)
@@ -210,30 +254,13 @@ class Pass:
     def _base(self, name: str, transposed: bool) -> Linear:
         return linear_from_stored(self.weight(f"{name}.weight"), self.bias(name), fan_in_fan_out=transposed)
 
-    def _table(self, name: str) -> Array:
-        """A table as it is stored: of its rows only those looked up are widened."""
-        own = self.trained.saved.get(f"{name}.weight")
-        return self.weights[f"{name}.weight"] if own is None else own
+    def _stored(self, name: str) -> Array:
+        """The tensor in use under a name, as it is stored: of a table only the rows looked up are widened."""
+        own = self.trained.saved.get(name)
+        return self.weights[name] if own is None else own
 
-    def _as_saved(self, name: str, g: Array) -> Array:
-        return cast(g, dtype_name(self.trained.saved[name]))
-
-    def _mask(self, name: str, x: Array, rows: Rows) -> Array | None:
-        """The dropout mask of a site, sequence by sequence: (N, d_in), or None.  (models.1)"""
-        p = self.sites[name].p
-        if self.dropout is None or p == 0:
-            return None
+    def _bias_back(self, name: str, gy: Array, gradients: Gradients) -> None:
+        """Add the gradient by a module's bias, where it trains and no factors do."""
         adapter = self._adapter(name)
-        low = compute_dtype(adapter.A) if adapter is not None and adapter.A is not None else self.dtype
-        xp, key = namespace_of(x=x), site_key(name)
-        seed, step = self.dropout
-        parts = [
-            dropout_mask((length, x.shape[1]), p, seed, step, key, dtype=low, xp=xp, c3=index)
-            for length, index in zip(rows.lengths, rows.index, strict=True)
-        ]
-        mask: Array = xp.concat(parts, axis=0)
-        return mask
-
-
-def _like(g: Array, other: Any) -> Array:
-    return cast(g, dtype_name(other))
+        if adapter is not None and adapter.b is not None:
+            gradients.add(name, Adapter(None, None, b=cast(linear_backward_b(gy), dtype_name(adapter.b))))

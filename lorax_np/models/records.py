@@ -1,7 +1,8 @@
 """What a model's passes are given and give: arrays by name, and rows of tokens.  See specs/models.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..backend import Array
@@ -29,14 +30,18 @@ class Trained(NamedTuple):
     """All that trains, and equally the gradients by it.
 
     adapters : by the names of modules, as inject gives them
-    saved    : by names in a checkpoint, whole weights and biases that train beside the adapters
+    saved    : by names in a checkpoint, whole weights and biases that train beside the adapters, and rows of
+               embeddings that do, as saved_tensors gives them
+    tokens   : which rows those are, by the embedding's name, as plan gives them
     """
 
     adapters: Mapping[str, AnyAdapter]
     saved: Mapping[str, Array]
+    tokens: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rows:
     """Where each sequence's tokens lie among the rows of x : (N, d).
 
     starts : S + 1 row numbers, from 0 to N; sequence i has the rows from starts[i] to starts[i + 1]
@@ -57,7 +62,8 @@ class Rows(NamedTuple):
         return tuple(stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False))
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
     """One micro-batch: sequences laid one after another, without padding.
 
     ids    : (N,)     token ids
@@ -112,9 +118,19 @@ class Gradients:
         """Add the gradient by a tensor that trains whole."""
         self.saved[name] = self.saved[name] + g if name in self.saved else g
 
-    def found(self) -> Trained:
-        """What was found, as records."""
-        return Trained(self.adapters, self.saved)
+    def found(self, trained: Trained) -> Trained:
+        """What was found, in the order of what trains.
+
+        Raises ConfigError for what trains somewhere that the pass never read, and so would never be trained.
+        """
+        for name in (*trained.adapters, *trained.saved):
+            if name not in self.adapters and name not in self.saved:
+                raise ConfigError(f"{name}: expected a place that this model and task compute, got another")
+        return Trained(
+            {name: self.adapters[name] for name in trained.adapters},
+            {name: self.saved[name] for name in trained.saved},
+            trained.tokens,
+        )
 
 
 def added(one: AnyAdapter, other: AnyAdapter) -> AnyAdapter:

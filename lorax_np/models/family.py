@@ -1,0 +1,48 @@
+"""What a family of models, and the head of a task, are to the loader and to the tasks.  See specs/models.md."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..backend import Array
+from .passes import Pass
+from .records import Batch, Gradients
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by their names in a checkpoint
+
+
+class Head(NamedTuple):
+    """The last step of a task: from the rows h : (N, d) of a family's forward to outputs and to a loss.
+
+    outputs  : (at, h, batch) -> what the task gives, such as logits
+    loss     : (at, h, batch, n) -> the loss, a 0-d array
+    gradient : (at, h, batch, n, gradients) -> the loss and gh : (N, d); adds what trains here to gradients
+    shapes   : (config, labels) -> the head's own tensors, for so many classes
+    """
+
+    outputs: Callable[[Pass, Array, Batch], Array]
+    loss: Callable[[Pass, Array, Batch, int], Array]
+    gradient: Callable[[Pass, Array, Batch, int, Gradients], tuple[Array, Array]]
+    shapes: Callable[[Mapping[str, Any], int], Shapes]
+
+
+class Family(NamedTuple):
+    """One family of models.
+
+    settings : (config, file) -> config.json with the family's defaults filled in; ConfigError, which names the
+               file and the value, for whatever its passes do not compute
+    shapes   : config -> the tensors that the passes read, those of heads apart
+    prefix   : what stands before the names of a checkpoint with a head and is missing in one without, "model."
+    tied     : the head's tensor and the table whose values it has, where config.json calls them tied
+    forward  : (at, batch, keep) -> h : (N, d), the rows that a head reads, and what the backward reads. keep is
+               "all"; "inputs", of blocks, which the backward computes again; or "nothing", where none follows
+    backward : (gh, saved, at, gradients) -> None; adds to gradients
+    heads    : by task
+    """
+
+    settings: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    shapes: Callable[[Mapping[str, Any]], Shapes]
+    prefix: str
+    tied: tuple[str, str] | None
+    forward: Callable[[Pass, Batch, str], tuple[Array, Any]]
+    backward: Callable[[Array, Any, Pass, Gradients], None]
+    heads: Mapping[str, Head]

@@ -1,0 +1,145 @@
+"""Loss, gradients and outputs of a model on a task: a family's passes and a head's, put together.
+
+Tasks are PEFT's: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM, FEATURE_EXTRACTION; each family
+says which it has a head for.  See specs/models.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..backend import Array, dtype_name, to_host
+from ..config import Site
+from ..errors import ConfigError
+from ..ops.loss import count_spans
+from ..ops.targets import count_kept
+from .families import FAMILIES
+from .family import Family, Head
+from .passes import PAIRS, Pass
+from .records import Batch, Dropout, Gradients, Model, Trained
+
+
+def loss_and_gradients(
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    batch: Batch,
+    *,
+    task: str,
+    n: int,
+    dropout: Dropout | None = None,
+    engine: str = "fast",
+    checkpoint: bool = False,
+) -> tuple[Array, Trained]:
+    """The loss of one micro-batch, and its gradients by all that trains.
+
+    model : Model      as load_model gives it
+    sites, trained     adapters by inject, whole tensors by saved_tensors, rows by plan
+    batch : Batch      sequences one after another, and their labels
+    task : str         one of PEFT's task types that the model's family has a head for
+    n : int            how many labels count in the whole step, over all micro-batches and ranks: count's sum
+    dropout : Dropout  makes the masks; None drops nothing
+    engine : str       "fast", or "reference", which is written to be read
+    checkpoint : bool  whether only inputs of blocks are kept, and blocks computed again, with the same masks
+
+    Returns the loss, a 0-d array, whose sum over micro-batches is the step's; and gradients in the record of
+    what they differentiate, in its dtypes, to be summed likewise. Nothing is written to.
+    Raises ConfigError for a task, an engine or a trained place that the model does not have.
+    Source: specs/models.md.
+    """
+    family, head = family_of(model), head_of(model, task)
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout)
+    gradients = Gradients()
+    h, saved = family.forward(at, batch, "inputs" if checkpoint else "all")
+    value, gh = head.gradient(at, h, batch, n, gradients)
+    family.backward(gh, saved, at, gradients)
+    return value, gradients.found(trained)
+
+
+def loss(
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    batch: Batch,
+    *,
+    task: str,
+    n: int,
+    engine: str = "fast",
+) -> Array:
+    """The loss alone, without dropout and with nothing kept, for evaluation; else as loss_and_gradients."""
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine))
+    h, _ = family_of(model).forward(at, batch, "nothing")
+    return head_of(model, task).loss(at, h, batch, n)
+
+
+def outputs(
+    model: Model, sites: Mapping[str, Site], trained: Trained, batch: Batch, *, task: str, engine: str = "fast"
+) -> Array:
+    """What a task's head gives, without dropout; labels are not read.
+
+    (N, V) logits of CAUSAL_LM, (S, C) of SEQ_CLS, (N, C) of TOKEN_CLS, (N, 2) of QUESTION_ANS, (Nd, V) of
+    SEQ_2_SEQ_LM; (S, d) rows of length 1 of FEATURE_EXTRACTION. Arguments as loss_and_gradients.
+    """
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine))
+    h, _ = family_of(model).forward(at, batch, "nothing")
+    return head_of(model, task).outputs(at, h, batch)
+
+
+def count(task: str, labels: Any, starts: Sequence[int] | None = None) -> int:
+    """How many labels count: what n is the sum of.
+
+    labels : as in a Batch, by the task; −100 counts for nothing
+    starts : S + 1 row bounds, which QUESTION_ANS needs, and FEATURE_EXTRACTION without labels
+
+    >>> import numpy as np
+    >>> count("CAUSAL_LM", np.array([5, -100, 7])), count("SEQ_CLS", np.ones((2, 3)))
+    (2, 6)
+    """
+    if task not in TASKS:
+        raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if task == "QUESTION_ANS":
+        return count_spans(labels, _given(starts, task))
+    if labels is None:
+        return (len(_given(starts, task)) - 1) // 2
+    host = to_host(labels)
+    return count_kept(host) if dtype_name(host).startswith(("int", "uint")) else host.size
+
+
+TASKS = "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"
+
+
+def _given(starts: Any, task: str) -> Any:
+    if starts is None:
+        raise ConfigError(f"starts: expected row bounds, which labels of {task} are counted by, got none")
+    return starts
+
+
+# ---- who computes it ---------------------------------------------------------------------------------------
+
+
+def family_of(model: Model) -> Family:
+    """The family of a model."""
+    if model.family not in FAMILIES:
+        raise ConfigError(f"family: expected one of {', '.join(FAMILIES)}, got {model.family!r}")
+    return FAMILIES[model.family]
+
+
+def head_of(model: Model, task: str) -> Head:
+    """The head of a task, where the family has one."""
+    heads = family_of(model).heads
+    if task not in heads:
+        raise ConfigError(f"task: expected one of {', '.join(heads)} for {model.family}, got {task!r}")
+    return heads[task]
+
+
+def _pair(engine: str) -> Any:
+    if engine not in PAIRS:
+        raise ConfigError(f"engine: expected one of {', '.join(PAIRS)}, got {engine!r}")
+    return PAIRS[engine]
+
+
+def _checked(trained: Trained, sites: Mapping[str, Site]) -> Trained:
+    """Adapters with factors have a site."""
+    for name, adapter in trained.adapters.items():
+        if adapter.A is not None and name not in sites:
+            raise ConfigError(f"sites: expected one for the adapter at {name}, got none")
+    return trained
