@@ -9,6 +9,7 @@ from .heads import CAUSAL_LM, LAST_TOKEN
 from .llama import llama_backward, llama_forward
 from .llama_config import MODEL_TYPES as LLAMAS
 from .llama_config import llama_settings, llama_shapes
+from .llama_kept import llama_kept
 from .passes import Pass
 from .records import Batch
 
@@ -26,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
         forward=_llama,
         backward=llama_backward,
         heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN},
+        kept=llama_kept,
     ),
 }
 MODEL_TYPES: Mapping[str, str] = {  # of a config.json

@@ -37,6 +37,7 @@ class Family(NamedTuple):
                "all"; "inputs", of blocks, which the backward computes again; or "nothing", where none follows
     backward : (gh, saved, at, gradients) -> None; adds to gradients
     heads    : by task
+    kept     : (at, N, keep) -> how many numbers the forward keeps of N tokens; None where nobody has counted
     """
 
     settings: Callable[[Mapping[str, Any], str], dict[str, Any]]
@@ -46,3 +47,4 @@ class Family(NamedTuple):
     forward: Callable[[Pass, Batch, str], tuple[Array, Any]]
     backward: Callable[[Array, Any, Pass, Gradients], None]
     heads: Mapping[str, Head]
+    kept: Callable[[Pass, int, str], int] | None = None

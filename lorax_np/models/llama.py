@@ -79,7 +79,7 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
     nothing trains there is nothing.
     Source: Touvron et al. 2023, arXiv:2302.13971; specs/models.md.
     """
-    eps, turn, first = at.config["rms_norm_eps"], _turn(at, rows, ids), _first(at)
+    eps, turn, first = at.config["rms_norm_eps"], _turn(at, rows, ids), first_block(at)
     h, embedding = at.embedding(EMBEDDING, ids)
     blocks = []
     for i in range(at.config["num_hidden_layers"]):
@@ -89,8 +89,10 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
             blocks.append(saved)
         elif keep == INPUTS and i >= first:
             blocks.append(BlockSaved(x, None, None))
-    h, norm = at.rms_norm(NORM, h, eps)  # (models.11)
-    return h, LlamaSaved(rows, turn, embedding, first, tuple(blocks), None if keep == NOTHING else norm)
+    h, norm = at.rms_norm(NORM, h, eps)  # (models.10)
+    if keep == NOTHING:
+        return h, LlamaSaved(rows, turn, None, first, (), None)
+    return h, LlamaSaved(rows, turn, embedding, first, tuple(blocks), norm)
 
 
 def llama_backward(gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients) -> None:
@@ -112,7 +114,7 @@ def llama_backward(gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients)
         at.embedding_back(EMBEDDING, g, saved.embedding, gradients)  # (models.19), undoes (models.2)
 
 
-def _first(at: Pass) -> int:
+def first_block(at: Pass) -> int:
     """The first block that needs a backward."""
     L = int(at.config["num_hidden_layers"])
     if at.trains(EMBEDDING):

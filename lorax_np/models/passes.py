@@ -5,7 +5,7 @@ a pair of functions, the reference's or lx.fast's; which of its tensors have gra
 trains, never by the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,17 +64,19 @@ class Pass:
         pair: Pair = REFERENCE,
         dropout: Dropout | None = None,
         dtype: str | None = None,
+        tokens: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Lay what trains over a base.
 
-        sites, trained : as inject, plan and saved_tensors give them
+        sites, trained : as inject and saved_tensors give them
         pair : which functions compute a linear layer
         dropout : makes the masks; None drops nothing, as in evaluation
         dtype : float32 or float64, what activations are computed in; None is that of the model's first weight
+        tokens : which rows of embeddings train, by the embedding's name, as plan gives them
         """
         self.weights, self.config = model.weights, model.config
         self.sites, self.trained = sites, trained
-        self.pair, self.dropout = pair, dropout
+        self.pair, self.dropout, self._tokens = pair, dropout, tokens or {}
         self.dtype = dtype or compute_dtype(self.weights[next(iter(self.weights))])
 
     # ---- tensors ---------------------------------------------------------------------------------------
@@ -234,9 +236,9 @@ class Pass:
         rows = self.trained.saved.get(f"{name}.{DELTA}")
         if rows is None:
             return None
-        if name not in self.trained.tokens:
-            raise ConfigError(f"{name}: expected in tokens which rows of it train, got nothing")
-        return TokenRows(from_host(np.array(list(self.trained.tokens[name]), dtype="int64"), rows), rows)
+        if name not in self._tokens:
+            raise ConfigError(f"tokens: expected which rows of {name} train, got nothing")
+        return TokenRows(from_host(np.array(list(self._tokens[name]), dtype="int64"), rows), rows)
 
     # ---- inside ----------------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """What a model's passes are given and give: arrays by name, and rows of tokens.  See specs/models.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..backend import Array
@@ -32,12 +31,10 @@ class Trained(NamedTuple):
     adapters : by the names of modules, as inject gives them
     saved    : by names in a checkpoint, whole weights and biases that train beside the adapters, and rows of
                embeddings that do, as saved_tensors gives them
-    tokens   : which rows those are, by the embedding's name, as plan gives them
     """
 
     adapters: Mapping[str, AnyAdapter]
     saved: Mapping[str, Array]
-    tokens: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +126,6 @@ class Gradients:
         return Trained(
             {name: self.adapters[name] for name in trained.adapters},
             {name: self.saved[name] for name in trained.saved},
-            trained.tokens,
         )
 
 

@@ -17,6 +17,8 @@ from .family import Family, Head
 from .passes import PAIRS, Pass
 from .records import Batch, Dropout, Gradients, Model, Trained
 
+Tokens = Mapping[str, Sequence[int]]
+
 
 def loss_and_gradients(
     model: Model,
@@ -29,17 +31,19 @@ def loss_and_gradients(
     dropout: Dropout | None = None,
     engine: str = "fast",
     checkpoint: bool = False,
+    tokens: Tokens | None = None,
 ) -> tuple[Array, Trained]:
     """The loss of one micro-batch, and its gradients by all that trains.
 
     model : Model      as load_model gives it
-    sites, trained     adapters by inject, whole tensors by saved_tensors, rows by plan
+    sites, trained     adapters and sites by inject, tensors that train whole by saved_tensors
     batch : Batch      sequences one after another, and their labels
     task : str         one of PEFT's task types that the model's family has a head for
     n : int            how many labels count in the whole step, over all micro-batches and ranks: count's sum
     dropout : Dropout  makes the masks; None drops nothing
     engine : str       "fast", or "reference", which is written to be read
     checkpoint : bool  whether only inputs of blocks are kept, and blocks computed again, with the same masks
+    tokens             which rows of embeddings train, by plan, where some do
 
     Returns the loss, a 0-d array, whose sum over micro-batches is the step's; and gradients in the record of
     what they differentiate, in its dtypes, to be summed likewise. Nothing is written to.
@@ -47,7 +51,7 @@ def loss_and_gradients(
     Source: specs/models.md.
     """
     family, head = family_of(model), head_of(model, task)
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout)
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout, tokens=tokens)
     gradients = Gradients()
     h, saved = family.forward(at, batch, "inputs" if checkpoint else "all")
     value, gh = head.gradient(at, h, batch, n, gradients)
@@ -64,22 +68,30 @@ def loss(
     task: str,
     n: int,
     engine: str = "fast",
+    tokens: Tokens | None = None,
 ) -> Array:
     """The loss alone, without dropout and with nothing kept, for evaluation; else as loss_and_gradients."""
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine))
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).loss(at, h, batch, n)
 
 
 def outputs(
-    model: Model, sites: Mapping[str, Site], trained: Trained, batch: Batch, *, task: str, engine: str = "fast"
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    batch: Batch,
+    *,
+    task: str,
+    engine: str = "fast",
+    tokens: Tokens | None = None,
 ) -> Array:
     """What a task's head gives, without dropout; labels are not read.
 
     (N, V) logits of CAUSAL_LM, (S, C) of SEQ_CLS, (N, C) of TOKEN_CLS, (N, 2) of QUESTION_ANS, (Nd, V) of
     SEQ_2_SEQ_LM; (S, d) rows of length 1 of FEATURE_EXTRACTION. Arguments as loss_and_gradients.
     """
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine))
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).outputs(at, h, batch)
 
@@ -102,6 +114,28 @@ def count(task: str, labels: Any, starts: Sequence[int] | None = None) -> int:
         return (len(_given(starts, task)) - 1) // 2
     host = to_host(labels)
     return count_kept(host) if dtype_name(host).startswith(("int", "uint")) else host.size
+
+
+def kept_numbers(
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    N: int,
+    *,
+    dropout: Dropout | None = None,
+    engine: str = "fast",
+    checkpoint: bool = False,
+) -> int:
+    """How many numbers a forward keeps of N tokens for its backward, each of the size of the model's dtype.
+
+    What only the head holds, and what does not grow with N, is not counted. Raises ConfigError for a family
+    that nobody has counted; otherwise as loss_and_gradients.
+    """
+    kept = family_of(model).kept
+    if kept is None:
+        raise ConfigError(f"family: expected one whose activations are counted, got {model.family!r}")
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout)
+    return kept(at, N, "inputs" if checkpoint else "all")
 
 
 TASKS = "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"
