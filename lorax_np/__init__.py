@@ -78,6 +78,8 @@ from .layers.vera import (
     vera_to_lora,
 )
 from .merge import merge, row_norms, unmerge
+from .models.load import load_model
+from .models.records import Model
 from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .plain import plain, plain_config
@@ -119,6 +121,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "Linear",
     "LoraConfig",
     "LoraLinearSaved",
+    "Model",
     "Moments",
     "NF4",
     "Pack",
@@ -161,6 +164,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "linear_from_stored",
     "linear_to_stored",
     "load_adapter",
+    "load_model",
     "lora_conv_backward",
     "lora_conv_backward_base",
     "lora_conv_forward",

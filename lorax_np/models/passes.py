@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import fast
 from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of
 from ..config import Site
 from ..errors import ConfigError
+from ..fast import lora_linear_backward as fast_backward
+from ..fast import lora_linear_forward as fast_forward
 from ..layer import lora_linear_backward, lora_linear_forward
 from ..layers.embedding import Embedding, lora_embedding_backward, lora_embedding_forward
 from ..layers.tokens import TokenRows, token_rows_backward, token_rows_forward
@@ -43,12 +44,12 @@ class Pair(NamedTuple):
 
 
 def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Any) -> tuple[Array, Any]:
-    y, saved = fast.lora_linear_forward(x, base, adapter, scaling=scaling, dropout=mask)
+    y, saved = fast_forward(x, base, adapter, scaling=scaling, dropout=mask)
     return y, saved
 
 
 REFERENCE = Pair(lora_linear_forward, lora_linear_backward)
-FAST = Pair(_fast_forward, fast.lora_linear_backward)
+FAST = Pair(_fast_forward, fast_backward)
 PAIRS: Mapping[str, Pair] = {"reference": REFERENCE, "fast": FAST}
 
 
