@@ -10,6 +10,7 @@ from typing import Any
 from ..backend import Array, dtype_name, to_host
 from ..config import Site
 from ..errors import ConfigError
+from ..io.peft import AdapterFiles
 from ..ops.loss import count_spans
 from ..ops.targets import count_kept
 from .families import FAMILIES
@@ -96,6 +97,15 @@ def outputs(
     return head_of(model, task).outputs(at, h, batch)
 
 
+def trained_of(files: AdapterFiles) -> Trained:
+    """What trains of an adapter that load_adapter gave: all of it but bases that lie beside their adapters.
+
+    PEFT writes those of embeddings and heads that are adapted; they are no more than copies.
+    """
+    bases = {f"{name}.weight" for name in files.sites}
+    return Trained(files.adapters, {name: value for name, value in files.saved.items() if name not in bases})
+
+
 def count(task: str, labels: Any, starts: Sequence[int] | None = None) -> int:
     """How many labels count: what n is the sum of.
 
@@ -172,8 +182,10 @@ def _pair(engine: str) -> Any:
 
 
 def _checked(trained: Trained, sites: Mapping[str, Site]) -> Trained:
-    """Adapters with factors have a site."""
+    """Adapters with factors have a site, and nothing trains whole beside them."""
     for name, adapter in trained.adapters.items():
         if adapter.A is not None and name not in sites:
             raise ConfigError(f"sites: expected one for the adapter at {name}, got none")
+        if adapter.A is not None and f"{name}.weight" in trained.saved:
+            raise ConfigError(f"saved: expected none of {name}, which has an adapter, got one; see trained_of")
     return trained
