@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, cast, from_host, namespace_of
+from ..backend import Array, cast, namespace_of
 from ..ops.activation import SwigluSaved, swiglu_backward, swiglu_forward
 from ..ops.attention import AttentionSaved, attention_backward, attention_forward
 from ..ops.norm import NormSaved
@@ -79,7 +79,7 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
     nothing trains there is nothing.
     Source: Touvron et al. 2023, arXiv:2302.13971; specs/models.md.
     """
-    eps, turn, first = at.config["rms_norm_eps"], _turn(at, rows, ids), first_block(at)
+    eps, turn, first = at.config["rms_norm_eps"], _turn(at, rows), first_block(at)
     h, embedding = at.embedding(EMBEDDING, ids)
     blocks = []
     for i in range(at.config["num_hidden_layers"]):
@@ -122,10 +122,10 @@ def first_block(at: Pass) -> int:
     return next((i for i in range(L) if at.trains(f"model.layers.{i}")), L)
 
 
-def _turn(at: Pass, rows: Rows, like: Array) -> Turn:
+def _turn(at: Pass, rows: Rows) -> Turn:
     """The angles of all rows: positions count from 0 in each sequence.  (models.4)"""
     position = [np.arange(length) for length in rows.lengths]
-    positions = from_host(np.concatenate([np.arange(0), *position]), like)
+    positions = at.placed(np.concatenate([np.arange(0), *position]))
     rope = at.config["rope_parameters"]
     cos, sin = rope_table(positions, at.config["head_dim"], theta=rope["rope_theta"], scaling=rope)
     return Turn(cast(cos, at.dtype), cast(sin, at.dtype))
@@ -152,7 +152,9 @@ def _attention_half(at: Pass, i: int, h: Array, rows: Rows, turn: Turn) -> tuple
     k, k_norm = _head_norm(at, f"{name}.k_norm", k)
     q, k = rope_forward(q, *turn), rope_forward(k, *turn)  # (models.4)
     o, attention = attention_forward(q, k, v, starts=rows.starts, **_rule(at, i))  # (N, H, D)   (models.5)
-    t, o_proj = at.linear(f"{name}.o_proj", _flat(o), rows)
+    flat = _flat(o)  # where this had to copy o, the copy is kept in its place
+    attention = attention._replace(o=_heads(at, flat))
+    t, o_proj = at.linear(f"{name}.o_proj", flat, rows)
     h = h + t  # (N, d)           (models.6)
     return h, AttentionHalf(norm, q_proj, k_proj, v_proj, q_norm, k_norm, attention, o_proj)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of
+from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..fast import lora_linear_backward as fast_backward
@@ -120,6 +120,11 @@ class Pass:
         """Add a gradient by a tensor that trains, in its dtype."""
         gradients.add_saved(name, cast(g, dtype_name(self.trained.saved[name])))
 
+    def placed(self, values: Any) -> Any:
+        """Integers or numbers of the host where the model lives; arrays that are there already as they are."""
+        like = self.weights[next(iter(self.weights))]
+        return values if type(values) is type(like) else from_host(to_host(values), like)
+
     # ---- linear layers ---------------------------------------------------------------------------------
 
     def linear(
@@ -207,8 +212,9 @@ class Pass:
     def embedding(self, name: str, ids: Array) -> tuple[Array, Any]:
         """Rows of the table of a module, with its adapter or its trained rows where it has any.
 
-        ids : (N,) -> y : (N, d), and what embedding_back reads
+        ids : (N,) -> y : (N, d), and what embedding_back reads. ids may be on the host
         """
+        ids = self.placed(ids)
         adapter, tokens = self._adapter(name), self.tokens(name)
         if adapter is not None:
             table = Embedding(self.weight(f"{name}.weight"))

@@ -121,7 +121,7 @@ class Gradients:
         Raises ConfigError for what trains somewhere that the pass never read, and so would never be trained.
         """
         for name in (*trained.adapters, *trained.saved):
-            if name not in self.adapters and name not in self.saved:
+            if name not in (self.adapters if name in trained.adapters else self.saved):
                 raise ConfigError(f"{name}: expected a place that this model and task compute, got another")
         return Trained(
             {name: self.adapters[name] for name in trained.adapters},

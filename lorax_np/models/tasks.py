@@ -7,6 +7,8 @@ says which it has a head for.  See specs/models.md.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..backend import Array, dtype_name, to_host
 from ..config import Site
 from ..errors import ConfigError
@@ -119,7 +121,7 @@ def count(task: str, labels: Any, starts: Sequence[int] | None = None) -> int:
     if task not in TASKS:
         raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     if task == "QUESTION_ANS":
-        return count_spans(labels, _given(starts, task))
+        return count_spans(labels, np.array(_given(starts, task), dtype="int64"))
     if labels is None:
         return (len(_given(starts, task)) - 1) // 2
     host = to_host(labels)

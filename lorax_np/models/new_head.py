@@ -1,0 +1,80 @@
+"""A model with a new head for a task that its checkpoint has none for.  See specs/models.md."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, compute_dtype, from_host
+from ..errors import ConfigError
+from .families import FAMILIES
+from .records import Model
+
+
+class Beside(Mapping[str, Array]):
+    """Tensors, and some more beside them."""
+
+    def __init__(
+        self, under: Mapping[str, Array], more: Mapping[str, Array], config: Mapping[str, Any]
+    ) -> None:
+        """Put more beside under, none of whose names it has."""
+        self.under, self.more, self.config = under, more, config
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
+        tell = getattr(self.under, "shape", None)
+        known = callable(tell) and name not in self.more
+        return tuple(int(n) for n in (tell(name) if known and tell is not None else self[name].shape))
+
+    def __getitem__(self, name: str) -> Array:
+        return self.more[name] if name in self.more else self.under[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.more or name in self.under
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.under
+        yield from self.more
+
+    def __len__(self) -> int:
+        return len(self.under) + len(self.more)
+
+    __eq__ = object.__eq__  # a Mapping would compare arrays, whose == is not a bool
+    __hash__ = object.__hash__
+
+
+def with_head(model: Model, task: str, labels: int, rng: np.random.Generator) -> Model:
+    """Return the model with a new head for so many classes; its own tensors are neither read nor copied.
+
+    Weights are drawn from N(0, σ²), σ being the config's initializer_range, or 0.02; biases are 0. A head does
+    nothing useful before it has been trained: modules_to_save, which the task sets, trains it whole.
+
+    Raises ConfigError where the family has no such head, where the model has one already, and for labels < 1.
+
+    >>> from lorax_np.models.load import model_of
+    >>> from lorax_np.models.llama_config import llama_settings, llama_shapes
+    >>> sizes = dict(hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=3, head_dim=2)
+    >>> config = dict(model_type="llama", vocab_size=9, num_key_value_heads=1, **sizes)
+    >>> body = {name: np.ones(shape) for name, shape in llama_shapes(llama_settings(config, "")).items()}
+    >>> with_head(model_of(body, config), "SEQ_CLS", 4, np.random.default_rng(0)).weights["score.weight"].shape
+    (4, 6)
+    """
+    heads = FAMILIES[model.family].heads
+    if task not in heads:
+        raise ConfigError(f"task: expected one of {', '.join(heads)} for {model.family}, got {task!r}")
+    if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
+        raise ConfigError(f"labels: expected how many classes there are, at least 1, got {labels!r}")
+    shapes = heads[task].shapes(model.config, labels)
+    if taken := [name for name in shapes if name in model.weights]:
+        raise ConfigError(
+            f"task: expected one that the model has no head for, since it has {taken[0]}, got {task}"
+        )
+    like = model.weights[next(iter(model.weights))]
+    sigma, dtype = float(model.config.get("initializer_range") or 0.02), compute_dtype(like)
+    made = {}
+    for name, shape in shapes.items():
+        drawn = np.zeros(shape) if name.endswith(".bias") else sigma * rng.standard_normal(shape)
+        made[name] = from_host(drawn.astype(dtype), like)
+    config = {**model.config, "num_labels": labels}
+    return replace(model, config=config, weights=Beside(model.weights, made, config))
