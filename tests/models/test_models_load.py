@@ -1,4 +1,4 @@
-"""Models loaded from files: what is read, what is refused and how it is said, and heads that are not there yet."""
+"""Models loaded from files: what is read, what is refused, in which words, and heads that are new."""
 
 import json
 import re

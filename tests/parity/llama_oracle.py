@@ -149,7 +149,7 @@ def causal(model: Any, b: Batch, n: int) -> Any:
 
 
 def adapted(model: Any, folder: Any, seed: int = 1, size: float = 0.2, **options: Any) -> Any:
-    """PEFT's model, everything that trains moved off its start, in the model's dtype, and saved to a folder."""
+    """PEFT's model, everything that trains moved off its start, to float32's numbers, and saved to a folder."""
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,7 +158,8 @@ def adapted(model: Any, folder: Any, seed: int = 1, size: float = 0.2, **options
         with torch.no_grad():
             for value in found.parameters():
                 if value.requires_grad:
-                    value.add_((size * torch.randn(value.shape, generator=generator)).to(dtype))
+                    moved = value.float() + size * torch.randn(value.shape, generator=generator)
+                    value.copy_(moved.to(dtype))
         found.save_pretrained(folder)
     return found
 
@@ -198,19 +199,30 @@ def gradients(model: Any) -> dict[tuple[str, str], np.ndarray]:
     return found
 
 
-def same(got: Trained, want: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], float]:
+Gradients = Mapping[tuple[str, str], np.ndarray]
+
+
+def same(got: Trained, want: Gradients) -> dict[tuple[str, str], float]:
     """Distances of all gradients, each relative to the largest entry of its tensor; every one is there."""
-    have = {
-        (name, part): value
-        for name, adapter in got.adapters.items()
-        for part in ("A", "B", "m", "b", "bB")
-        if (value := getattr(adapter, part)) is not None
-    }
-    have |= {(name, ""): value for name, value in got.saved.items()}
-    have = {(f"{name}.bias", "") if (part == "b" and (name, "b") not in want) else (name, part): value
-            for (name, part), value in have.items()}  # fmt: skip
+    return {key: float(np.abs(g - w).max() / np.abs(w).max()) for key, (g, w) in _pairs(got, want).items()}
+
+
+def norms(got: Trained, want: Gradients) -> dict[tuple[str, str], float]:
+    """The same by Euclid's norm of each tensor."""
+    norm = np.linalg.norm
+    return {key: float(norm(g - w) / norm(w)) for key, (g, w) in _pairs(got, want).items()}
+
+
+def _pairs(got: Trained, want: Gradients) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    have = {(name, ""): value for name, value in got.saved.items()}
+    for name, adapter in got.adapters.items():
+        for part in ("A", "B", "m", "b", "bB"):
+            value = getattr(adapter, part)
+            alone = part == "b" and (name, "b") not in want  # a module whose bias alone trains
+            if value is not None:
+                have[(f"{name}.bias", "") if alone else (name, part)] = value
     assert set(have) == set(want), set(have) ^ set(want)
-    return {key: float(np.abs(have[key] - want[key]).max() / np.abs(want[key]).max()) for key in want}
+    return {key: (have[key], want[key]) for key in want}
 
 
 def put_masks(model: Any, b: Batch, sites: Mapping[str, lx.Site], seed: int, step: int) -> None:
