@@ -32,13 +32,13 @@ CHUNK = 256  # rows of logits held at once
 
 
 def causal_outputs(at: Pass, h: Array, batch: Batch) -> Array:
-    """Logits z : (N, V) of the next token.  (models.21)"""
+    """Logits z : (N, V) of the next token.  (models.20)"""
     z, _ = _logits(at, h, at.mask(LM, h, batch.rows))
     return z
 
 
 def causal_loss(at: Pass, h: Array, batch: Batch, n: int) -> Array:
-    """Cross entropy of the rows that carry a label, by chunks of them.  (models.22)"""
+    """Cross entropy of the rows that carry a label, by chunks of them.  (models.21)"""
     total = _zero(h)
     for part in _chunks(at, h, batch):
         z, _ = _logits(at, part.h, part.mask)
@@ -97,7 +97,7 @@ def _zero(h: Array) -> Array:
 
 
 def _logits(at: Pass, h: Array, mask: Array | None) -> tuple[Array, Any]:
-    """z = h Eᵀ with the head's adapter, or with the trained rows of a table tied to it.  (models.21)"""
+    """z = h Eᵀ with the head's adapter, or with the trained rows of a table tied to it.  (models.20)"""
     z, saved = at.linear(LM, h, None, mask=mask)
     tokens = _tied_rows(at)
     if tokens is None:
@@ -106,7 +106,7 @@ def _logits(at: Pass, h: Array, mask: Array | None) -> tuple[Array, Any]:
     both = xp.concat([z, h @ cast(tokens.rows, at.dtype).T], axis=1)  # (C, V + n)
     place = np.arange(z.shape[1])
     place[to_host(tokens.index)] = z.shape[1] + np.arange(tokens.rows.shape[0])
-    return xp.take(both, from_host(place, z), axis=1), saved  # (models.23)
+    return xp.take(both, from_host(place, z), axis=1), saved  # (models.22)
 
 
 def _logits_back(at: Pass, gz: Array, h: Array, saved: Any, gradients: Gradients) -> Array:
@@ -116,11 +116,11 @@ def _logits_back(at: Pass, gz: Array, h: Array, saved: Any, gradients: Gradients
         return at.linear_back(LM, gz, saved, gradients)
     xp, R = namespace_of(gz=gz), cast(tokens.rows, at.dtype)
     gt = xp.take(gz, tokens.index, axis=1)  # (C, n)
-    at.add_saved(f"{at.config['tied']}.{DELTA}", gt.T @ h, gradients)  # (n, d)    (models.24)
+    at.add_saved(f"{at.config['tied']}.{DELTA}", gt.T @ h, gradients)  # (n, d)    (models.23)
     place = np.ones(gz.shape[1], dtype="bool")
     place[to_host(tokens.index)] = False
     own = xp.where(from_host(place, gz)[None, :], gz, xp.zeros_like(gz))
-    return at.linear_back(LM, own, saved, gradients) + linear_backward_x(gt, R)  # (models.25)
+    return at.linear_back(LM, own, saved, gradients) + linear_backward_x(gt, R)  # (models.24)
 
 
 def _tied_rows(at: Pass) -> TokenRows | None:
@@ -153,7 +153,7 @@ class LastRow(NamedTuple):
 
 
 def score_outputs(at: Pass, h: Array, batch: Batch) -> Array:
-    """Logits z : (S, C) of each sequence, from its last row.  (models.26)"""
+    """Logits z : (S, C) of each sequence, from its last row.  (models.25)"""
     return _score(at, h, batch)[0]
 
 

@@ -80,7 +80,7 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
     Source: Touvron et al. 2023, arXiv:2302.13971; specs/models.md.
     """
     eps, turn, first = at.config["rms_norm_eps"], _turn(at, rows), first_block(at)
-    h, embedding = at.embedding(EMBEDDING, ids)
+    h, embedding = at.embedding(EMBEDDING, ids)  # (models.2)
     blocks = []
     for i in range(at.config["num_hidden_layers"]):
         x = h
@@ -105,13 +105,13 @@ def llama_backward(gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients)
     below = at.trains(EMBEDDING)
     if saved.first == at.config["num_hidden_layers"] and not below and not at.trains(NORM):
         return
-    g = at.rms_norm_back(NORM, gh, saved.norm, gradients)  # (models.12)
+    g = at.rms_norm_back(NORM, gh, saved.norm, gradients)  # (models.11)
     for i, block in reversed(list(enumerate(saved.blocks, saved.first))):
         if block.h is not None:
-            _, block = _block_forward(at, i, block.h, saved.rows, saved.turn)  # (models.20)
+            _, block = _block_forward(at, i, block.h, saved.rows, saved.turn)  # (models.19)
         g = _block_backward(at, i, g, block, saved, gradients)
     if below:
-        at.embedding_back(EMBEDDING, g, saved.embedding, gradients)  # (models.19), undoes (models.2)
+        at.embedding_back(EMBEDDING, g, saved.embedding, gradients)  # (models.18), undoes (models.2)
 
 
 def first_block(at: Pass) -> int:
@@ -182,11 +182,11 @@ def _block_backward(
 
 def _gated_back(at: Pass, i: int, g: Array, saved: GatedHalf, gradients: Gradients) -> Array:
     block, name = f"model.layers.{i}", f"model.layers.{i}.mlp"
-    gf = at.linear_back(f"{name}.down_proj", g, saved.down_proj, gradients)  # (N, ff)   (models.13)
+    gf = at.linear_back(f"{name}.down_proj", g, saved.down_proj, gradients)  # (N, ff)   (models.12)
     gu, gw = swiglu_backward(gf, saved.swiglu)  # (N, ff)   undoes (models.8)
     gb = at.linear_back(f"{name}.up_proj", gw, saved.up_proj, gradients)
-    gb = gb + at.linear_back(f"{name}.gate_proj", gu, saved.gate_proj, gradients)  # (N, d)    (models.14)
-    return g + at.rms_norm_back(f"{block}.post_attention_layernorm", gb, saved.norm, gradients)  # (models.15)
+    gb = gb + at.linear_back(f"{name}.gate_proj", gu, saved.gate_proj, gradients)  # (N, d)    (models.13)
+    return g + at.rms_norm_back(f"{block}.post_attention_layernorm", gb, saved.norm, gradients)  # (models.14)
 
 
 def _attention_back(
@@ -194,14 +194,14 @@ def _attention_back(
 ) -> Array:
     block, name = f"model.layers.{i}", f"model.layers.{i}.self_attn"
     go = _heads(at, at.linear_back(f"{name}.o_proj", g, saved.o_proj, gradients))  # (N, H, D)
-    gq, gk, gv, _ = attention_backward(go, saved.attention, starts=rows.starts, **_rule(at, i))  # (models.16)
+    gq, gk, gv, _ = attention_backward(go, saved.attention, starts=rows.starts, **_rule(at, i))  # (models.15)
     gq, gk = rope_backward(gq, *turn), rope_backward(gk, *turn)  # undoes (models.4)
     gq = _head_norm_back(at, f"{name}.q_norm", gq, saved.q_norm, gradients)
     gk = _head_norm_back(at, f"{name}.k_norm", gk, saved.k_norm, gradients)
     ga = at.linear_back(f"{name}.v_proj", _flat(gv), saved.v_proj, gradients)
     ga = ga + at.linear_back(f"{name}.k_proj", _flat(gk), saved.k_proj, gradients)
-    ga = ga + at.linear_back(f"{name}.q_proj", _flat(gq), saved.q_proj, gradients)  # (N, d)    (models.17)
-    return g + at.rms_norm_back(f"{block}.input_layernorm", ga, saved.norm, gradients)  # (models.18)
+    ga = ga + at.linear_back(f"{name}.q_proj", _flat(gq), saved.q_proj, gradients)  # (N, d)    (models.16)
+    return g + at.rms_norm_back(f"{block}.input_layernorm", ga, saved.norm, gradients)  # (models.17)
 
 
 # ---- heads -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ def llama_kept(at: Pass, N: int, keep: str) -> int:
     """Return how many numbers are kept of N tokens; with keep="inputs", with those of a block computed again.
 
     What does not grow with N, such as norms of DoRA in lx.fast, is left out; so are copies of inputs where
-    adapters have another dtype than activations. Source: specs/models.md, (models.28).
+    adapters have another dtype than activations. Source: specs/models.md, (models.27).
     """
     d, L, first = int(at.config["hidden_size"]), int(at.config["num_hidden_layers"]), first_block(at)
     turn, table = int(at.config["head_dim"]), at.trained.adapters.get(EMBEDDING)
@@ -25,7 +25,7 @@ def llama_kept(at: Pass, N: int, keep: str) -> int:
 
 
 def _block(at: Pass, block: str) -> int:
-    """Numbers kept of one token by one block.  (models.27)"""
+    """Numbers kept of one token by one block.  (models.26)"""
     d, ff, D = (int(at.config[name]) for name in ("hidden_size", "intermediate_size", "head_dim"))
     H, K = (int(at.config[name]) for name in ("num_attention_heads", "num_key_value_heads"))
     attention, mlp = f"{block}.self_attn", f"{block}.mlp"

@@ -230,7 +230,7 @@ def held(saved, found=None):
     ],
 )
 def test_what_is_kept_is_what_was_counted(engine, dropout, changed, options):
-    """(models.26) to (models.28), to the number."""
+    """(models.26) and (models.27), to the number."""
     model, b = tiny.model(**changed), tiny.batch()
     sites, trained, _ = tiny.start(model, **options)
     N = len(b.ids)
