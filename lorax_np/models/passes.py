@@ -212,10 +212,10 @@ class Pass:
     def embedding(self, name: str, ids: Array) -> tuple[Array, Any]:
         """Rows of the table of a module, with its adapter or its trained rows where it has any.
 
-        ids : (N,) -> y : (N, d), and what embedding_back reads. ids may be on the host
+        ids : (N,) -> y : (N, d), and what embedding_back reads. ids may be on the host, where they are checked
         """
-        ids = self.placed(ids)
-        adapter, tokens = self._adapter(name), self.tokens(name)
+        _check_ids(ids, self._stored(f"{name}.weight").shape[0])
+        ids, adapter, tokens = self.placed(ids), self._adapter(name), self.tokens(name)
         if adapter is not None:
             table = Embedding(self.weight(f"{name}.weight"))
             return lora_embedding_forward(ids, table, adapter, scaling=self.scaling(name))
@@ -273,3 +273,13 @@ class Pass:
         adapter = self._adapter(name)
         if adapter is not None and adapter.b is not None:
             gradients.add(name, Adapter(None, None, b=cast(linear_backward_b(gy), dtype_name(adapter.b))))
+
+
+def _check_ids(ids: Any, vocab: int) -> None:
+    """Raise ConfigError where an id is no row of a table."""
+    host = to_host(ids)
+    wrong = ((host < 0) | (host >= vocab)).nonzero()[0]
+    if len(wrong):
+        raise ConfigError(
+            f"ids: expected numbers from 0 to {vocab - 1}, got {host[wrong[0]]} in row {wrong[0]}"
+        )

@@ -11,7 +11,7 @@ from lorax_np import layer
 from lorax_np.errors import ConfigError
 from lorax_np.models import llama
 from lorax_np.models.passes import PAIRS, Pass
-from lorax_np.models.records import Trained
+from lorax_np.models.records import Gradients, Trained
 from lorax_np.models.tasks import count, kept_numbers, loss, loss_and_gradients, outputs
 from lorax_np.ops.rope import rope_forward
 from lorax_np.tree import tree_add, tree_map
@@ -270,11 +270,23 @@ def test_what_nothing_would_train_is_refused():
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             loss_and_gradients(model, sites, bad, b, **{**go, **options})
+    for beyond in (13, -1):
+        ids = np.where(np.arange(len(b.ids)) == 6, beyond, b.ids)
+        with pytest.raises(ConfigError, match=f"ids: expected numbers from 0 to 12, got {beyond} in row 6"):
+            loss_and_gradients(model, sites, trained, replace(b, ids=ids), **go)
     with pytest.raises(ConfigError, match="sites: expected one for the adapter at model"):
         loss_and_gradients(model, {}, trained, b, **go)
     both = Trained(trained.adapters, {"model.layers.1.self_attn.v_proj.weight": np.ones((8, 10))})
     with pytest.raises(ConfigError, match=r"saved: expected none of model\.layers\.1"):
         loss_and_gradients(model, sites, both, b, **go)
+    at = Pass(model, sites, trained, tokens=tokens)
+    h, saved = llama.llama_forward(at, b.ids, b.rows, keep="nothing")
+    with pytest.raises(TypeError, match="saved: expected what llama_forward kept for a backward"):
+        llama.llama_backward(h, saved, at, Gradients())
+    model = tiny.model(tie_word_embeddings=True)
+    sites, trained, tokens = tiny.start(model, target_modules=["lm_head"], trainable_token_indices=[3])
+    with pytest.raises(ConfigError, match="expected nothing else to train in lm_head, which is tied to model"):
+        loss_and_gradients(model, sites, trained, b, **{**go, "tokens": tokens})
     with pytest.raises(ConfigError, match="task: expected one of CAUSAL_LM, "):
         count("causal-lm", b.labels)
     with pytest.raises(ConfigError, match="starts: expected row bounds"):
