@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
+from lorax_np.io.gguf_names import ggml_module, heads_of, to_ggml_rows
+from lorax_np.io.gguf_writer import write_gguf
 from lorax_np.models.load import check_finite, check_head, model_of
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
@@ -38,6 +40,28 @@ def test_a_directory_is_a_model(tmp_path):
     assert model.weights["lm_head.weight"] is model.weights["lm_head.weight"]
     with pytest.raises(ValueError, match="read-only"):
         model.weights["lm_head.weight"][0] = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)]
+)
+def test_a_gguf_file_is_a_model(tmp_path, kind, tied):
+    """The same numbers under ggml's names, in its order of rows: the same bits come out."""
+    changed = {"model_type": kind, "tie_word_embeddings": tied}
+    weights, arrays = tiny.weights(dtype="float32", **changed), {}
+    for name, w in weights.items():
+        module, _, part = name.rpartition(".")
+        heads = heads_of(module, tiny.CONFIG) if kind == "llama" else None
+        arrays[f"{ggml_module(module)}.{part}"] = w if heads is None else to_ggml_rows(w, heads)
+    sizes = {"embedding_length": 10, "feed_forward_length": 14, "block_count": 3, "context_length": 64}
+    sizes |= {"attention.head_count": 6, "attention.head_count_kv": 2, "attention.key_length": 4}
+    metadata = {f"{kind}.{name}": ("uint32", n) for name, n in sizes.items()}
+    metadata[f"{kind}.attention.layer_norm_rms_epsilon"] = ("float32", 1e-5)
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": ("string", kind), **metadata}, arrays)
+    for path in (tmp_path / "m.gguf", tmp_path):
+        model, b = lx.load_model(path, task="CAUSAL_LM"), tiny.batch()
+        want = outputs(model_of(weights, tiny.CONFIG | changed), {}, NOTHING, b, **LM)
+        assert (outputs(model, {}, NOTHING, b, **LM) == want).all()
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
