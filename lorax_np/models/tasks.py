@@ -170,10 +170,13 @@ def family_of(model: Model) -> Family:
 
 
 def head_of(model: Model, task: str) -> Head:
-    """The head of a task, where the family has one."""
+    """The head of a task, where the family and the model have one."""
     heads = family_of(model).heads
     if task not in heads:
         raise ConfigError(f"task: expected one of {', '.join(heads)} for {model.family}, got {task!r}")
+    for name in heads[task].shapes(model.config, 1):
+        if name not in model.weights:
+            raise ConfigError(f"task: expected a model with {name} for {task}, got none; with_head makes one")
     return heads[task]
 
 

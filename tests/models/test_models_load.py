@@ -110,6 +110,8 @@ def test_a_checkpoint_without_a_head_has_other_names():
         check_head(model, "CAUSAL_LM")
     with pytest.raises(lx.ConfigError, match="task: expected one of CAUSAL_LM, SEQ_CLS for llama, got 'X'"):
         check_head(model, "X")
+    with pytest.raises(lx.ConfigError, match=r"task: expected a model with lm_head\.weight for CAUSAL_LM, got"):
+        outputs(model, {}, NOTHING, tiny.batch(), **LM)
     with pytest.raises(lx.FormatError, match=r"expected the tensor score\.weight for SEQ_CLS"):
         model_of(weights, tiny.CONFIG, task="SEQ_CLS")
 
