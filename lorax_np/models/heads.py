@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, cast, dtype_name, from_host, namespace_of, on_device, to_host
+from ..backend import Array, cast, dtype_name, from_host, namespace_of, to_host
 from ..errors import ConfigError
 from ..layers.tokens import TokenRows
 from ..ops.linear import linear_backward_x
@@ -50,8 +50,8 @@ def causal_gradient(at: Pass, h: Array, batch: Batch, n: int, gradients: Gradien
     """The loss and gh : (N, d); logits and their gradient are never held whole."""
     if (at.trains(LM) and not at.whole(f"{LM}.weight")) or _tied_rows(at) is not None:
         return _adapted_gradient(at, h, batch, n, gradients)
-    E, whole, block = at.weight(f"{LM}.weight"), at.whole(f"{LM}.weight"), CHUNK if on_device(h) else 4
-    loss, gh, gE = head_cross_entropy(h, E, batch.labels, n=n, rows=CHUNK, block=block, need_gE=whole)
+    E, whole = at.weight(f"{LM}.weight"), at.whole(f"{LM}.weight")
+    loss, gh, gE = head_cross_entropy(h, E, batch.labels, n=n, rows=CHUNK, need_gE=whole)
     if gE is not None:
         at.add_saved(f"{LM}.weight", gE, gradients)
     return loss, gh

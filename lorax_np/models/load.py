@@ -100,6 +100,20 @@ def load_model(
     whatever a config.json asks for that its passes do not compute; FormatError, which names the tensor, where
     one is missing, of another shape, or of no known use; and as open_checkpoint does.
     Source: specs/models.md.
+
+    >>> import json, pathlib, tempfile
+    >>> from lorax_np.io.writer import write_safetensors
+    >>> from lorax_np.models.llama_config import llama_settings, llama_shapes
+    >>> sizes = dict(hidden_size=6, intermediate_size=8, num_attention_heads=3, num_key_value_heads=1)
+    >>> sizes |= dict(head_dim=2, num_hidden_layers=1, vocab_size=9)
+    >>> config = dict(model_type="llama", tie_word_embeddings=True, **sizes)
+    >>> tensors = {name: np.ones(shape) for name, shape in llama_shapes(llama_settings(config, "")).items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+    ...     write_safetensors(pathlib.Path(folder, "model.safetensors"), tensors)
+    ...     model = load_model(folder, task="CAUSAL_LM")
+    >>> model.family, model.weights["lm_head.weight"].shape
+    ('llama', (9, 6))
     """
     weights = open_checkpoint(path)
     where = weights.folder / "config.json"

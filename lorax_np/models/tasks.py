@@ -52,6 +52,21 @@ def loss_and_gradients(
     what they differentiate, in its dtypes, to be summed likewise. Nothing is written to.
     Raises ConfigError for a task, an engine or a trained place that the model does not have.
     Source: specs/models.md.
+
+    >>> import lorax_np as lx
+    >>> from lorax_np.models.llama_config import llama_settings, llama_shapes
+    >>> from lorax_np.models.load import model_of
+    >>> sizes = dict(hidden_size=6, intermediate_size=8, num_attention_heads=3, num_key_value_heads=1)
+    >>> sizes |= dict(head_dim=2, num_hidden_layers=1, vocab_size=9)
+    >>> config = dict(model_type="llama", tie_word_embeddings=True, **sizes)
+    >>> tensors = {name: np.ones(shape) for name, shape in llama_shapes(llama_settings(config, "")).items()}
+    >>> model = model_of(tensors, config)
+    >>> _, adapters, sites = lx.inject(model.weights, lx.LoraConfig(r=2), np.random.default_rng(0))
+    >>> batch = Batch(np.array([3, 5, 4]), (0, 2, 3), np.array([5, -100, -100]), (0, 1))
+    >>> how = {"task": "CAUSAL_LM", "n": count("CAUSAL_LM", batch.labels)}
+    >>> value, g = loss_and_gradients(model, sites, Trained(adapters, {}), batch, **how)
+    >>> bool(abs(value - np.log(9)) < 1e-12), list(g.adapters)[-1], g.adapters[list(g.adapters)[-1]].B.shape
+    (True, 'model.layers.0.self_attn.v_proj', (2, 2))
     """
     family, head = family_of(model), head_of(model, task)
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout, tokens=tokens)
