@@ -54,6 +54,10 @@ class Held(Mapping[str, Array]):
             self._held[own] = self._read(own)
         return self._held[own]
 
+    def release(self) -> None:
+        """Let go of what is held, for whoever has made copies of his own; what is asked for is read again."""
+        self._held.clear()
+
     def _read(self, own: str) -> Array:
         found = self.under[own]
         if self.dtype is not None and dtype_name(found) != self.dtype:

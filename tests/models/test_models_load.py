@@ -40,6 +40,9 @@ def test_a_directory_is_a_model(tmp_path):
     assert model.weights["lm_head.weight"] is model.weights["lm_head.weight"]
     with pytest.raises(ValueError, match="read-only"):
         model.weights["lm_head.weight"][0] = 0
+    model.weights.release()
+    assert repr(model.weights) == "<30 tensors, 0 held>"
+    assert (outputs(model, {}, NOTHING, b, **LM) == want).all()
 
 
 @pytest.mark.parametrize(
