@@ -264,7 +264,7 @@ def test_what_nothing_would_train_is_refused():
     for bad, options, message in (
         (Trained(trained.adapters, {"score.weight": np.ones((2, 10))}), {}, "score.weight: expected a place"),
         (trained, {"tokens": None}, "tokens: expected which rows of model.embed_tokens train, got nothing"),
-        (trained, {"task": "TOKEN_CLS"}, "task: expected one of CAUSAL_LM, SEQ_CLS for llama, got 'TOKEN_CLS'"),
+        (trained, {"task": "SEQ_2_SEQ_LM"}, "task: expected one of CAUSAL_LM, SEQ_CLS"),
         (trained, {"engine": "quick"}, "engine: expected one of reference, fast, got 'quick'"),
         (trained, {"n": 0}, "n: expected the number of labels of the whole step, at least 1, got 0"),
     ):
