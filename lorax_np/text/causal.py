@@ -1,0 +1,82 @@
+"""Rows of a causal model as ids with shifted labels: plain text, prompt and completion, messages."""
+
+from collections import Counter
+
+from ..errors import BackendError
+from ..io.gguf_header import refuse
+from .examples import (
+    Example,
+    Tokens,
+    Settings,
+    Span,
+    count_specials,
+    cut,
+    ints,
+    labelled,
+    shifted,
+    text_bytes,
+)
+from .rows import Row
+from .tokenizer import Tokenizer
+
+
+def causal_example(row: Row, tokenizer: Tokenizer, settings: Settings, counts: Counter[str]) -> Example:
+    """Ids of the whole text at once, and labels where a token carries a character that is to be learned.
+
+    Prompt and completion are tokenised as one text, as the model will see them; a token across their border is
+    labelled, since it carries the completion's first characters, and counted. Exactly one start token stands
+    in front where the tokenizer adds one; exactly one end token follows, unless the text was cut before it.
+    """
+    text, spans = _text(row, tokenizer, settings.mask_prompt)
+    found = tokenizer.encode(text)
+    chosen = labelled(found.offsets, spans)
+    if "prompt" in row.fields:
+        border = len(row.fields["prompt"])
+        counts["tokens across a prompt's border"] += sum(a < border < b for a, b in found.offsets)
+    start, end = _around(row, tokenizer, found.ids)
+    ids = cut([*start, *found.ids, *end], settings.max_length, counts)
+    chosen = [*[False] * len(start), *chosen, *[True] * len(end)][: len(ids)]
+    offsets = [*[(0, 0)] * len(start), *found.offsets, *[(len(text), len(text))] * len(end)][: len(ids)]
+    count_specials(tokenizer, ids, counts)
+    labels = shifted(row.where, ids, chosen)
+    carried = [t > 0 and kept and ids[t] not in tokenizer.names for t, kept in enumerate(chosen)]
+    kept = sum(chosen[1:])
+    return Example(row.where, (Tokens(ints(ids)),), labels, None, kept, text_bytes(text, offsets, carried))
+
+
+def _text(row: Row, tokenizer: Tokenizer, masked: bool) -> tuple[str, list[Span]]:
+    """The text of a row, and the characters to be learned."""
+    if "text" in row.fields:
+        text, spans = row.fields["text"], []
+    elif "prompt" in row.fields:
+        text = row.fields["prompt"] + row.fields["completion"]
+        spans = [(len(row.fields["prompt"]), len(text))]
+    else:
+        text, spans = _written(row, tokenizer)
+    return text, spans if masked and "text" not in row.fields else [(0, len(text))]
+
+
+def _written(row: Row, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
+    """Messages as one text by the model's template."""
+    if tokenizer.chat is None:
+        refuse(f"{row.where}: messages", "a tokenizer with a chat template", f"none in {tokenizer.path}")
+    try:
+        text, turns = tokenizer.chat.render(row.fields["messages"])
+    except BackendError:
+        raise
+    except ValueError as error:
+        refuse(f"{row.where}: messages", "what the chat template can write", str(error))
+    return text, list(turns)
+
+
+def _around(row: Row, tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """The start tokens that are still missing in front, and the end tokens that are behind."""
+    start, end = list(tokenizer.template.start), list(tokenizer.template.end)
+    if not end and tokenizer.specials.eos is not None:
+        end = [tokenizer.specials.eos]
+    if not end:
+        refuse(tokenizer.path, "an end token, eos_token, with which texts end", "none")
+    doubled = ids[: len(start)] == start
+    if "messages" in row.fields or ids[len(ids) - len(end) :] == end:  # a template ends its turns itself
+        end = []
+    return ([] if doubled else start), end

@@ -1,0 +1,121 @@
+"""Messages written as one text, as a model was taught them, and which characters the assistant wrote.
+
+ChatML needs no library; any other template is Jinja's, and runs in its sandbox.  Rules: specs/data.md.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+from ..errors import BackendError, FormatError
+
+Message = Mapping[str, str]
+START, END = "<|im_start|>", "<|im_end|>"
+# The ChatML templates in use, apart from spaces; some write a system turn where none is given.
+CHATML = re.compile(
+    r"\{% for message in messages %\}"
+    r"(?:\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}"
+    r"\{\{ ?'<\|im_start\|>system(?:\n|\\n)(?P<system>[^'\\{}]*)<\|im_end\|>(?:\n|\\n)' ?\}\}\{% endif %\})?"
+    r"\{\{ ?'<\|im_start\|>' ?\+ ?message\['role'\] ?\+ ?'(?:\n|\\n)' ?\+ ?message\['content'\] ?"
+    r"\+ ?'<\|im_end\|>' ?\+ ?'(?:\n|\\n)' ?\}\}\{% endfor %\}"
+    r"\{% if add_generation_prompt %\}\{\{ ?'<\|im_start\|>assistant(?:\n|\\n)' ?\}\}\{% endif %\}"
+)
+
+
+class Rendered(NamedTuple):
+    """One text, and the characters [begin, end) of each turn of the assistant, its end token among them."""
+
+    text: str
+    turns: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a model writes messages; `template` is Jinja's text, None for plain ChatML."""
+
+    where: str
+    template: str | None
+    words: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, which templates name
+
+    @cached_property
+    def chatml(self) -> str | None:
+        """The system turn that ChatML begins with where none is given ("" for none); None: not ChatML."""
+        if self.template is None:
+            return ""
+        found = CHATML.fullmatch(self.template.strip())
+        return None if found is None else found["system"] or ""
+
+    def render(self, messages: Sequence[Message], *, generation: bool = False) -> Rendered:
+        """Write messages as one text; with `generation`, up to where the assistant's next turn begins.
+
+        Raises FormatError where the template refuses the messages, or writes the beginning of a dialogue
+        otherwise than as the beginning of the whole: then no turn could be found in it. BackendError where
+        the template needs Jinja and there is none.
+
+        >>> Chat("model", None).render([{"role": "assistant", "content": "Hi"}])
+        Rendered(text='<|im_start|>assistant\\nHi<|im_end|>\\n', turns=((22, 34),))
+        """
+        if self.chatml is not None:
+            return _chatml(messages, self.chatml, generation)
+        whole = self._jinja(messages, generation)
+        turns = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, after = self._jinja(messages[:i], True), self._jinja(messages[: i + 1], False)
+                if not (whole.startswith(before) and after.startswith(before) and whole.startswith(after)):
+                    self._refuse(
+                        f"a template whose text of messages 1 to {i + 1} begins its text of all", "another"
+                    )
+                turns.append((len(before), len(after)))
+        return Rendered(whole, tuple(turns))
+
+    def _jinja(self, messages: Sequence[Message], generation: bool) -> str:
+        try:
+            values = {"messages": [dict(one) for one in messages], "add_generation_prompt": generation}
+            return str(self._compiled.render(**values, **self.words))
+        except (BackendError, KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            self._refuse("messages that the chat template can write", " ".join(str(error).split())[:200])
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template, compiled in Jinja's sandbox, which gives it no attribute and no module to misuse."""
+        try:
+            sandbox = import_module("jinja2.sandbox")
+        except ImportError:
+            raise BackendError(
+                f"{self.where}: chat_template: expected Jinja for a template other than ChatML, "
+                "got no such package: pip install 'lorax-np[chat]'"
+            ) from None
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raised
+        try:
+            return environment.from_string(self.template)
+        except Exception as error:
+            self._refuse("a Jinja template", " ".join(str(error).split())[:200])
+
+    def _refuse(self, wanted: str, came: str) -> NoReturn:
+        raise FormatError(f"{self.where}: chat_template: expected {wanted}, got {came}") from None
+
+
+def _chatml(messages: Sequence[Message], system: str, generation: bool) -> Rendered:
+    text, turns = "", []
+    if system and messages and messages[0]["role"] != "system":
+        text = f"{START}system\n{system}{END}\n"
+    for message in messages:
+        text += f"{START}{message['role']}\n"
+        begin = len(text)
+        text += f"{message['content']}{END}"
+        if message["role"] == "assistant":
+            turns.append((begin, len(text)))
+        text += "\n"
+    return Rendered(text + f"{START}assistant\n" * generation, tuple(turns))
+
+
+def _raised(message: str) -> NoReturn:
+    """What templates call to refuse messages."""
+    raise ValueError(message)
