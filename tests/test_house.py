@@ -34,6 +34,7 @@ FLOORS = (
     ("optim/",),
     ("inject.py", "io/", "parallel.py"),
     ("models/",),
+    ("text/",),
     ("stream/", "audit/", "train.py"),
     ("__init__.py",),
     ("verify/",),
