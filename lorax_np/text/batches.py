@@ -3,7 +3,7 @@
 Every rank plans the whole step from the same order, so that all agree without a word.  Rules: specs/data.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -114,6 +114,14 @@ class Feed:
             sum(example.tokens for example in step),
             Position(epoch + 1, 0) if taken == len(chosen) else Position(epoch, used + taken),
         )
+
+    def epoch(self, epoch: int = 0) -> Iterator[Step]:
+        """The steps of an epoch, one after another."""
+        position = Position(epoch)
+        while position.epoch == epoch:
+            step = self.step(position)
+            position = step.next
+            yield step
 
     def steps(self, epoch: int = 0) -> int:
         """How many steps an epoch has."""

@@ -6,9 +6,9 @@ from ..errors import BackendError
 from ..io.gguf_header import refuse
 from .examples import (
     Example,
-    Tokens,
     Settings,
     Span,
+    Tokens,
     count_specials,
     cut,
     ints,

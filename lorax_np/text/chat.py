@@ -39,6 +39,7 @@ class Chat:
     where: str
     template: str | None
     words: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, which templates name
+    specials: tuple[str, ...] = ()  # texts of special tokens, one of which ends a turn
 
     @cached_property
     def chatml(self) -> str | None:
@@ -69,7 +70,9 @@ class Chat:
                     self._refuse(
                         f"a template whose text of messages 1 to {i + 1} begins its text of all", "another"
                     )
-                turns.append((len(before), len(after)))
+                turn = after[len(before) :].rstrip()  # what stands behind an end token is not the assistant's
+                ended = turn.endswith(self.specials) if self.specials else False
+                turns.append((len(before), len(before) + len(turn) if ended else len(after)))
         return Rendered(whole, tuple(turns))
 
     def _jinja(self, messages: Sequence[Message], generation: bool) -> str:

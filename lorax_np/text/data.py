@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..io.safetensors import show
 from .causal import causal_example
-from .examples import Example, Settings
+from .examples import DOUBLED, Example, Settings
 from .heads import class_example, pair_example, tag_example, written_example
 from .labels import Labels, labels_of
 from .questions import question_examples
@@ -21,9 +22,10 @@ class Report(NamedTuple):
     """What became of a file's rows."""
 
     name: str
+    task: str
     rows: int
     examples: int
-    tokens: int  # rows that the model computes, a decoder's apart
+    tokens: int  # that the model computes, a decoder's apart
     labelled: int  # labels that count
     unlabelled: tuple[str, ...]  # rows without one
     repeated: int  # rows equal to an earlier one
@@ -32,11 +34,14 @@ class Report(NamedTuple):
 
     def lines(self) -> list[str]:
         """What a person should know, a line each; warnings begin with the word."""
-        share = f", {self.labelled} labels ({self.labelled / max(self.tokens, 1):.1%} of tokens)"
-        found = [f"{self.name}: {self.rows} rows, {self.examples} examples, {self.tokens} tokens{share}"]
-        found += [f"{self.name}: {what}: {n}" for what, n in sorted(self.counts.items()) if n]
+        share = f" ({self.labelled / self.tokens:.1%})" if self.task in ("CAUSAL_LM", "TOKEN_CLS") else ""
+        found = [f"{self.name}: {self.rows} rows, {self.examples} examples, {self.tokens} tokens"]
+        found[0] += f", {self.labelled} labels{share}"
+        for what, n in sorted(self.counts.items()):
+            if n:
+                found.append(f"{'warning: ' if what.startswith(DOUBLED) else ''}{self.name}: {what}: {n}")
         if self.ignored:
-            found.append(f"{self.name}: keys not read: {', '.join(self.ignored[:8])}")
+            found.append(f"{self.name}: keys not read: {', '.join(map(show, self.ignored[:8]))}")
         if self.repeated > HALF * self.rows:
             found.append(f"warning: {self.name}: {self.repeated} of {self.rows} rows repeat an earlier one")
         if self.unlabelled:
@@ -87,7 +92,7 @@ def encode_rows(
     counts: Counter[str] = Counter()
     encode = _encoder(task, tokenizer, settings, labels, counts)
     examples = [example for row in rows.rows for example in encode(row)]
-    return Data(tuple(examples), labels, _report(rows, examples, counts))
+    return Data(tuple(examples), labels, _report(rows, task, examples, counts))
 
 
 def _encoder(
@@ -103,10 +108,11 @@ def _encoder(
     return lambda row: [plain[task](row, tokenizer, settings, counts)]
 
 
-def _report(rows: Rows, examples: Sequence[Example], counts: Counter[str]) -> Report:
+def _report(rows: Rows, task: str, examples: Sequence[Example], counts: Counter[str]) -> Report:
     seen: set[str] = {json.dumps(row.fields, sort_keys=True) for row in rows.rows}
     return Report(
         rows.path.name,
+        task,
         len(rows.rows),
         len(examples),
         sum(example.tokens for example in examples),

@@ -13,6 +13,8 @@ from .labels import IGNORED
 from .tokenizer import Tokenizer
 
 Span = tuple[int, int]  # characters [begin, end)
+MANY = 3
+DOUBLED = "sequences with two "  # begins the name of a count that is a warning
 
 
 class Settings(NamedTuple):
@@ -128,8 +130,9 @@ def count_specials(tokenizer: Tokenizer, ids: Sequence[int], counts: Counter[str
     """Count how many start and end tokens a sequence has, so that a doubled one is seen."""
     template, specials = tokenizer.template, tokenizer.specials
     start = template.start[0] if template.start else specials.bos
-    end = template.end[0] if template.end else specials.eos
-    for name, i in (("start", start), ("end", end)):
+    end = template.end[-1] if template.end else specials.eos
+    for name, i, edge in (("start", start, ids[:2]), ("end", end, ids[-2:])):
         if i is not None:
-            found = sum(1 for one in ids if one == i)
-            counts[f"{name} tokens: {found if found < 3 else 'several'}"] += 1
+            found = min(list(ids).count(i), MANY)
+            counts[f"sequences with {found}{' or more' * (found == MANY)} {name} tokens"] += 1
+            counts[f"{DOUBLED}{name} tokens side by side"] += list(edge) == [i, i]

@@ -4,7 +4,7 @@ from collections import Counter
 
 from ..errors import ConfigError
 from ..io.gguf_header import refuse
-from .examples import Example, Tokens, Settings, count_specials, cut, ints
+from .examples import Example, Settings, Tokens, count_specials, cut, ints
 from .labels import IGNORED, Labels
 from .rows import Row
 from .tokenizer import Tokenizer

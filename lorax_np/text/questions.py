@@ -9,7 +9,7 @@ import numpy as np
 
 from ..backend import HostArray
 from ..io.gguf_header import refuse
-from .examples import Example, Tokens, Settings, Span, Window, count_specials, ints
+from .examples import Example, Settings, Span, Tokens, Window, count_specials, ints
 from .rows import Row
 from .tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..io.gguf_header import refuse
-from ..io.safetensors import _unique, show
+from ..io.safetensors import show
 
 TASKS = {  # as the command line has them: as PEFT has them
     "causal-lm": "CAUSAL_LM",
@@ -134,7 +134,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                found = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+                found = json.loads(line.decode("utf-8"), object_pairs_hook=_once, parse_constant=_constant)
             except RecursionError:
                 refuse(where, "a JSON object", "JSON nested too deep")
             except UnicodeDecodeError as error:
@@ -146,6 +146,13 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(found, dict):
                 refuse(where, "a JSON object", show(found))
             yield number, found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key twice among {', '.join(show(key) for key, _ in pairs[:8])}")
+    return found
 
 
 def _constant(word: str) -> None:

@@ -6,6 +6,7 @@ Rules: specs/data.md.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +63,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             refuse("text", "Unicode", f"half of a surrogate pair at character {error.start}")
-        found = self._library.encode(text, add_special_tokens=False)
+        found = built(self.path, partial(self._library.encode, add_special_tokens=False), text)
         return Encoding(list(found.ids), list(found.offsets))
 
     def decode(self, ids: Sequence[int], *, specials: bool = True) -> str:
         """The text of token ids; without the special tokens' own text where `specials` is False."""
-        return str(self._library.decode([int(i) for i in ids], skip_special_tokens=not specials))
+        decode = partial(self._library.decode, skip_special_tokens=not specials)
+        return str(built(self.path, decode, [int(i) for i in ids]))
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its own spelling, or None."""
@@ -108,10 +110,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, vocab_size: int | None = Non
     chat = None
     if template is not None:
         words = {f"{name}_token": names.get(i, made.id_to_token(i)) for name, i in _known(found)}
-        chat = Chat(str(given), template, words)
+        chat = Chat(str(given), template, words, tuple(names.values()))
     elif made.token_to_id("<|im_start|>") is not None and made.token_to_id("<|im_end|>") is not None:
         chat = Chat(str(given), None, {})
-    return Tokenizer(given, found, template_of(given, made), chat, names, rows, made)
+    return Tokenizer(given, found, built(given, template_of, given, made), chat, names, rows, made)
 
 
 def tokenizers() -> Any:
@@ -128,7 +130,7 @@ def built(where: Path, make: Any, *arguments: Any) -> Any:
     """What the library makes of a stranger's data; FormatError for whatever it raises, its panics too."""
     try:
         return make(*arguments)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (FormatError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         refuse(where, "a tokenizer that the library tokenizers can read", " ".join(str(error).split())[:200])
@@ -143,7 +145,7 @@ def _id(where: Path, made: Any, name: str, token: str | int | None) -> int | Non
     if token is None:
         return None
     found = made.token_to_id(token) if isinstance(token, str) else token
-    if found is None or made.id_to_token(found) is None:
+    if found is None or not 0 <= found < 1 << 32 or made.id_to_token(found) is None:
         refuse(f"{where}: {name}", "a token of the vocabulary", show(token))
     return int(found)
 
