@@ -18,7 +18,7 @@ def one_text(row: Row, text: str, tokenizer: Tokenizer, settings: Settings, coun
 
 
 def two_texts(row: Row, tokenizer: Tokenizer, settings: Settings, counts: Counter[str]) -> Tokens:
-    """Two texts in one sequence; a token at a time is cut from the longer, the second where they are equal."""
+    """Two texts in one sequence; where they have no room, the longer is cut first."""
     template = tokenizer.template
     a, b = (tokenizer.encode(row.fields[key]).ids for key in ("text", "text_pair"))
     room = settings.max_length - template.around_two
@@ -30,16 +30,19 @@ def two_texts(row: Row, tokenizer: Tokenizer, settings: Settings, counts: Counte
 
 
 def shared_room(a: int, b: int, room: int) -> tuple[int, int]:
-    """What is left of two lengths when tokens go one by one from the longer, until both have room.
+    """What is left of two lengths: the longer is cut, and where half the room is too little for either, both.
 
-    >>> shared_room(10, 3, 8), shared_room(9, 9, 5)
-    ((5, 3), (3, 2))
+    The odd token goes to the longer one, to the second of two equal ones.
+
+    >>> shared_room(10, 3, 8), shared_room(9, 9, 5), shared_room(9, 8, 5)
+    ((5, 3), (2, 3), (3, 2))
     """
     if a + b <= room:
         return a, b
     if min(a, b) <= room // 2:
         return (a, room - a) if a < b else (room - b, b)
-    return room - room // 2, room // 2
+    half, rest = room // 2, room - room // 2
+    return (rest, half) if a > b else (half, rest)
 
 
 def class_example(
@@ -102,7 +105,8 @@ def written_example(row: Row, tokenizer: Tokenizer, settings: Settings, counts: 
     start = tokenizer.specials.pad if settings.decoder_start is None else settings.decoder_start
     end = tokenizer.specials.eos
     if start is None or end is None:
-        raise ConfigError(f"{tokenizer.path}: expected a padding and an end token for a decoder, got {None}")
+        missing = "decoder_start, and no padding token to stand for it" if start is None else "end token"
+        raise ConfigError(f"{tokenizer.path}: expected a decoder's first and last token, got no {missing}")
     found = tokenizer.encode(row.fields["target"])
     ids = found.ids if found.ids[-1:] == [end] else [*found.ids, end]
     labels = cut(ids, settings.max_length, counts)

@@ -79,15 +79,13 @@ def wordpiece(folder: Path, **settings) -> Path:
 
 def t5_like(folder: Path) -> Path:
     """A directory whose tokenizer ends each text, one or two, as T5's does."""
-    words = ["<pad>", "</s>", "<unk>", "the", "cat", "le", "chat"]
+    words = ["<pad>", "</s>", "<unk>", "the", "cat", "le", "chat", "a", "b"]
     made = hf.Tokenizer(models.WordLevel(vocab={w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(["<pad>", "</s>", "<unk>"])
     made.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
-    letters = {"a": 7, "b": 8}
-    made.add_tokens(list(letters))
     return saved(folder, made, {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
 
 
