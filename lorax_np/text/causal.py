@@ -30,6 +30,7 @@ def causal_example(row: Row, tokenizer: Tokenizer, settings: Settings, counts: C
     text, spans = _text(row, tokenizer, settings.mask_prompt)
     found = tokenizer.encode(text)
     chosen = labelled(found.offsets, spans)
+    counts["rows whose tokens do not give their text back"] += tokenizer.decode(found.ids) != text
     if "prompt" in row.fields:
         border = len(row.fields["prompt"])
         counts["tokens across a prompt's border"] += sum(a < border < b for a, b in found.offsets)

@@ -44,7 +44,7 @@ def question_examples(
         count_specials(tokenizer, whole, counts)
         sequence = Tokens(ints(whole), ints(types) if typed else None)
         window = Window(context, first, tuple(offsets[part]), answer)
-        examples.append(Example(row.where, (sequence,), ints(rows), window=window))
+        examples.append(Example(row.where, (sequence,), ints(rows), kept=2, window=window))
     counts["windows"] += len(examples)
     counts["windows without the answer"] += len(examples) - inside
     counts["answers in no window"] += not inside

@@ -30,9 +30,10 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "on", "mat", "
 WORDS += ["paris", "in", "is", "where", "?", "!", ".", ",", "##s", "a", "b", "c", "d"]
 
 
-def bytes_vocabulary() -> list[str]:
+def bytes_vocabulary(without: str = "") -> list[str]:
     """Control tokens, the 256 letters of byte-level BPE in order, and what the merges make."""
-    return [*CONTROLS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m.split()) for m in MERGES)]
+    letters = [letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter not in without]
+    return [*CONTROLS, *letters, *("".join(m.split()) for m in MERGES)]
 
 
 def bpe(folder: Path, *, bos: bool = False, template: str | None = None, **settings) -> Path:

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from samples import CONTROLS, WORDS, bpe, gguf, loaded, rows_file, t5_like, wordpiece
+from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, rows_file, t5_like, wordpiece
 
 from lorax_np.errors import BackendError, ConfigError, FormatError
 from lorax_np.text.data import load_data
@@ -227,6 +227,16 @@ def test_what_is_cut_is_counted_and_has_no_end(tmp_path, starting):
     assert "train.jsonl: tokens cut: 14" in found[0].report.lines()
     assert found[1].examples[0].kept == 0
     assert found[1].report.lines()[-1].startswith("warning: train.jsonl: 1 rows without a label, first ")
+
+
+def test_a_character_that_no_token_spells_is_counted(tmp_path):
+    """As SmolLM2's vocabulary, which lacks 21 bytes, six control characters among them."""
+    tokens = bytes_vocabulary(without="z")
+    kinds = [3 if token in CONTROLS else 1 for token in tokens]
+    made = gguf(tmp_path / "a.gguf", tokens=("array of string", tokens), token_type=("array of int32", kinds))
+    found = data(tmp_path, load_tokenizer(made), "causal-lm", {"text": "azb"}, {"text": "ab"})
+    assert found.report.counts["rows whose tokens do not give their text back"] == 1
+    assert "train.jsonl: rows whose tokens do not give their text back: 1" in found.report.lines()
 
 
 def test_repeated_rows_and_keys_that_nothing_reads_are_reported(tmp_path, starting):

@@ -55,7 +55,7 @@ def test_micro_f1_counts_all_entries():
 @settings(max_examples=60)
 @given(tags)
 def test_entities_are_maximal_runs(found):
-    """By another definition: one begins at B, or at I behind no tag of its type, and runs while its I follow."""
+    """By another definition: one begins at B, or at I behind none of its type, and runs while I follow."""
     spans = set()
     for begin, tag in enumerate(found):
         before = found[begin - 1] if begin else "O"
