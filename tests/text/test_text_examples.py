@@ -9,7 +9,7 @@ from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, rows_f
 
 from lorax_np.errors import BackendError, ConfigError, FormatError
 from lorax_np.text.data import load_data
-from lorax_np.text.examples import Settings
+from lorax_np.text.examples import Settings, text_bytes
 from lorax_np.text.heads import first_tokens, shared_room
 from lorax_np.text.labels import Labels
 from lorax_np.text.questions import answers, best_answer, windows
@@ -122,6 +122,7 @@ def test_the_assistants_turns_are_learned_with_their_end_tokens(tmp_path, templa
     assert tokenizer.chat.chatml == {None: "", SYSTEM: "Be good.", PLAIN: None}[template]
     found = data(tmp_path, tokenizer, "causal-lm", {"messages": TALK})
     assert learned(found.examples[0], tokenizer) == "the mat <|im_end|> 12<|im_end|>"
+    assert found.examples[0].nbytes == len("the mat  12")
     text = tokenizer.decode(found.examples[0].sequences[0].ids)
     begins = "<|im_start|>system\nBe good.<|im_end|>\n" if template == SYSTEM else ""
     assert text.startswith(
@@ -315,6 +316,17 @@ def test_a_words_tag_stands_at_its_first_token(tmp_path, bert, byte_level):
             assert [tokens[i] for i in (0, 1, 3)] == ["t", "U", "p"] or tokens[0] == "t"
 
 
+def test_a_token_of_two_words_is_the_first_ones():
+    assert first_tokens(["a", "b", "c"], [(0, 3), (3, 5)]) == [0, None, 1]
+    assert first_tokens(["a", "b"], [(0, 3), (2, 3)]) == [0, 1]
+
+
+def test_a_characters_bytes_count_where_its_first_token_is_learned():
+    offsets = [(0, 1), (1, 2), (1, 2), (2, 3)]  # the middle one, of four bytes, has two tokens
+    counted = [text_bytes("a😀b", offsets, [i >= first for i in range(4)]) for first in range(5)]
+    assert counted == [6, 5, 1, 1, 0]
+
+
 def test_first_tokens_are_those_of_words_given_apart(bert):
     words = ["unbelievable", "cat", "d?", "the", "", "Paris"]
     apart = bert._library.encode(words, is_pretokenized=True, add_special_tokens=False).word_ids
@@ -410,6 +422,25 @@ def test_an_answer_is_where_its_rows_say(tmp_path, bert, text):
     assert list(answers(found.examples, zs).values()) == [(text, text)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_window_has_an_answer_if_it_has_all_its_tokens(tmp_path, bert, size):
+    """Every run of tokens as an answer, tokens without a space between among them."""
+    context = "the cat,sat.on the mat!paris is,a b?c d the cat"
+    offsets = bert.encode(context).offsets
+    rows = [
+        {"question": "where", "context": context, "answer": {"text": context[begin:end], "start": begin}}
+        for (begin, _), (_, end) in zip(offsets, offsets[size - 1 :], strict=False)
+    ]
+    found = data(tmp_path, bert, "question-ans", *rows, max_length=11, stride=3)
+    begins = windows(len(offsets), 11 - 4, 3)
+    assert len(found.examples) == len(rows) * len(begins)
+    for i, example in enumerate(found.examples):
+        first, begin = i // len(begins), begins[i % len(begins)]
+        there = first >= begin and first + size <= min(begin + 7, len(offsets))
+        rows_of_it = (3 + first - begin, 3 + first + size - 1 - begin) if there else (0, 0)
+        assert tuple(example.labels) == rows_of_it
+
+
 def test_a_part_of_a_token_is_that_token(tmp_path, starting):
     """Byte-level tokens begin with a space, which an answer does not."""
     row = {"question": "?", "context": "in France 😀", "answer": {"text": "rance", "start": 4}}
@@ -453,6 +484,10 @@ def test_the_best_answer_is_the_best_of_all_pairs(tmp_path, bert):
     offsets = example.window.offsets
     assert found.score == pytest.approx(score, abs=1e-12)
     assert found.text == CONTEXT[offsets[i][0] : offsets[j][1]]
+    z[:] = 0.0
+    z[first, 0] = z[first + 5, 1] = 9.0  # the best pair is six tokens long
+    assert best_answer(example.window, z, longest=6).score == 18.0
+    assert best_answer(example.window, z, longest=5).score == 9.0
 
 
 # ---- what a person sees ------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ def test_recall_at_1_against_a_loop():
     assert 0 < hits < 20
     assert recall_at_1(y1, y2) == hits / 20
     assert recall_at_1(y1[:1], y2[:1]) == 1.0
+    assert recall_at_1(np.ones((2, 1)), np.ones((2, 1))) == 0.0  # a tie
 
 
 @settings(max_examples=40)
@@ -171,7 +172,7 @@ def test_scores_of_classes():
     assert found == {"accuracy": pytest.approx(2 / 3), "macro F1": pytest.approx(2 / 3)}
     multi = Labels("multi", ("a", "b"))
     rights = [example(np.array([1.0, 0.0])), example(np.array([1.0, 1.0]))]
-    found = scores("seq-cls", rights, np.array([[2.0, -1.0], [1.0, -3.0]]), multi)
+    found = scores("seq-cls", rights, np.array([[0.3, -0.1], [1.0, -3.0]]), multi)
     assert found == {"exact match": 0.5, "micro F1": pytest.approx(2 * 2 / (2 + 3))}
     number = Labels("regression", ("x",))
     found = scores("seq-cls", [example(0.0), example(1.0)], np.array([[0.5], [1.0]]), number)

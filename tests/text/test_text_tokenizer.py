@@ -5,9 +5,11 @@ import random
 import sys
 
 import pytest
+import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import CONTROLS, WORDS, bpe, gguf, loaded, t5_like, wordpiece
+from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, saved, t5_like, wordpiece
+from tokenizers import processors
 
 from lorax_np.errors import BackendError, FormatError
 from lorax_np.text.template import Template
@@ -86,6 +88,33 @@ def test_a_template_that_ends_each_text(folder):
     t5 = loaded(t5_like, folder / "t5")
     assert t5.template == Template((), (1,), (1,), (1,), ((), (0,), (0,), (0,), (0,)))
     assert not t5.template.typed
+
+
+def test_a_template_with_two_tokens_between_and_another_end(folder):
+    made = hf.Tokenizer.from_file(str(bpe(folder / "roberta") / "tokenizer.json"))
+    made.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> <|im_end|> $B <|endoftext|>",
+        special_tokens=[(token, i) for i, token in enumerate(CONTROLS)],
+    )
+    template = load_tokenizer(saved(folder / "roberta", made, {})).template
+    assert template[:4] == ((1,), (2,), (2, 2), (0,))
+    assert (template.around, template.around_two, template.typed) == (2, 4, False)
+    assert template.two([7], [8, 9]) == ([1, 7, 2, 2, 8, 9, 0], [0] * 7, 4)
+
+
+def test_tokens_of_the_models_makers_are_no_special_tokens(folder):
+    kinds = [3 if token in CONTROLS else 4 if token == "France" else 1 for token in bytes_vocabulary()]
+    found = load_tokenizer(gguf(folder / "own.gguf", token_type=("array of int32", kinds)))
+    assert sorted(found.names.values()) == sorted(CONTROLS)
+    assert found.decode(found.encode("France<|im_end|>").ids, specials=False) == "France"
+
+
+def test_pre_tokenizers_by_name_cut_digits_or_do_not(folder):
+    apart = load_tokenizer(gguf(folder / "apart.gguf"))
+    whole = load_tokenizer(gguf(folder / "whole.gguf", pre=("string", "gpt-2")))
+    assert [len(one.encode("12").ids) for one in (apart, whole)] == [2, 1]
+    assert [len(one.encode("  1").ids) for one in (apart, whole)] == [2, 3]
 
 
 def test_trimmed_characters_are_made_whole(folder):
