@@ -3,6 +3,7 @@
 ChatML needs no library; any other template is Jinja's, and runs in its sandbox.  Rules: specs/data.md.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ CHATML = re.compile(
     r"\+ ?'<\|im_end\|>' ?\+ ?'(?:\n|\\n)' ?\}\}\{% endfor %\}"
     r"\{% if add_generation_prompt %\}\{\{ ?'<\|im_start\|>assistant(?:\n|\\n)' ?\}\}\{% endif %\}"
 )
+GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 
 
 class Rendered(NamedTuple):
@@ -94,10 +96,13 @@ class Chat:
                 f"{self.where}: chat_template: expected Jinja for a template other than ChatML, "
                 "got no such package: pip install 'lorax-np[chat]'"
             ) from None
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raised
+        environment.filters["tojson"] = _json
         try:
-            return environment.from_string(self.template)
+            return environment.from_string(GENERATION.sub(_plainly, self.template or ""))
         except Exception as error:
             self._refuse("a Jinja template", " ".join(str(error).split())[:200])
 
@@ -117,6 +122,16 @@ def _chatml(messages: Sequence[Message], system: str, generation: bool) -> Rende
             turns.append((begin, len(text)))
         text += "\n"
     return Rendered(text + f"{START}assistant\n" * generation, tuple(turns))
+
+
+def _plainly(tag: re.Match[str]) -> str:
+    """A mark of what the assistant writes, as a tag that Jinja knows."""
+    return f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """What templates call to write JSON: letters as they are, none of them escaped for a browser."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raised(message: str) -> NoReturn:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..errors import ConfigError
 from ..io.safetensors import show
 from .causal import causal_example
 from .examples import DOUBLED, Example, Settings
@@ -77,8 +78,11 @@ def load_data(
     """
     task, settings = task_name(task), (settings or Settings()).checked()
     files = {split: read_rows(file, task) for split, file in data_files(path).items()}
-    if task in ("SEQ_CLS", "TOKEN_CLS") and labels is None:
-        labels = labels_of(files["train"].rows, "label" if task == "SEQ_CLS" else "tags")
+    key = {"SEQ_CLS": "label", "TOKEN_CLS": "tags"}.get(task)
+    if key is None:
+        labels = None
+    elif labels is None:
+        labels = labels_of(files["train"].rows, key)
     return {
         split: encode_rows(rows, tokenizer, task=task, settings=settings, labels=labels)
         for split, rows in files.items()
@@ -101,11 +105,13 @@ def _encoder(
     """What makes examples of a row, by task."""
     if task == "QUESTION_ANS":
         return lambda row: question_examples(row, tokenizer, settings, counts)
-    if labels is not None:
-        classes = {"SEQ_CLS": class_example, "TOKEN_CLS": tag_example}[task]
-        return lambda row: [classes(row, tokenizer, settings, labels, counts)]
     plain = {"CAUSAL_LM": causal_example, "SEQ_2_SEQ_LM": written_example, "FEATURE_EXTRACTION": pair_example}
-    return lambda row: [plain[task](row, tokenizer, settings, counts)]
+    if task in plain:
+        return lambda row: [plain[task](row, tokenizer, settings, counts)]
+    if labels is None:
+        raise ConfigError(f"labels: expected the classes of {task}, got none")
+    classes, known = {"SEQ_CLS": class_example, "TOKEN_CLS": tag_example}[task], labels
+    return lambda row: [classes(row, tokenizer, settings, known, counts)]
 
 
 def _report(rows: Rows, task: str, examples: Sequence[Example], counts: Counter[str]) -> Report:

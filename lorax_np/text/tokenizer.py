@@ -3,6 +3,7 @@
 Rules: specs/data.md.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,8 +157,6 @@ def _from_json(given: Path, tk: Any) -> tuple[Any, dict[str, str | int | None], 
     if not file.is_file():
         came = "sentencepiece's own format alone" if (given / "tokenizer.model").is_file() else "no such file"
         refuse(given, "tokenizer.json in the directory", came)
-    import json
-
     content = read_json(file)
     content["truncation"] = content["padding"] = None
     for part in ("post_processor", "pre_tokenizer"):

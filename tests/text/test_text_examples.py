@@ -8,11 +8,12 @@ import pytest
 from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, rows_file, t5_like, wordpiece
 
 from lorax_np.errors import BackendError, ConfigError, FormatError
-from lorax_np.text.data import load_data
+from lorax_np.text.data import encode_rows, load_data
 from lorax_np.text.examples import Settings, text_bytes
 from lorax_np.text.heads import first_tokens, shared_room
 from lorax_np.text.labels import Labels
 from lorax_np.text.questions import answers, best_answer, windows
+from lorax_np.text.rows import read_rows
 from lorax_np.text.showing import shown
 from lorax_np.text.tokenizer import load_tokenizer
 
@@ -141,6 +142,27 @@ def test_chatml_is_what_jinja_makes_of_its_template(tmp_path, system, generation
     assert ours.render(messages, generation=generation) == jinja.render(messages, generation=generation)
 
 
+def test_what_templates_use_besides_jinjas_own(tmp_path):
+    """Marks of the assistant's part, leaving a loop, JSON for people."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% break %}{% endif %}<|im_start|>{{ m.role }}\n"
+        "{%- generation %}{{ m.content | tojson }}{%- endgeneration %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tokenizer = loaded(bpe, tmp_path / "made", template=template)
+    talk = [{"role": "user", "content": "é<"}, {"role": "assistant", "content": "a'b"}]
+    text, turns = tokenizer.chat.render([*talk, {"role": "tool", "content": "x"}])
+    assert text == '<|im_start|>user"é<"<|im_end|>\n<|im_start|>assistant"a\'b"<|im_end|>\n'
+    assert [text[begin:end] for begin, end in turns] == ['"a\'b"<|im_end|>']
+
+
+def test_messages_that_spell_a_special_token_are_counted(tmp_path, byte_level):
+    talk = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "c"}]
+    found = data(tmp_path, byte_level, "causal-lm", {"messages": talk}, {"messages": TALK})
+    assert found.report.counts["rows whose messages spell a special token"] == 1
+    assert learned(found.examples[0], byte_level) == "c<|im_end|>"
+
+
 def test_a_chat_template_of_its_own_file_comes_first(tmp_path):
     (bpe(tmp_path, template=SYSTEM) / "chat_template.jinja").write_text(PLAIN)
     assert load_tokenizer(tmp_path).chat.template == PLAIN
@@ -190,6 +212,7 @@ def test_messages_need_a_template(tmp_path, bert):
     ):
         data(tmp_path, bert, "causal-lm", {"messages": TALK})
     endless = loaded(bpe, tmp_path / "endless", eos_token=None)
+    assert data(tmp_path, endless, "causal-lm", {"messages": TALK}).examples
     with pytest.raises(FormatError, match="an end token, eos_token, with which texts end, got none"):
         data(tmp_path, endless, "causal-lm", {"text": "the"})
 
@@ -267,6 +290,13 @@ def test_training_names_the_classes_for_all_splits(tmp_path, bert):
     found = load_data(tmp_path, bert, task="SEQ_CLS")
     assert found["valid"].examples[0].labels == 1
     assert found["valid"].labels == Labels("single", ("x", "y"))
+
+
+def test_classes_are_for_tasks_that_have_them(tmp_path, starting):
+    file, known = rows_file(tmp_path / "train.jsonl", {"text": "a"}), Labels("single", ("x", "y"))
+    assert load_data(file, starting, task="causal-lm", labels=known)["train"].labels is None
+    with pytest.raises(ConfigError, match="labels: expected the classes of SEQ_CLS, got none"):
+        encode_rows(read_rows(file, "causal-lm"), starting, task="SEQ_CLS", settings=Settings(), labels=None)
 
 
 # ---- heads -------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ import json
 import random
 
 import pytest
-from samples import rows_file
+from samples import bpe, rows_file
 
 from lorax_np.errors import ConfigError, FormatError
+from lorax_np.text.batches import Feed
+from lorax_np.text.data import load_data
 from lorax_np.text.labels import Labels, labels_of, labels_of_config
 from lorax_np.text.rows import FORMATS, TASKS, data_files, read_rows, task_name
+from lorax_np.text.tokenizer import load_tokenizer
 
 TURN = {"role": "user", "content": "Hi"}
 GOOD = {  # a row of each format
@@ -165,8 +168,9 @@ def test_files_and_directories(tmp_path):
         task_name("causal")
 
 
-def test_damaged_lines_are_rows_or_refused_in_one_line(tmp_path):
-    """400 lines of all formats with bytes and values changed: rows, or one line that names file and line."""
+def test_damaged_lines_are_learned_from_or_refused_in_one_line(tmp_path):
+    """400 lines of all formats with bytes and values changed: examples, or one line that says what is wrong."""
+    tokenizer = load_tokenizer(bpe(tmp_path / "model"))
     draw, file, refused = random.Random(1), tmp_path / "a.jsonl", 0
     values = [None, True, -1, 1e400, "", "\ud800", [], {}, [[]], ["x"], {"text": 1}, 10**20, "\x00"]
     for turn in range(400):
@@ -183,12 +187,13 @@ def test_damaged_lines_are_rows_or_refused_in_one_line(tmp_path):
         file.write_bytes(json.dumps(row).encode() + b"\n" + raw)
         said = ""
         try:
-            for found in read_rows(file, task).rows:
-                json.dumps(found.fields).encode()
-        except FormatError as error:
+            found = load_data(file, tokenizer, task=task)["train"]
+            Feed(found.examples, task).step()
+            "".join(found.report.lines()).encode()
+        except (FormatError, ConfigError) as error:
             said, refused = str(error), refused + 1
         assert "\n" not in said
-        assert not said or f"{file}:" in said
+        assert not said or f"{file}:" in said or said.startswith("labels: expected at least two classes")
     assert refused > 200
 
 
