@@ -5,8 +5,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lorax_np.models.load import load_model
+from lorax_np.models.records import Trained
+from lorax_np.models.tasks import loss
+from lorax_np.text.batches import Feed
 from lorax_np.text.data import load_data
 from lorax_np.text.examples import Settings
 from lorax_np.text.heads import first_tokens
@@ -87,6 +92,19 @@ def test_smollm2s_dialogues(smollm2, tmp_path):
     assert smollm2.decode([i for i in example.labels if i != -100]) == "Hello, you.<|im_end|>" * 2
     assert example.nbytes == 2 * len("Hello, you.")
     assert not [line for line in found.report.lines() if line.startswith("warning")]
+
+
+def test_smollm2_knows_an_answer_whose_labels_stand_in_their_rows(smollm2, tmp_path):
+    """0.35 nats a token; with labels moved by a row, the same words are a guess among thousands."""
+    model, nothing = load_model(smollm2.path), Trained({}, {})
+    talk = [("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in talk]}
+    step = Feed(data(tmp_path, smollm2, "causal-lm", row).examples, "causal-lm").step()
+    (batch,) = step.batches
+    assert step.n == 8
+    assert float(loss(model, {}, nothing, batch, task="CAUSAL_LM", n=step.n)) < 0.5
+    moved = replace(batch, labels=np.roll(batch.labels, -1))
+    assert float(loss(model, {}, nothing, moved, task="CAUSAL_LM", n=step.n)) > 5
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import bpe, loaded, rows_file, t5_like, wordpiece
 
 from lorax_np.errors import ConfigError
 from lorax_np.models.records import Batch
+from lorax_np.models.tasks import count
 from lorax_np.text.batches import Feed, Position, batch_of, size
-from lorax_np.text.examples import Example, Tokens
+from lorax_np.text.data import load_data
+from lorax_np.text.examples import Example, Settings, Tokens
 from lorax_np.text.order import order
+from lorax_np.text.rows import task_name
 
 
 def ints(*values):
@@ -152,6 +156,33 @@ def test_orders_that_are_refused(arguments):
     count = arguments.pop("count")
     with pytest.raises(ConfigError, match="expected"):
         order(count, **arguments)
+
+
+TASKS = {
+    "causal-lm": (bpe, [{"prompt": "ab", "completion": "c d"}, {"prompt": "ab" * 30, "completion": "c"}]),
+    "seq-cls": (wordpiece, [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]),
+    "seq-cls, several": (wordpiece, [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y", "z"]}]),
+    "seq-cls, a number": (wordpiece, [{"text": "a", "label": 0.5}, {"text": "b", "label": 2}]),
+    "token-cls": (wordpiece, [{"tokens": ["a", "unbelievable"], "tags": ["O", "B-X"]}]),
+    "question-ans": (
+        wordpiece,
+        [{"question": "a", "context": "the cat " * 30, "answer": {"text": "cat", "start": 4}}],
+    ),
+    "seq2seq-lm": (t5_like, [{"source": "the cat", "target": "le chat"}]),
+    "feature-extraction": (wordpiece, [{"text": "a", "text_pair": "b"}] * 3),
+    "feature-extraction, scored": (wordpiece, [{"text": "a", "text_pair": "b", "score": 0.5}] * 3),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_divisor_is_what_the_models_count(tmp_path, name):
+    (make, rows), task = TASKS[name], name.split(",")[0]
+    tokenizer = loaded(make, tmp_path / "model")
+    file = rows_file(tmp_path / "train.jsonl", *rows)
+    found = load_data(file, tokenizer, task=task, settings=Settings(max_length=40, stride=4))["train"]
+    step = Feed(found.examples, task, 2, 3).step()
+    assert step.n == sum(count(task_name(task), batch.labels, batch.starts) for batch in step.batches)
+    assert step.n == found.report.labelled
 
 
 # ---- a batch of each task ----------------------------------------------------------------------------------
