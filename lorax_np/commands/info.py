@@ -14,6 +14,8 @@ EXTRAS = {  # module: (extra, what it adds)
     "jax": ("jax", "JAX functions as subjects"),
     "matplotlib": ("plot", "pictures of lorax-np inspect"),
     "mpi4py": ("mpi", "checkpoints worked on by several machines"),
+    "tokenizers": ("text", "tokenizers of models, to train on text"),
+    "jinja2": ("chat", "chat templates other than ChatML"),
     "hypothesis": ("test", "the property tests"),
 }
 
