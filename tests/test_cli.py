@@ -61,7 +61,18 @@ def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in lx.backend_info()} == lx.backend_info()
-    named = {"ml_dtypes", "mkl", "torch", "peft", "jax", "matplotlib", "mpi4py", "hypothesis"}
+    named = {
+        "ml_dtypes",
+        "mkl",
+        "torch",
+        "peft",
+        "jax",
+        "matplotlib",
+        "mpi4py",
+        "tokenizers",
+        "jinja2",
+        "hypothesis",
+    }
     assert set(found["extras"]) == named
 
 
