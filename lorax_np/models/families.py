@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..backend import Array
+from .bert import bert_backward, bert_forward
+from .bert_config import bert_settings, bert_shapes, modern_name
+from .encoder_heads import BERT_HEADS, ROBERTA_HEADS, SHARED
 from .family import Family
+from .gpt2 import gpt2_backward, gpt2_forward
+from .gpt2_config import gpt2_settings, gpt2_shapes
 from .heads import CAUSAL_LM, LAST_TOKEN
 from .llama import llama_backward, llama_forward
 from .llama_config import MODEL_TYPES as LLAMAS
@@ -29,7 +34,42 @@ FAMILIES: Mapping[str, Family] = {
         heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN},
         kept=llama_kept,
     ),
+    "bert": Family(
+        settings=bert_settings,
+        shapes=bert_shapes,
+        prefix="bert.",
+        tied=None,
+        forward=bert_forward,
+        backward=bert_backward,
+        heads=BERT_HEADS,
+        unread=("cls.", "bert.cls."),
+        modern=modern_name,
+    ),
+    "roberta": Family(
+        settings=bert_settings,
+        shapes=bert_shapes,
+        prefix="roberta.",
+        tied=None,
+        forward=bert_forward,
+        backward=bert_backward,
+        heads=ROBERTA_HEADS,
+        unread=("lm_head.", "roberta.lm_head.", "roberta.pooler."),
+        modern=modern_name,
+    ),
+    "gpt2": Family(
+        settings=gpt2_settings,
+        shapes=gpt2_shapes,
+        prefix="transformer.",
+        tied=("lm_head", "transformer.wte"),
+        forward=gpt2_forward,
+        backward=gpt2_backward,
+        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, **SHARED},
+    ),
 }
 MODEL_TYPES: Mapping[str, str] = {  # of a config.json
     **dict.fromkeys(LLAMAS, "llama"),
+    "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "gpt2": "gpt2",
 }

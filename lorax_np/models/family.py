@@ -38,6 +38,8 @@ class Family(NamedTuple):
     backward : (gh, saved, at, gradients) -> None; adds to gradients
     heads    : by task
     kept     : (at, N, keep) -> how many numbers the forward keeps of N tokens; None where nobody has counted
+    unread   : how names begin of what checkpoints hold besides, such as heads that no task here has
+    modern   : a name as passes have it, of the name that older files have
     """
 
     settings: Callable[[Mapping[str, Any], str], dict[str, Any]]
@@ -48,3 +50,5 @@ class Family(NamedTuple):
     backward: Callable[[Array, Any, Pass, Gradients], None]
     heads: Mapping[str, Head]
     kept: Callable[[Pass, int, str], int] | None = None
+    unread: tuple[str, ...] = ()
+    modern: Callable[[str], str] = str

@@ -19,7 +19,7 @@ BUFFERS = (
     "inv_freq",
     "masked_bias",
     "position_ids",
-    "attn.bias",
+    ".attn.bias",
 )  # ends of what files hold besides weights
 
 
@@ -186,7 +186,9 @@ def _names(weights: Mapping[str, Any], family: Family, config: Mapping[str, Any]
     bare = not any(name.startswith(family.prefix) for name in weights)
     prefix = family.prefix if bare else ""
     at_end = {name for shapes in heads for name in shapes}
-    names = {(own if own in at_end else prefix + own): own for own in weights}
+    read = {family.modern(own): own for own in weights}
+    names = {(name if name in at_end else prefix + name): own for name, own in read.items()}
+    names = {name: own for name, own in names.items() if not name.startswith(family.unread)}
     unused = [n for n in names if n not in body and n not in at_end and not n.endswith(BUFFERS)]
     for name, shape in body.items():
         if name not in names:
