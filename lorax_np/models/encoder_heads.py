@@ -114,6 +114,8 @@ def top_shapes(top: Top, d: int, labels: int) -> Shapes:
     found: Shapes = {}
     if top.pooler:
         found |= {f"{top.pooler}.weight": (d, d), f"{top.pooler}.bias": (d,)}
+    if top.task == "QUESTION_ANS":
+        labels = 2  # the first row and the last
     if top.out:
         found |= {f"{top.out}.weight": (labels, d), f"{top.out}.bias": (labels,)}
     return found

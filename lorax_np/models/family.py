@@ -52,3 +52,9 @@ class Family(NamedTuple):
     kept: Callable[[Pass, int, str], int] | None = None
     unread: tuple[str, ...] = ()
     modern: Callable[[str], str] = str
+
+
+def other_heads(family: Family, config: Mapping[str, Any], task: str) -> set[str]:
+    """The tensors that only other tasks' heads read: a model of this task has none of them."""
+    own = family.heads[task].shapes(config, 1)
+    return {name for head in family.heads.values() for name in head.shapes(config, 1)} - own.keys()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..errors import ConfigError, FormatError
 from ..io.checkpoint import open_checkpoint
 from ..kinds import nearest
 from .families import FAMILIES, MODEL_TYPES
-from .family import Family, Shapes
+from .family import Family, Shapes, other_heads
 from .records import Model
 
 COMPUTED = "float32", "float64"
@@ -94,12 +95,13 @@ def load_model(
     """Open a model: its config is checked, and so are its tensors' names and shapes; no tensor is read.
 
     path : a directory as Hugging Face has it, config.json with .safetensors; or a .gguf file
-    task : str    where given, the head of that task has to be there too
+    task : str    where given, the head of that task has to be there too, and no other's is kept: config fields
+                  such as target_modules="all-linear" cannot mean it
     dtype : str   float32 or float64, what weights are held in; None is as they are stored, and float32 where
                   they were quantised
     xp : the library to hold them in; None stands for LORAX_NP_BACKEND, else NumPy
 
-    Families: llama, mistral, qwen2 and qwen3 of config.json's model_type.
+    Families, by config.json's model_type: llama, mistral, qwen2, qwen3; bert, roberta, xlm-roberta; gpt2.
     Raises ConfigError, which names the file and the value, for a model_type that no family here has, and for
     whatever a config.json asks for that its passes do not compute; FormatError, which names the tensor, where
     one is missing, of another shape, or of no known use; and as open_checkpoint does.
@@ -152,11 +154,13 @@ def model_of(
     found = family.settings(config, file)
     found["tied"] = family.tied[1] if family.tied and found.get("tie_word_embeddings") else None
     names = _names(weights, family, found, path)
-    held = Held(weights, names, found, dtype=dtype, xp=namespace(xp))
-    model = Model(path, MODEL_TYPES[kind], found, held)
-    if task is not None:
-        check_head(model, task)
-    return model
+    model = Model(path, MODEL_TYPES[kind], found, Held(weights, names, found, dtype=dtype, xp=namespace(xp)))
+    if task is None:
+        return model
+    check_head(model, task)
+    without = other_heads(family, found, task)
+    names = {name: own for name, own in names.items() if name not in without}
+    return replace(model, weights=Held(weights, names, found, dtype=dtype, xp=namespace(xp)))
 
 
 def check_head(model: Model, task: str) -> None:

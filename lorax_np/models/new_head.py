@@ -1,6 +1,6 @@
 """A model with a new head for a task that its checkpoint has none for.  See specs/models.md."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,36 +9,43 @@ import numpy as np
 from ..backend import Array, compute_dtype, from_host
 from ..errors import ConfigError
 from .families import FAMILIES
+from .family import other_heads
 from .records import Model
 
 
 class Beside(Mapping[str, Array]):
-    """Tensors, and some more beside them."""
+    """Tensors of a model but for some, and others beside them."""
 
     def __init__(
-        self, under: Mapping[str, Array], more: Mapping[str, Array], config: Mapping[str, Any]
+        self,
+        under: Mapping[str, Array],
+        more: Mapping[str, Array],
+        config: Mapping[str, Any],
+        *,
+        without: Container[str] = (),
     ) -> None:
-        """Put more beside under, none of whose names it has."""
+        """Put more beside under, none of whose names it has, and leave out of under what without says."""
         self.under, self.more, self.config = under, more, config
+        self.names = dict.fromkeys(name for name in under if name not in without)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
         tell = getattr(self.under, "shape", None)
-        known = callable(tell) and name not in self.more
+        known = callable(tell) and name in self.names
         return tuple(int(n) for n in (tell(name) if known and tell is not None else self[name].shape))
 
     def __getitem__(self, name: str) -> Array:
-        return self.more[name] if name in self.more else self.under[name]
+        return self.under[name] if name in self.names else self.more[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.more or name in self.under
+        return name in self.more or name in self.names
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.under
+        yield from self.names
         yield from self.more
 
     def __len__(self) -> int:
-        return len(self.under) + len(self.more)
+        return len(self.names) + len(self.more)
 
     __eq__ = object.__eq__  # a Mapping would compare arrays, whose == is not a bool
     __hash__ = object.__hash__
@@ -48,7 +55,9 @@ def with_head(model: Model, task: str, labels: int, rng: np.random.Generator) ->
     """Return the model with a new head for so many classes; its own tensors are neither read nor copied.
 
     Weights are drawn from N(0, σ²), σ being the config's initializer_range, or 0.02; biases are 0. A head does
-    nothing useful before it has been trained: modules_to_save, which the task sets, trains it whole.
+    nothing useful before it has been trained: modules_to_save, which the task sets, trains it whole. Of a head
+    of several layers only those are drawn that the model lacks; a BERT's pooler, where that is one of them, has
+    to be named in modules_to_save. Other tasks' heads are left out, as load_model does it.
 
     Raises ConfigError where the family has no such head, where the model has one already, and for labels < 1.
 
@@ -66,15 +75,18 @@ def with_head(model: Model, task: str, labels: int, rng: np.random.Generator) ->
     if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
         raise ConfigError(f"labels: expected how many classes there are, at least 1, got {labels!r}")
     shapes = heads[task].shapes(model.config, labels)
-    if taken := [name for name in shapes if name in model.weights]:
+    missing = {name: shape for name, shape in shapes.items() if name not in model.weights}
+    if shapes and not missing:
+        taken = next(reversed(shapes))
         raise ConfigError(
-            f"task: expected one that the model has no head for, since it has {taken[0]}, got {task}"
+            f"task: expected one that the model has no head for, since it has {taken}, got {task}"
         )
     like = model.weights[next(iter(model.weights))]
     sigma, dtype = float(model.config.get("initializer_range") or 0.02), compute_dtype(like)
     made = {}
-    for name, shape in shapes.items():
+    for name, shape in missing.items():
         drawn = np.zeros(shape) if name.endswith(".bias") else sigma * rng.standard_normal(shape)
         made[name] = from_host(drawn.astype(dtype), like)
     config = {**model.config, "num_labels": labels}
-    return replace(model, config=config, weights=Beside(model.weights, made, config))
+    without = other_heads(FAMILIES[model.family], config, task)
+    return replace(model, config=config, weights=Beside(model.weights, made, config, without=without))

