@@ -61,8 +61,8 @@ def top_forward(at: Pass, h: Array, rows: Rows, top: Top) -> tuple[Array, TopSav
         y, unit = unit_forward(m)  # (S, d)  (heads.2)
         return y, TopSaved(rows, unit=unit)
     if top.pooler:
-        p, pooler = pooler_forward(at, h, rows, top.pooler)  # (S, d)  (heads.3)
-        z, out = at.linear(top.out, p, one_row_each(rows))
+        p, pooler = pooler_forward(at, h, rows, top.pooler)  # (S, d)
+        z, out = at.linear(top.out, p, one_row_each(rows))  # (S, C)  (heads.3)
         return z, TopSaved(rows, pooler=pooler, out=out)
     z, out = at.linear(top.out, h, rows)  # (N, C)  (heads.4)
     return z, TopSaved(rows, out=out)

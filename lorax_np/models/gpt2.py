@@ -1,6 +1,6 @@
 """GPT-2: learned positions, blocks whose norms stand in front, weights stored transposed; and their adjoints.
 
-Derivation: specs/gpt2.md.
+Derivation: specs/gpt.md.
 """
 
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
     batch : Batch  ids : (N,)
     keep : str     "all"; "inputs", of blocks, which the backward computes again; "nothing", where none follows
 
-    Returns h : (N, d) and the saved activations. The model's own dropout is not applied (specs/gpt2.md).
+    Returns h : (N, d) and the saved activations. The model's own dropout is not applied (specs/gpt.md).
     Raises ConfigError for ids and lengths past the tables.
     """
     form, rows, ids = gpt2_of(at), batch.rows, batch.ids
@@ -76,26 +76,26 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
     place = positions(rows, ids, first=0, most=at.config["n_positions"])
     e, words = at.embedding(WORDS, ids)
     p, places = at.embedding(PLACES, place)
-    h = e + p  # (N, d)  (gpt2.1)
+    h = e + p  # (N, d)  (gpt.1)
     first, blocks = first_block(at, [WORDS, PLACES], "transformer.h", len(form.scales)), []
     for i, scale in enumerate(form.scales):
         x = h
         h, block = block_forward(at, f"transformer.h.{i}", x, rows, form, scale=scale)
         blocks.append(kept(keep if i >= first else "nothing", x, block))
-    y, norm = at.layer_norm("transformer.ln_f", h, form.eps)  # (N, d)  (gpt2.6)
+    y, norm = at.layer_norm("transformer.ln_f", h, form.eps)  # (N, d)  (gpt.6)
     return y, Gpt2Saved(rows, words, places, tuple(blocks), first, norm)
 
 
 def gpt2_backward(gh: Array, saved: Gpt2Saved, at: Pass, gradients: Gradients) -> None:
     """Adjoint of gpt2_forward: gh : (N, d); adds the gradients of all that trains."""
     form = gpt2_of(at)
-    g = at.layer_norm_back("transformer.ln_f", gh, saved.norm, gradients)  # (N, d)  (gpt2.7)
+    g = at.layer_norm_back("transformer.ln_f", gh, saved.norm, gradients)  # (N, d)  (gpt.7)
     for i, scale in reversed(list(enumerate(form.scales))[saved.first :]):
         name, block = f"transformer.h.{i}", saved.blocks[i]
         if not isinstance(block, BlockSaved):
             _, block = block_forward(at, name, block, saved.rows, form, scale=scale)
         g = block_backward(at, name, g, block, saved.rows, gradients, form, scale=scale)
-    at.embedding_back(WORDS, g, saved.words, gradients)  # (gpt2.12), the same g for both
+    at.embedding_back(WORDS, g, saved.words, gradients)  # (gpt.12), the same g for both
     at.embedding_back(PLACES, g, saved.places, gradients)
 
 
@@ -104,21 +104,21 @@ def block_forward(
 ) -> tuple[Array, BlockSaved]:
     """One block: attention, then a perceptron, each of a normed input, added to it.
 
-    x : (N, d) -> y : (N, d), and the saved activations. Source: specs/gpt2.md, (gpt2.2) to (gpt2.5).
+    x : (N, d) -> y : (N, d), and the saved activations. Source: specs/gpt.md, (gpt.2) to (gpt.5).
     """
     d = x.shape[1]
     n, first = at.layer_norm(f"{name}.ln_1", x, form.eps)
-    w, qkv = at.linear(f"{name}.attn.c_attn", n, rows, transposed=True)  # (N, 3d)  (gpt2.2)
+    w, qkv = at.linear(f"{name}.attn.c_attn", n, rows, transposed=True)  # (N, 3d)  (gpt.2)
     q, k, v = (split_heads(w[:, i * d : (i + 1) * d], form.heads) for i in range(3))
     o, attention = attention_forward(
         q, k, v, starts=rows.starts, scale=scale, causal=True
-    )  # (N, H, D)  (gpt2.3)
+    )  # (N, H, D)  (gpt.3)
     a, out = at.linear(f"{name}.attn.c_proj", join_heads(o), rows, transposed=True)
-    h = x + a  # (N, d)  (gpt2.4)
+    h = x + a  # (N, d)  (gpt.4)
     n, second = at.layer_norm(f"{name}.ln_2", h, form.eps)
     u, up = at.linear(f"{name}.mlp.c_fc", n, rows, transposed=True)
     w, down = at.linear(f"{name}.mlp.c_proj", form.act.forward(u), rows, transposed=True)
-    return h + w, BlockSaved(first, qkv, attention, out, second, up, u, down)  # (N, d)  (gpt2.5)
+    return h + w, BlockSaved(first, qkv, attention, out, second, up, u, down)  # (N, d)  (gpt.5)
 
 
 def block_backward(
@@ -134,17 +134,17 @@ def block_backward(
 ) -> Array:
     """Adjoint of block_forward: gy : (N, d) -> gx : (N, d). What was added to keeps its gradient as it is.
 
-    Source: specs/gpt2.md, (gpt2.8) to (gpt2.11).
+    Source: specs/gpt.md, (gpt.8) to (gpt.11).
     """
 
     def back(layer: str, g: Array, what: Any) -> Array:
         return at.linear_back(f"{name}.{layer}", g, what, gradients, transposed=True)
 
-    gu = form.act.backward(back("mlp.c_proj", gy, saved.down), saved.u)  # (N, d_ff)  (gpt2.8)
+    gu = form.act.backward(back("mlp.c_proj", gy, saved.down), saved.u)  # (N, d_ff)  (gpt.8)
     gn = back("mlp.c_fc", gu, saved.up)
-    g = gy + at.layer_norm_back(f"{name}.ln_2", gn, saved.second, gradients)  # (N, d)  (gpt2.9)
+    g = gy + at.layer_norm_back(f"{name}.ln_2", gn, saved.second, gradients)  # (N, d)  (gpt.9)
     go = split_heads(back("attn.c_proj", g, saved.out), form.heads)
     parts = attention_backward(go, saved.attention, starts=rows.starts, scale=scale, causal=True)[:3]
-    gw = namespace_of(gy=gy).concat([join_heads(each) for each in parts], axis=1)  # (N, 3d)  (gpt2.10)
+    gw = namespace_of(gy=gy).concat([join_heads(each) for each in parts], axis=1)  # (N, 3d)  (gpt.10)
     gn = back("attn.c_attn", gw, saved.qkv)
-    return g + at.layer_norm_back(f"{name}.ln_1", gn, saved.first, gradients)  # (N, d)  (gpt2.11)
+    return g + at.layer_norm_back(f"{name}.ln_1", gn, saved.first, gradients)  # (N, d)  (gpt.11)

@@ -1,4 +1,4 @@
-"""GPT-2: every gradient against a complex step, its tied head and other tasks' heads.  See specs/gpt2.md."""
+"""GPT-2: every gradient against a complex step, its tied head and other tasks' heads.  See specs/gpt.md."""
 
 from dataclasses import replace
 from itertools import pairwise

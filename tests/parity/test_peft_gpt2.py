@@ -1,4 +1,4 @@
-"""GPT-2 against torch's autograd through transformers and PEFT.  See specs/gpt2.md."""
+"""GPT-2 against torch's autograd through transformers and PEFT.  See specs/gpt.md."""
 
 from dataclasses import replace
 from typing import Any
