@@ -11,6 +11,8 @@ from lorax_np.models import bert, encoder_heads
 from lorax_np.models.passes import Pass
 from lorax_np.models.records import Dropout
 from lorax_np.models.tasks import count, loss, loss_and_gradients, outputs
+from lorax_np.tree import tree_map
+from tests.strategies import LIBRARIES
 
 CONFIG = {
     "model_type": "bert",
@@ -110,6 +112,22 @@ def test_engines_agree():
     _, other = step.gradients(engine="fast")
     for leaf, want in leaves(one).items():
         assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max() + 1e-15, leaf
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("what", ["classes", "several classes", "spans", "pairs", "scored pairs"])
+def test_any_array_library_computes_it(library, what):
+    """The same numbers, none of them read on the host in between; ids, types and labels may stay there."""
+    step = step_of(what)._replace(dropout=None)  # whose masks are made on the default device
+    _, want = step.gradients()
+    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
+    there = step._replace(
+        model=replace(step.model, weights=weights),
+        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
+    )
+    got = leaves(tree_map(library.host, there.gradients()[1]))
+    for leaf, g in leaves(want).items():
+        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
 
 
 @pytest.mark.parametrize("what", ["classes", "tokens", "spans"])

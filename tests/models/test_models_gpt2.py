@@ -10,8 +10,11 @@ from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, leaves, mo
 from lorax_np.errors import ConfigError
 from lorax_np.models import gpt2
 from lorax_np.models.families import FAMILIES
-from lorax_np.models.records import Dropout, Model
+from lorax_np.models.passes import Pass
+from lorax_np.models.records import Dropout, Model, Trained
 from lorax_np.models.tasks import loss_and_gradients, outputs
+from lorax_np.tree import tree_map
+from tests.strategies import LIBRARIES
 
 CONFIG = {
     "model_type": "gpt2",
@@ -73,6 +76,17 @@ def test_other_settings(change):
     assert abs(float(step.gradients()[0]) - float(plain.gradients()[0])) > 1e-4
 
 
+def test_what_scores_are_multiplied_by():
+    said = {"scale_attn_by_inverse_layer_idx": True}
+    for change, want in (
+        ({}, (0.5, 0.5)),
+        (said, (0.5, 0.25)),
+        (said | {"scale_attn_weights": False}, (1.0, 0.5)),
+    ):
+        model = model_of({**CONFIG, **change}, "CAUSAL_LM")  # heads of 4
+        assert gpt2.gpt2_of(Pass(model, {}, Trained({}, {}))).scales == want
+
+
 def tied(model: Model) -> Model:
     """The same, its head being its table under a second name."""
     weights = {**model.weights, "lm_head.weight": model.weights["transformer.wte.weight"]}
@@ -92,8 +106,6 @@ def test_a_tied_head_reads_the_table():
 
 
 def hidden(step: Step):
-    from lorax_np.models.passes import Pass
-
     at = Pass(step.model, step.sites, step.trained)
     return FAMILIES["gpt2"].forward(at, step.batch, "nothing")[0]
 
@@ -114,6 +126,22 @@ def test_engines_agree():
     (_, one), (_, other) = step.gradients(), step.gradients(engine="fast")
     for leaf, want in leaves(one).items():
         assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max(), leaf
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("what", ["next token", "classes"])
+def test_any_array_library_computes_it(library, what):
+    """The same numbers, none of them read on the host in between; ids, types and labels may stay there."""
+    step = step_of(what)._replace(dropout=None)  # whose masks are made on the default device
+    _, want = step.gradients()
+    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
+    there = step._replace(
+        model=replace(step.model, weights=weights),
+        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
+    )
+    got = leaves(tree_map(library.host, there.gradients()[1]))
+    for leaf, g in leaves(want).items():
+        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
 
 
 def test_micro_batches_add_up_and_no_token_sees_a_later_one():
