@@ -7,13 +7,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, from_host
+from ..backend import Array
 from ..ops.activation import tanh_backward, tanh_forward
 from ..ops.attention import AttentionSaved, attention_backward, attention_forward
 from ..ops.norm import NormSaved
 from ..ops.pooling import pick_backward, pick_forward
 from .bert_config import bert_prefix
-from .parts import ACTIVATIONS, Activation, check_ids, first_block, join_heads, kept, positions, split_heads
+from .parts import (
+    ACTIVATIONS,
+    Activation,
+    check_types,
+    first_block,
+    join_heads,
+    joined,
+    kept,
+    positions,
+    split_heads,
+)
 from .passes import Pass
 from .records import Batch, Gradients, Rows
 
@@ -86,10 +96,9 @@ def bert_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Bert
     """
     form, rows, ids = bert_of(at), batch.rows, batch.ids
     name = f"{form.prefix}embeddings"
-    types = from_host(np.zeros(rows.starts[-1], "int64"), ids) if batch.types is None else batch.types
-    check_ids("ids", ids, at.config["vocab_size"], "vocab_size")
-    check_ids("types", types, at.config["type_vocab_size"], "type_vocab_size")
-    place = positions(rows, ids, first=form.first, most=at.config["max_position_embeddings"])
+    types = np.zeros(rows.starts[-1], "int64") if batch.types is None else batch.types
+    check_types(types, at.config["type_vocab_size"])
+    place = positions(rows, first=form.first, most=at.config["max_position_embeddings"])
 
     e, words = at.embedding(f"{name}.word_embeddings", ids)
     t, of_types = at.embedding(f"{name}.token_type_embeddings", types)
@@ -135,7 +144,8 @@ def block_forward(at: Pass, name: str, x: Array, rows: Rows, form: Bert) -> tupl
     o, attention = attention_forward(
         q, k, v, starts=rows.starts, scale=q.shape[2] ** -0.5, causal=False
     )  # (N, H, D)  (bert.2)
-    a, dense = at.linear(f"{name}.attention.output.dense", join_heads(o), rows)
+    flat, attention = joined(o, attention)
+    a, dense = at.linear(f"{name}.attention.output.dense", flat, rows)
     n, norm = at.layer_norm(f"{name}.attention.output.LayerNorm", x + a, form.eps)  # (N, d)  (bert.3)
     u, up = at.linear(f"{name}.intermediate.dense", n, rows)
     w, down = at.linear(f"{name}.output.dense", form.act.forward(u), rows)  # (N, d)  (bert.4)

@@ -11,6 +11,7 @@ from .family import Family
 from .gpt2 import gpt2_backward, gpt2_forward
 from .gpt2_config import gpt2_settings, gpt2_shapes
 from .heads import CAUSAL_LM, LAST_TOKEN
+from .kept import bert_kept, gpt2_kept
 from .llama import llama_backward, llama_forward
 from .llama_config import MODEL_TYPES as LLAMAS
 from .llama_config import llama_settings, llama_shapes
@@ -42,6 +43,7 @@ FAMILIES: Mapping[str, Family] = {
         forward=bert_forward,
         backward=bert_backward,
         heads=BERT_HEADS,
+        kept=bert_kept,
         unread=("cls.", "bert.cls."),
         modern=modern_name,
     ),
@@ -53,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
         forward=bert_forward,
         backward=bert_backward,
         heads=ROBERTA_HEADS,
+        kept=bert_kept,
         unread=("lm_head.", "roberta.lm_head.", "roberta.pooler."),
         modern=modern_name,
     ),
@@ -64,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
         forward=gpt2_forward,
         backward=gpt2_backward,
         heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, **SHARED},
+        kept=gpt2_kept,
     ),
 }
 MODEL_TYPES: Mapping[str, str] = {  # of a config.json

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..backend import Array, namespace_of
 from ..ops.attention import AttentionSaved, attention_backward, attention_forward
 from ..ops.norm import NormSaved
-from .parts import ACTIVATIONS, Activation, check_ids, first_block, join_heads, kept, positions, split_heads
+from .parts import ACTIVATIONS, Activation, first_block, join_heads, joined, kept, positions, split_heads
 from .passes import Pass
 from .records import Batch, Gradients, Rows
 
@@ -72,8 +72,7 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
     Raises ConfigError for ids and lengths past the tables.
     """
     form, rows, ids = gpt2_of(at), batch.rows, batch.ids
-    check_ids("ids", ids, at.config["vocab_size"], "vocab_size")
-    place = positions(rows, ids, first=0, most=at.config["n_positions"])
+    place = positions(rows, first=0, most=at.config["n_positions"])
     e, words = at.embedding(WORDS, ids)
     p, places = at.embedding(PLACES, place)
     h = e + p  # (N, d)  (gpt.1)
@@ -113,7 +112,8 @@ def block_forward(
     o, attention = attention_forward(
         q, k, v, starts=rows.starts, scale=scale, causal=True
     )  # (N, H, D)  (gpt.3)
-    a, out = at.linear(f"{name}.attn.c_proj", join_heads(o), rows, transposed=True)
+    flat, attention = joined(o, attention)
+    a, out = at.linear(f"{name}.attn.c_proj", flat, rows, transposed=True)
     h = x + a  # (N, d)  (gpt.4)
     n, second = at.layer_norm(f"{name}.ln_2", h, form.eps)
     u, up = at.linear(f"{name}.mlp.c_fc", n, rows, transposed=True)

@@ -17,7 +17,7 @@ def llama_kept(at: Pass, N: int, keep: str) -> int:
         return N * turn
     ends = turn + d + 1
     if isinstance(table, Adapter):
-        ends += _rank(table) + (0 if table.m is None else 2 * d)
+        ends += rank(table) + (0 if table.m is None else 2 * d)
     blocks = [_block(at, f"model.layers.{i}") for i in range(first, L)]
     if keep == INPUTS:
         return N * (ends + (L - first) * d + max(blocks, default=0))
@@ -31,20 +31,21 @@ def _block(at: Pass, block: str) -> int:
     attention, mlp = f"{block}.self_attn", f"{block}.mlp"
     found = 2 * (d + 1) + 2 * (H + K) * D + H + 2 * ff  # norms; q, k, v, o, L; gate and up
     found += sum(n * (D + 1) for n, name in ((H, "q"), (K, "k")) if at.has(f"{attention}.{name}_norm.weight"))
-    found += _linears(at, d, {f"{attention}.{name}_proj": n * D for name, n in (("q", H), ("k", K), ("v", K))})
-    found += _linears(at, 0, {f"{attention}.o_proj": d}, d_in=H * D)  # its input is o
-    found += _linears(at, d, {f"{mlp}.gate_proj": ff, f"{mlp}.up_proj": ff})
-    return found + _linears(at, ff, {f"{mlp}.down_proj": d})
+    heads = {f"{attention}.{name}_proj": n * D for name, n in (("q", H), ("k", K), ("v", K))}
+    found += linears_kept(at, d, heads)
+    found += linears_kept(at, 0, {f"{attention}.o_proj": d}, d_in=H * D)  # its input is o
+    found += linears_kept(at, d, {f"{mlp}.gate_proj": ff, f"{mlp}.up_proj": ff})
+    return found + linears_kept(at, ff, {f"{mlp}.down_proj": d})
 
 
-def _linears(at: Pass, shared: int, modules: dict[str, int], d_in: int | None = None) -> int:
+def linears_kept(at: Pass, shared: int, modules: dict[str, int], d_in: int | None = None) -> int:
     """Of modules, by what they put out, that read one input: the input once, and what each keeps besides."""
     adapters = {name: at.trained.adapters.get(name) for name in modules}
     adapted = {name: a for name, a in adapters.items() if isinstance(a, Adapter) and a.A is not None}
     found = shared if adapted or any(at.whole(f"{name}.weight") for name in modules) else 0
     reference = at.pair is REFERENCE
     for name, adapter in adapted.items():
-        found += _rank(adapter)
+        found += rank(adapter)
         if at.dropout is not None and at.sites[name].p:
             found += (2 if reference else 1) * (d_in or shared)  # the mask; the dropped input
         if adapter.m is not None:
@@ -52,5 +53,6 @@ def _linears(at: Pass, shared: int, modules: dict[str, int], d_in: int | None = 
     return found
 
 
-def _rank(adapter: Adapter) -> int:
+def rank(adapter: Adapter) -> int:
+    """The r of an adapter; 0 where it is a bias alone."""
     return 0 if adapter.A is None else int(adapter.A.shape[0])

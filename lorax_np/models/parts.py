@@ -1,11 +1,11 @@
 """What several families of models share: heads of attention, positions, activations by their names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..backend import Array, dtype_name, from_host, namespace_of, to_host
+from ..backend import Array, namespace_of, to_host
 from ..errors import ConfigError
 from ..ops.activation import (
     gelu_backward,
@@ -19,6 +19,7 @@ from ..ops.activation import (
     tanh_backward,
     tanh_forward,
 )
+from ..ops.attention import AttentionSaved
 from .passes import Pass
 from .records import Rows
 
@@ -51,8 +52,14 @@ def join_heads(x: Array) -> Array:
     return found
 
 
-def positions(rows: Rows, like: Array, *, first: int, most: int) -> Array:
-    """The number of each token in its sequence, from `first` on: (N,), where `like` lives.
+def joined(o: Array, saved: AttentionSaved) -> tuple[Array, AttentionSaved]:
+    """Attention's output as rows (N, H·D), and what it saved: where that had to copy o, the copy in its place."""
+    flat = join_heads(o)
+    return flat, saved._replace(o=split_heads(flat, o.shape[1]))
+
+
+def positions(rows: Rows, *, first: int, most: int) -> Any:
+    """The number of each token in its sequence, from `first` on: (N,), on the host.
 
     Raises ConfigError for a sequence that needs a number past most − 1, the last that the model has a row for.
     """
@@ -62,20 +69,17 @@ def positions(rows: Rows, like: Array, *, first: int, most: int) -> Array:
                 f"batch: expected sequences of at most {most - first} tokens, set by the model's positions, "
                 f"got {length} in sequence {i}"
             )
-    parts = [np.arange(first, first + length) for length in rows.lengths]
-    return from_host(np.concatenate([np.zeros(0, "int64"), *parts]), like)  # type: ignore[no-any-return]
+    return np.concatenate([np.zeros(0, "int64"), *(np.arange(first, first + n) for n in rows.lengths)])
 
 
-def check_ids(name: str, ids: Array, count: int, who: str) -> None:
-    """Raise ConfigError where an id is none of 0 to count − 1; ids are read on the host."""
-    if not dtype_name(ids).startswith(("int", "uint")):
-        raise ConfigError(f"{name}: expected integers, got {dtype_name(ids)}")
-    host = to_host(ids)
-    wrong = (host < 0) | (host >= count)
-    if wrong.any():
-        first = int(wrong.argmax())
+def check_types(types: Any, count: int) -> None:
+    """Raise ConfigError where a token type is none of 0 to count − 1; types are read on the host."""
+    host = to_host(types)
+    wrong = ((host < 0) | (host >= count)).nonzero()[0]
+    if len(wrong):
         raise ConfigError(
-            f"{name}: expected numbers from 0 to {count - 1}, set by {who}, got {host[first]} in row {first}"
+            f"types: expected numbers from 0 to {count - 1}, set by type_vocab_size, "
+            f"got {host[wrong[0]]} in row {wrong[0]}"
         )
 
 

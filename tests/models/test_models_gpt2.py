@@ -5,14 +5,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, leaves, model_of, worst
+from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, held, leaves, model_of, worst
 
 from lorax_np.errors import ConfigError
 from lorax_np.models import gpt2
 from lorax_np.models.families import FAMILIES
-from lorax_np.models.passes import Pass
+from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Dropout, Model, Trained
-from lorax_np.models.tasks import loss_and_gradients, outputs
+from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
 from lorax_np.tree import tree_map
 from tests.strategies import LIBRARIES
 
@@ -126,6 +126,24 @@ def test_engines_agree():
     (_, one), (_, other) = step.gradients(), step.gradients(engine="fast")
     for leaf, want in leaves(one).items():
         assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max(), leaf
+
+
+@pytest.mark.parametrize("engine", PAIRS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "targets", [["c_attn"], ["c_proj"], ["c_fc", "wte"], r".*h\.1\.mlp\.c_.*", ["classifier"]], ids=str
+)
+def test_what_is_kept_is_what_was_counted(engine, p, targets):
+    """(bert.14) and (bert.15), to the number."""
+    step = step_of("tokens", p=0.0)
+    trained, sites = adapted(step.model, targets=targets, lora_dropout=p)
+    how = {"dropout": step.dropout, "engine": engine}
+    at = Pass(step.model, sites, trained, pair=PAIRS[engine], dropout=step.dropout)
+    _, saved = gpt2.gpt2_forward(at, step.batch)
+    assert held(saved) == kept_numbers(step.model, sites, trained, N, **how)
+    _, inputs = gpt2.gpt2_forward(at, step.batch, "inputs")
+    again = held(inputs) + max((held(block) for block in saved.blocks), default=0)
+    assert again == kept_numbers(step.model, sites, trained, N, checkpoint=True, **how)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
