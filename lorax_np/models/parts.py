@@ -53,7 +53,7 @@ def join_heads(x: Array) -> Array:
 
 
 def joined(o: Array, saved: AttentionSaved) -> tuple[Array, AttentionSaved]:
-    """Attention's output as rows (N, H·D), and what it saved: where that had to copy o, the copy in its place."""
+    """Attention's output as rows (N, H·D), and what it saved, with a copy of o in its place if one was made."""
     flat = join_heads(o)
     return flat, saved._replace(o=split_heads(flat, o.shape[1]))
 

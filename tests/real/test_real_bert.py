@@ -15,6 +15,8 @@ from lorax_np.inject import plan, saved_tensors
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Batch, Dropout, Trained
 from lorax_np.models.tasks import loss_and_gradients, outputs
+from lorax_np.optim import adamw_start, adamw_step
+from lorax_np.tree import leaves, with_leaves
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
@@ -35,15 +37,20 @@ def folder() -> Path:
     return Path(found.submodule_search_locations[0]) / "model"
 
 
-@pytest.fixture(scope="module")
-def batch(folder) -> Batch:
+def _batch(folder, texts, labels=None) -> Batch:
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    ids = [tokenizer.encode(text).ids for text in TEXTS]
-    assert len({len(one) for one in ids}) > 2
+    ids = [tokenizer.encode(text).ids for text in texts]
     starts = tuple(int(n) for n in np.cumsum([0, *map(len, ids)]))
-    return Batch(np.concatenate(ids).astype("int64"), starts, None, (3, 0, 8, 1))
+    return Batch(np.concatenate(ids).astype("int64"), starts, labels, tuple(3 * i + 1 for i in range(len(ids))))
+
+
+@pytest.fixture(scope="module")
+def batch(folder) -> Batch:
+    found = _batch(folder, TEXTS)
+    assert len(set(found.rows.lengths)) > 2
+    return found
 
 
 def test_a_text_is_nearest_to_what_means_the_same(folder, batch):
@@ -158,3 +165,39 @@ def test_float32_follows_float64(folder, batch, classifier):
                 want, found = getattr(adapter, part), getattr(got.adapters[name], part)
                 assert found.dtype == np.float32
                 assert np.abs(found - want).max() <= FLOAT32 * np.abs(want).max(), (engine, name, part)
+
+
+LEARN = (
+    ("The cat sleeps on the sofa.", 0),
+    ("Our dog buried a bone in the garden.", 0),
+    ("Rabbits eat fresh grass all day.", 0),
+    ("My parrot repeats every word.", 0),
+    ("The bank raised its interest rates.", 1),
+    ("Shares fell after the report.", 1),
+    ("Investors sold their bonds in a hurry.", 1),
+    ("The company cut its dividend again.", 1),
+)
+UNSEEN = (("A kitten chases a ball of wool.", 0), ("The stock exchange closed lower on Friday.", 1))
+
+
+def test_a_classifier_learns(folder):
+    """Eight sentences, twenty steps, adapters at queries and values, a drawn head: unseen ones are right."""
+    learn, unseen = (_batch(folder, *zip(*some, strict=True)) for some in (LEARN, UNSEEN))
+    learn = replace(learn, labels=np.array(learn.labels))
+    model = with_head(lx.load_model(folder), "SEQ_CLS", 2, np.random.default_rng(0))
+    config = lx.LoraConfig(8, 16, lora_dropout=0.1, target_modules=["query", "value"], task_type="SEQ_CLS")
+    _, adapters, sites = lx.inject(model.weights, config, np.random.default_rng(0))
+    trained = Trained(adapters, saved_tensors(model.weights, plan(model.weights, config)))
+    state, seen = adamw_start(leaves(trained)), []
+    for step in range(20):
+        value, g = loss_and_gradients(
+            model, sites, trained, learn, task="SEQ_CLS", n=8, dropout=Dropout(0, step)
+        )
+        new, state = adamw_step(leaves(trained), leaves(g), state, lr=2e-3)
+        trained = with_leaves(trained, new)
+        seen.append(float(value))
+    print("losses", [round(value, 4) for value in seen])
+    assert seen[0] == pytest.approx(np.log(2), abs=0.05)
+    assert seen[-1] < 0.1 * seen[0]
+    z = outputs(model, sites, trained, unseen, task="SEQ_CLS")
+    assert z.argmax(axis=1).tolist() == list(unseen.labels)
