@@ -16,13 +16,14 @@ from .bert_config import bert_prefix
 from .parts import (
     ACTIVATIONS,
     Activation,
+    check_kept,
     check_types,
     first_block,
     join_heads,
     joined,
-    kept,
     positions,
     split_heads,
+    to_keep,
 )
 from .passes import Pass
 from .records import Batch, Gradients, Rows
@@ -96,8 +97,9 @@ def bert_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Bert
     """
     form, rows, ids = bert_of(at), batch.rows, batch.ids
     name = f"{form.prefix}embeddings"
-    types = np.zeros(rows.starts[-1], "int64") if batch.types is None else batch.types
-    check_types(types, at.config["type_vocab_size"])
+    N = rows.starts[-1]
+    types = np.zeros(N, "int64") if batch.types is None else batch.types
+    check_types(types, N, at.config["type_vocab_size"])
     place = positions(rows, first=form.first, most=at.config["max_position_embeddings"])
 
     e, words = at.embedding(f"{name}.word_embeddings", ids)
@@ -109,13 +111,14 @@ def bert_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Bert
     for i in range(form.layers):
         x = h
         h, block = block_forward(at, f"{name}.{i}", x, rows, form)
-        blocks.append(kept(keep if i >= first else "nothing", x, block))
+        blocks.append(to_keep(keep if i >= first else "nothing", x, block))
     return h, BertSaved(rows, words, of_types, places, norm, tuple(blocks), first)
 
 
 def bert_backward(gh: Array, saved: BertSaved, at: Pass, gradients: Gradients) -> None:
     """Adjoint of bert_forward: gh : (N, d); adds the gradients of all that trains."""
     form, g = bert_of(at), gh
+    check_kept(saved.blocks, saved.first)
     for i in reversed(range(saved.first, form.layers)):
         name, block = f"{form.prefix}encoder.layer.{i}", saved.blocks[i]
         if not isinstance(block, BlockSaved):
@@ -125,11 +128,9 @@ def bert_backward(gh: Array, saved: BertSaved, at: Pass, gradients: Gradients) -
     if not at.trains(name):
         return
     g = at.layer_norm_back(f"{name}.LayerNorm", g, saved.norm, gradients)  # (N, d)  (bert.8), one for all three
-    padding = form.padding
-    at.embedding_back(f"{name}.word_embeddings", g, saved.words, gradients, padding=padding)
+    at.embedding_back(f"{name}.word_embeddings", g, saved.words, gradients, padding=form.padding)
     at.embedding_back(f"{name}.token_type_embeddings", g, saved.types, gradients)
-    past = padding if form.first else None
-    at.embedding_back(f"{name}.position_embeddings", g, saved.places, gradients, padding=past)
+    at.embedding_back(f"{name}.position_embeddings", g, saved.places, gradients)  # no token has padding's place
 
 
 def block_forward(at: Pass, name: str, x: Array, rows: Rows, form: Bert) -> tuple[Array, BlockSaved]:

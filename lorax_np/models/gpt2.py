@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 from ..backend import Array, namespace_of
 from ..ops.attention import AttentionSaved, attention_backward, attention_forward
 from ..ops.norm import NormSaved
-from .parts import ACTIVATIONS, Activation, first_block, join_heads, joined, kept, positions, split_heads
+from .parts import (
+    ACTIVATIONS,
+    Activation,
+    check_kept,
+    first_block,
+    join_heads,
+    joined,
+    positions,
+    split_heads,
+    to_keep,
+)
 from .passes import Pass
 from .records import Batch, Gradients, Rows
 
@@ -80,7 +90,7 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
     for i, scale in enumerate(form.scales):
         x = h
         h, block = block_forward(at, f"transformer.h.{i}", x, rows, form, scale=scale)
-        blocks.append(kept(keep if i >= first else "nothing", x, block))
+        blocks.append(to_keep(keep if i >= first else "nothing", x, block))
     y, norm = at.layer_norm("transformer.ln_f", h, form.eps)  # (N, d)  (gpt.6)
     return y, Gpt2Saved(rows, words, places, tuple(blocks), first, norm)
 
@@ -88,6 +98,7 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
 def gpt2_backward(gh: Array, saved: Gpt2Saved, at: Pass, gradients: Gradients) -> None:
     """Adjoint of gpt2_forward: gh : (N, d); adds the gradients of all that trains."""
     form = gpt2_of(at)
+    check_kept(saved.blocks, saved.first)
     g = at.layer_norm_back("transformer.ln_f", gh, saved.norm, gradients)  # (N, d)  (gpt.7)
     for i, scale in reversed(list(enumerate(form.scales))[saved.first :]):
         name, block = f"transformer.h.{i}", saved.blocks[i]

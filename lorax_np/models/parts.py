@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..backend import Array, namespace_of, to_host
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..ops.activation import (
     gelu_backward,
     gelu_forward,
@@ -26,9 +26,15 @@ from .records import Rows
 Kept = TypeVar("Kept")
 
 
-def kept(keep: str, x: Array, block: Kept) -> Kept | Array | None:
+def to_keep(keep: str, x: Array, block: Kept) -> Kept | Array | None:
     """What is kept of a block for the backward pass: all it saved, its input x, or nothing."""
     return block if keep == "all" else x if keep == "inputs" else None
+
+
+def check_kept(blocks: Sequence[object], first: int) -> None:
+    """Raise TypeError where a backward follows a forward that kept nothing of the blocks it needs."""
+    if any(block is None for block in blocks[first:]):
+        raise TypeError("saved: expected what a forward kept for its backward, got that of keep='nothing'")
 
 
 def first_block(at: Pass, below: Sequence[str], blocks: str, count: int) -> int:
@@ -72,9 +78,11 @@ def positions(rows: Rows, *, first: int, most: int) -> Any:
     return np.concatenate([np.zeros(0, "int64"), *(np.arange(first, first + n) for n in rows.lengths)])
 
 
-def check_types(types: Any, count: int) -> None:
-    """Raise ConfigError where a token type is none of 0 to count − 1; types are read on the host."""
+def check_types(types: Any, N: int, count: int) -> None:
+    """Raise ShapeError unless types are (N,), ConfigError where one is none of 0 to count − 1."""
     host = to_host(types)
+    if host.shape != (N,):
+        raise ShapeError(f"types: expected (N,) with N={N} set by starts, got {host.shape}")
     wrong = ((host < 0) | (host >= count)).nonzero()[0]
     if len(wrong):
         raise ConfigError(

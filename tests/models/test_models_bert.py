@@ -9,7 +9,7 @@ from whole import AGREES, LENGTHS, STARTS, Step, adapted, all_whole, batch_of, h
 from lorax_np.errors import ConfigError, ShapeError
 from lorax_np.models import bert, encoder_heads
 from lorax_np.models.passes import PAIRS, Pass
-from lorax_np.models.records import Dropout
+from lorax_np.models.records import Dropout, Gradients, Trained
 from lorax_np.models.tasks import count, kept_numbers, loss, loss_and_gradients, outputs
 from lorax_np.tree import tree_map
 from tests.strategies import LIBRARIES
@@ -204,6 +204,24 @@ def test_ids_and_types_matter_and_types_are_0_by_default():
     assert np.abs(z - none).max() > 0.01
 
 
+def test_weights_that_are_stored_narrow_are_computed_wide():
+    """float16 as storage: the outputs of the same values in float32, bit for bit."""
+    model = model_of(CONFIG, "SEQ_CLS", dtype="float16")
+    wide = replace(model, weights={name: w.astype("float32") for name, w in model.weights.items()})
+    batch = batch_of(11, None, types=2)
+    one, other = (outputs(m, {}, Trained({}, {}), batch, task="SEQ_CLS") for m in (model, wide))
+    assert one.dtype == np.float32
+    assert np.array_equal(one, other)
+
+
+def test_a_backward_needs_what_a_forward_kept():
+    step = step_of("tokens", p=0.0)
+    at = Pass(step.model, step.sites, step.trained)
+    h, saved = bert.bert_forward(at, step.batch, "nothing")
+    with pytest.raises(TypeError, match="got that of keep='nothing'"):
+        bert.bert_backward(h, saved, at, Gradients())
+
+
 def test_no_sequence_at_all():
     step = step_of("tokens", p=0.3)
     none = replace(
@@ -301,7 +319,8 @@ def test_refusals():
 
     b = step.batch
     refused(replace(b, ids=b.ids + 11), r"ids: expected numbers from 0 to 10, got \d+ in row 0")
-    refused(replace(b, types=b.types + 2), "types: expected numbers from 0 to 1")
+    refused(replace(b, types=b.types + 2), "types: expected numbers from 0 to 1, set by type_vocab_size")
+    refused(replace(b, types=b.types[1:]), r"types: expected \(N,\) with N=9 set by starts", kind=ShapeError)
     long = batch_of(11, None, starts=(0, 8))
     refused(long, "sequences of at most 7 tokens, set by the model's positions, got 8 in sequence 0")
     with pytest.raises(ShapeError, match="as many pairs as texts, got 3 sequences"):

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity.encoder_oracle import STARTS, adapters, agreement, batch, tiny, whole
+import lorax_np as lx
+from lorax_np.inject import plan
+from tests.parity.encoder_oracle import STARTS, adapters, agreement, batch, ours, tiny, whole
 from tests.parity.llama_oracle import Padded, adapted
 from tests.parity.peft_layers import torch
 
@@ -99,6 +101,17 @@ def test_peft_loses_token_types_where_answers_are_sought(tmp_path):
         ).start_logits
     assert torch.equal(z, without)
     assert (right - z).abs().max() > 0.1
+
+
+def test_peft_means_its_own_head_by_all_linear(tmp_path):
+    """peft-0.21.2/qa-all-linear: and cannot then train it whole; here it is no target."""
+    model, task, _ = model_of("bert", "spans")
+    mine = ours(model, task)
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied"):
+        adapted(model, tmp_path, task_type=task, target_modules="all-linear")
+    found = plan(mine.weights, lx.LoraConfig(target_modules="all-linear", task_type=task))
+    assert "qa_outputs" not in found.sites
+    assert found.saved == ("qa_outputs.weight", "qa_outputs.bias")
 
 
 def test_robertas_classifier(tmp_path):
