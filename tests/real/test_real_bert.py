@@ -12,6 +12,7 @@ import pytest
 
 import lorax_np as lx
 from lorax_np.inject import plan, saved_tensors
+from lorax_np.models.file_names import named_for_files
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Batch, Dropout, Trained
 from lorax_np.models.tasks import loss_and_gradients, outputs
@@ -144,6 +145,37 @@ def test_gradients_are_pefts_in_float64(tmp_path, folder, batch, classifier):
     key = max(each, key=lambda name: each[name])
     print(f"loss {abs(float(value) / float(want) - 1):.1e}, worst gradient {each[key]:.1e} at {key}")
     assert each[key] <= FLOAT64, key
+
+
+@pytest.mark.peft
+def test_an_adapter_of_vectors_is_read_by_peft_beside_the_encoder(tmp_path, folder, batch):
+    """Its names have no prefix, as the encoder's have none; read here again they are the model's."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModel
+
+    model = lx.load_model(folder, task="FEATURE_EXTRACTION", dtype="float64")
+    config = lx.LoraConfig(4, 12, target_modules=["key", "dense"], task_type="FEATURE_EXTRACTION")
+    _, adapters, sites = lx.inject(model.weights, config, np.random.default_rng(2))
+    assert len(sites) == 24  # 4 of each block: no pooler, which nothing reads
+    rng = np.random.default_rng(3)
+    moved = {name: replace(a, B=0.05 * rng.standard_normal(a.B.shape)) for name, a in adapters.items()}
+    got = outputs(model, sites, Trained(moved, {}), batch, task="FEATURE_EXTRACTION")
+
+    there, named = named_for_files(model, "FEATURE_EXTRACTION", sites, Trained(moved, {}))
+    lx.save_adapter(tmp_path, named.adapters, config, sites=there)
+    base = AutoModel.from_pretrained(folder, dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).double().eval()
+    given = _padded(torch, batch)
+    with torch.no_grad():
+        h = theirs(**given).last_hidden_state
+    m = (h * given["attention_mask"][..., None]).sum(1) / given["attention_mask"].sum(1, keepdim=True)
+    want = torch.nn.functional.normalize(m, dim=1).numpy()
+    assert np.abs(got - want).max() <= FLOAT64
+    before = outputs(model, {}, Trained({}, {}), batch, task="FEATURE_EXTRACTION")
+    assert np.abs(got - before).max() > 0.01
+    back = lx.load_adapter(tmp_path, weights=model.weights)
+    assert back.sites.keys() == sites.keys()
+    assert all(np.array_equal(back.adapters[name].B, a.B) for name, a in moved.items())
 
 
 def test_float32_follows_float64(folder, batch, classifier):
