@@ -222,16 +222,19 @@ def test_a_backward_needs_what_a_forward_kept():
         bert.bert_backward(h, saved, at, Gradients())
 
 
-def test_no_sequence_at_all():
-    step = step_of("tokens", p=0.3)
-    none = replace(
-        step.batch, ids=step.batch.ids[:0], types=None, starts=(0,), index=(), labels=step.batch.labels[:0]
-    )
+@pytest.mark.parametrize("what", TASKS)
+def test_no_sequence_at_all(what):
+    """The share of a rank that has none left in a step."""
+    step = step_of(what)
+    labels = None if step.batch.labels is None else step.batch.labels[:0]
+    none = replace(step.batch, ids=step.batch.ids[:0], types=None, starts=(0,), index=(), labels=labels)
+    assert step._replace(batch=none).n == 0
     value, g = loss_and_gradients(
-        step.model, step.sites, step.trained, none, task="TOKEN_CLS", n=4, dropout=step.dropout
+        step.model, step.sites, step.trained, none, task=step.task, n=4, dropout=step.dropout
     )
     assert float(value) == 0.0
-    assert all(not part.any() for part in leaves(g).values())
+    assert leaves(g).keys() == leaves(step.trained).keys()
+    assert not any(part.any() for part in leaves(g).values())
 
 
 # ---- what a wrong line does ---------------------------------------------------------------------------------
