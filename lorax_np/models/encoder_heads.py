@@ -122,6 +122,7 @@ def top_shapes(top: Top, d: int, labels: int) -> Shapes:
 
 
 TOKENS, VECTORS = head(Top("TOKEN_CLS", "classifier")), head(Top("FEATURE_EXTRACTION"))
+SCORED = head(Top("TOKEN_CLS", "score"))  # as a llama calls it
 SPANS = head(Top("QUESTION_ANS", "qa_outputs"))
 SHARED: Mapping[str, Head] = {"TOKEN_CLS": TOKENS, "QUESTION_ANS": SPANS, "FEATURE_EXTRACTION": VECTORS}
 BERT_HEADS = {"SEQ_CLS": head(Top("SEQ_CLS", "classifier", pooler="bert.pooler.dense")), **SHARED}

@@ -6,7 +6,7 @@ from typing import Any
 from ..backend import Array
 from .bert import bert_backward, bert_forward
 from .bert_config import bert_settings, bert_shapes, modern_name
-from .encoder_heads import BERT_HEADS, ROBERTA_HEADS, SHARED
+from .encoder_heads import BERT_HEADS, ROBERTA_HEADS, SCORED, SHARED
 from .family import Family
 from .gpt2 import gpt2_backward, gpt2_forward
 from .gpt2_config import gpt2_settings, gpt2_shapes
@@ -32,7 +32,7 @@ FAMILIES: Mapping[str, Family] = {
         tied=("lm_head", "model.embed_tokens"),
         forward=_llama,
         backward=llama_backward,
-        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN},
+        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, "TOKEN_CLS": SCORED},
         kept=llama_kept,
     ),
     "bert": Family(

@@ -145,6 +145,23 @@ def test_classes_of_sequences_are_pefts(tmp_path, kind):
     assert float(loss(model, sites, trained, b, task="SEQ_CLS", n=n)) == pytest.approx(want.item(), rel=1e-13)
 
 
+def test_classes_of_tokens_are_pefts(tmp_path):
+    """TOKEN_CLS: `score` and its bias, which train whole, at every token."""
+    theirs = oracle.tiny(head="ForTokenClassification", num_labels=5)
+    model = oracle.ours(theirs, task="TOKEN_CLS")
+    theirs = oracle.adapted(theirs, tmp_path, **LORA, task_type="TOKEN_CLS")
+    b = oracle.batch(LENGTHS, 29)
+    b = replace(b, labels=np.where(b.labels < 0, -100, b.labels % 5))
+    n = count("TOKEN_CLS", b.labels)
+    want = oracle.causal(theirs, b, n)
+    want.backward()
+    sites, trained = oracle.trained(tmp_path)
+    assert set(trained.saved) == {"score.weight", "score.bias"}
+    got, gradients = loss_and_gradients(model, sites, trained, b, task="TOKEN_CLS", n=n)
+    assert abs(float(got) / want.item() - 1) <= 1e-14
+    worst("classes of tokens", gradients, theirs, CLOSE)
+
+
 def test_the_oracle_is_float64(tmp_path):
     """Left as it is, transformers rounds to float32 on the way: then agreement ends a million times sooner."""
     theirs = oracle.tiny()
