@@ -18,6 +18,9 @@ from .llama_config import llama_settings, llama_shapes
 from .llama_kept import llama_kept
 from .passes import Pass
 from .records import Batch
+from .t5 import t5_backward, t5_forward
+from .t5_config import HEAD, TABLE, one_table, t5_settings, t5_shapes
+from .t5_head import WRITTEN
 
 
 def _llama(at: Pass, batch: Batch, keep: str) -> tuple[Array, Any]:
@@ -69,6 +72,18 @@ FAMILIES: Mapping[str, Family] = {
         heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, **SHARED},
         kept=gpt2_kept,
     ),
+    "t5": Family(
+        settings=t5_settings,
+        shapes=t5_shapes,
+        prefix="",
+        tied=(HEAD, TABLE),
+        forward=t5_forward,
+        backward=t5_backward,
+        heads={"SEQ_2_SEQ_LM": WRITTEN},
+        unread=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
+        own_head=True,
+        stored=one_table,
+    ),
 }
 MODEL_TYPES: Mapping[str, str] = {  # of a config.json
     **dict.fromkeys(LLAMAS, "llama"),
@@ -76,4 +91,12 @@ MODEL_TYPES: Mapping[str, str] = {  # of a config.json
     "roberta": "roberta",
     "xlm-roberta": "roberta",
     "gpt2": "gpt2",
+    "t5": "t5",
+    "mt5": "t5",
+}
+_LEARNED = "whose positions are learned or fixed vectors and whose linear layers have biases, unlike a t5's"
+OTHERS: Mapping[str, str] = {  # why a type that looks like one here is none
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "led", "blenderbot", "fsmt"), _LEARNED),
+    "umt5": "whose blocks each have a table of biases of their own, unlike a t5's",
+    "longt5": "whose encoder sees its neighbourhood alone, unlike a t5's",
 }

@@ -11,7 +11,7 @@ from ..backend import FLOATS, Array, Namespace, all_finite, cast, dtype_name, fr
 from ..errors import ConfigError, FormatError
 from ..io.checkpoint import open_checkpoint
 from ..kinds import nearest
-from .families import FAMILIES, MODEL_TYPES
+from .families import FAMILIES, MODEL_TYPES, OTHERS
 from .family import Family, Shapes, other_heads
 from .records import Model
 
@@ -101,7 +101,8 @@ def load_model(
                   they were quantised
     xp : the library to hold them in; None stands for LORAX_NP_BACKEND, else NumPy
 
-    Families, by config.json's model_type: llama, mistral, qwen2, qwen3; bert, roberta, xlm-roberta; gpt2.
+    Families, by config.json's model_type: llama, mistral, qwen2, qwen3; mixtral, qwen3_moe; bert, roberta,
+    xlm-roberta; gpt2; t5, mt5.
     Raises ConfigError, which names the file and the value, for a model_type that no family here has, and for
     whatever a config.json asks for that its passes do not compute; FormatError, which names the tensor, where
     one is missing, of another shape, or of no known use; and as open_checkpoint does.
@@ -148,10 +149,14 @@ def model_of(
         raise ConfigError(f"dtype: expected one of {', '.join(COMPUTED)}, or None, got {dtype!r}")
     kind = str(config.get("model_type"))
     if kind not in MODEL_TYPES:
-        hint = nearest(kind, MODEL_TYPES)
+        hint = f", {OTHERS[kind]}" if kind in OTHERS else nearest(kind, MODEL_TYPES)
         raise ConfigError(f"{file}: model_type: expected one of {', '.join(MODEL_TYPES)}, got {kind!r}{hint}")
     family = FAMILIES[MODEL_TYPES[kind]]
     found = family.settings(config, file)
+    if family.stored is not None:
+        weights = family.stored(weights, found, path)
+    if family.tied and family.own_head:
+        found["tie_word_embeddings"] = f"{family.tied[0]}.weight" not in weights
     found["tied"] = family.tied[1] if family.tied and found.get("tie_word_embeddings") else None
     names = _names(weights, family, found, path)
     model = Model(path, MODEL_TYPES[kind], found, Held(weights, names, found, dtype=dtype, xp=namespace(xp)))
