@@ -16,6 +16,9 @@ from .llama import llama_backward, llama_forward
 from .llama_config import MODEL_TYPES as LLAMAS
 from .llama_config import llama_settings, llama_shapes
 from .llama_kept import llama_kept
+from .moe import moe_backward, moe_forward
+from .moe_config import MODEL_TYPES as MIXTURES
+from .moe_config import moe_settings, moe_shapes, stacked
 from .passes import Pass
 from .records import Batch
 from .t5 import t5_backward, t5_forward
@@ -72,6 +75,16 @@ FAMILIES: Mapping[str, Family] = {
         heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, **SHARED},
         kept=gpt2_kept,
     ),
+    "moe": Family(
+        settings=moe_settings,
+        shapes=moe_shapes,
+        prefix="model.",
+        tied=("lm_head", "model.embed_tokens"),
+        forward=moe_forward,
+        backward=moe_backward,
+        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN},
+        stored=stacked,
+    ),
     "t5": Family(
         settings=t5_settings,
         shapes=t5_shapes,
@@ -87,6 +100,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 MODEL_TYPES: Mapping[str, str] = {  # of a config.json
     **dict.fromkeys(LLAMAS, "llama"),
+    **dict.fromkeys(MIXTURES, "moe"),
     "bert": "bert",
     "roberta": "roberta",
     "xlm-roberta": "roberta",

@@ -4,6 +4,7 @@ A block adds to each row h what attention, and then what a gated product, makes 
 to the gradient of each row in the same two places, in the other order.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,12 +51,23 @@ class GatedHalf(NamedTuple):
     down_proj: Any
 
 
+class Half(NamedTuple):
+    """What a relative of llama has in the place of the gated product, such as experts.
+
+    forward  : (at, i, h, rows) -> h : (N, d) and what the backward reads, of block i
+    backward : (at, i, g, saved, gradients) -> g : (N, d); adds the gradients by what trains there
+    """
+
+    forward: Callable[[Pass, int, Array, Rows], tuple[Array, Any]]
+    backward: Callable[[Pass, int, Array, Any, Gradients], Array]
+
+
 class BlockSaved(NamedTuple):
     """Activations of one block; or its input alone, where the rest is computed again."""
 
     h: Array | None  # (N, d)
     attention: AttentionHalf | None
-    gated: GatedHalf | None
+    gated: Any  # GatedHalf, or what another second half saved
 
 
 class LlamaSaved(NamedTuple):
@@ -69,11 +81,14 @@ class LlamaSaved(NamedTuple):
     norm: NormSaved | None
 
 
-def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple[Array, LlamaSaved]:
+def llama_forward(
+    at: Pass, ids: Array, rows: Rows, *, keep: str = ALL, half: Half | None = None
+) -> tuple[Array, LlamaSaved]:
     """The rows that a head reads, of token ids.
 
     ids : (N,)   token ids; their sequences lie as rows says, and none sees another
     keep : str   "all" activations; "inputs", those of blocks, whose backward computes them again; "nothing"
+    half : Half  the second half of blocks; None for llama's own
 
     Returns h : (N, d), after the last norm, and what the backward reads: of blocks in which, and below which,
     nothing trains there is nothing.
@@ -84,7 +99,7 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
     blocks = []
     for i in range(at.config["num_hidden_layers"]):
         x = h
-        h, saved = _block_forward(at, i, x, rows, turn)
+        h, saved = _block_forward(at, i, x, rows, turn, half)
         if keep == ALL and i >= first:
             blocks.append(saved)
         elif keep == INPUTS and i >= first:
@@ -95,7 +110,9 @@ def llama_forward(at: Pass, ids: Array, rows: Rows, *, keep: str = ALL) -> tuple
     return h, LlamaSaved(rows, turn, embedding, first, tuple(blocks), norm)
 
 
-def llama_backward(gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients) -> None:
+def llama_backward(
+    gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients, *, half: Half | None = None
+) -> None:
     """Adjoint of llama_forward: gh : (N, d); adds the gradients by all that trains to gradients.
 
     It stops at the first block in which something trains. Source: specs/models.md.
@@ -108,8 +125,8 @@ def llama_backward(gh: Array, saved: LlamaSaved, at: Pass, gradients: Gradients)
     g = at.rms_norm_back(NORM, gh, saved.norm, gradients)  # (models.11)
     for i, block in reversed(list(enumerate(saved.blocks, saved.first))):
         if block.h is not None:
-            _, block = _block_forward(at, i, block.h, saved.rows, saved.turn)  # (models.19)
-        g = _block_backward(at, i, g, block, saved, gradients)
+            _, block = _block_forward(at, i, block.h, saved.rows, saved.turn, half)  # (models.19)
+        g = _block_backward(at, i, g, block, saved, gradients, half)
     if below:
         at.embedding_back(EMBEDDING, g, saved.embedding, gradients)  # (models.18), undoes (models.2)
 
@@ -134,10 +151,12 @@ def _turn(at: Pass, rows: Rows) -> Turn:
 # ---- one block ---------------------------------------------------------------------------------------------
 
 
-def _block_forward(at: Pass, i: int, h: Array, rows: Rows, turn: Turn) -> tuple[Array, BlockSaved]:
+def _block_forward(
+    at: Pass, i: int, h: Array, rows: Rows, turn: Turn, half: Half | None
+) -> tuple[Array, BlockSaved]:
     """h : (N, d) -> (N, d), and its activations."""
     h, attention = _attention_half(at, i, h, rows, turn)
-    h, gated = _gated_half(at, i, h, rows)
+    h, gated = _gated_half(at, i, h, rows) if half is None else half.forward(at, i, h, rows)
     return h, BlockSaved(None, attention, gated)
 
 
@@ -171,12 +190,19 @@ def _gated_half(at: Pass, i: int, h: Array, rows: Rows) -> tuple[Array, GatedHal
 
 
 def _block_backward(
-    at: Pass, i: int, g: Array, block: BlockSaved, saved: LlamaSaved, gradients: Gradients
+    at: Pass,
+    i: int,
+    g: Array,
+    block: BlockSaved,
+    saved: LlamaSaved,
+    gradients: Gradients,
+    half: Half | None,
 ) -> Array:
     """Gradient by the rows that leave a block -> by those that entered it: (N, d)."""
     if block.attention is None or block.gated is None:
         raise TypeError("saved: expected a block's activations, got none")
-    g = _gated_back(at, i, g, block.gated, gradients)
+    back = _gated_back if half is None else half.backward
+    g = back(at, i, g, block.gated, gradients)
     return _attention_back(at, i, g, block.attention, saved.rows, saved.turn, gradients)
 
 
