@@ -101,7 +101,7 @@ def test_float64_is_what_it_says():
 
 @pytest.mark.parametrize("kind", ["relu, tied", "gated, untied"])
 def test_greedy_writing_is_transformers(kind):
-    """The same tokens as generate gives without sampling. Its cache fails where the decoder is the deeper stack."""
+    """generate's tokens, without sampling. Its cache fails where the decoder is the deeper stack."""
     model, b = tiny(seed=4, **KINDS[kind]), batch()
     p = Padded.of(b)
     with torch.no_grad():
