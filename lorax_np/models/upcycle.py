@@ -34,6 +34,8 @@ def upcycle(model: Model, experts: int = 4, top_k: int = 2, *, rng: np.random.Ge
     for name, value in (("experts", experts), ("top_k", top_k)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if top_k > experts:
+        raise ConfigError(f"top_k: expected at most experts={experts}, got {top_k}")
     windows = set(config["windows"])
     if len(windows) > 1:
         raise ConfigError(f"model: expected one window for all layers, got {sorted(map(str, windows))}")
