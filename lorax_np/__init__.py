@@ -80,6 +80,7 @@ from .layers.vera import (
 from .merge import merge, row_norms, unmerge
 from .models.load import load_model
 from .models.records import Model
+from .models.upcycle import upcycle
 from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
 from .params import Adapter, ConvAdapter, Linear, linear_from_stored, linear_to_stored, param_count
 from .plain import plain, plain_config
@@ -212,6 +213,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "torch_generator",
     "unmerge",
     "unpack",
+    "upcycle",
     "vera_linear_backward",
     "vera_linear_forward",
     "vera_shared",

@@ -60,6 +60,7 @@ CUPY = {
     *("any",),  # rows of tokens
     *("cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
     *("argmax", "exp", "log", "log1p", "ones_like", "take_along_axis", "zeros"),  # losses, pooling and routers
+    *("broadcast_to",),  # experts that are alike
 }
 BRANCHES = {  # in backend.py alone, in the branch of the one library that has it
     "asnumpy": "CuPy",
