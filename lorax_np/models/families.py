@@ -19,11 +19,13 @@ from .llama_kept import llama_kept
 from .moe import moe_backward, moe_forward
 from .moe_config import MODEL_TYPES as MIXTURES
 from .moe_config import moe_settings, moe_shapes, stacked
+from .moe_kept import moe_kept
 from .passes import Pass
 from .records import Batch
 from .t5 import t5_backward, t5_forward
 from .t5_config import HEAD, TABLE, one_table, t5_settings, t5_shapes
 from .t5_head import WRITTEN
+from .t5_kept import t5_kept
 
 
 def _llama(at: Pass, batch: Batch, keep: str) -> tuple[Array, Any]:
@@ -82,7 +84,8 @@ FAMILIES: Mapping[str, Family] = {
         tied=("lm_head", "model.embed_tokens"),
         forward=moe_forward,
         backward=moe_backward,
-        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN},
+        heads={"CAUSAL_LM": CAUSAL_LM, "SEQ_CLS": LAST_TOKEN, "TOKEN_CLS": SCORED},
+        kept=moe_kept,
         stored=stacked,
     ),
     "t5": Family(
@@ -93,6 +96,7 @@ FAMILIES: Mapping[str, Family] = {
         forward=t5_forward,
         backward=t5_backward,
         heads={"SEQ_2_SEQ_LM": WRITTEN},
+        kept=t5_kept,
         unread=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",),
         own_head=True,
         stored=one_table,

@@ -1,15 +1,18 @@
 """How many numbers llama's forward keeps for its backward, known before.  Derivation: specs/models.md."""
 
+from collections.abc import Callable
+
 from ..params import Adapter
 from .llama import ALL, EMBEDDING, INPUTS, first_block
 from .passes import REFERENCE, Pass
 
 
-def llama_kept(at: Pass, N: int, keep: str) -> int:
+def llama_kept(at: Pass, N: int, keep: str, half: Callable[[Pass, str], int] | None = None) -> int:
     """Return how many numbers are kept of N tokens; with keep="inputs", with those of a block computed again.
 
     What does not grow with N, such as norms of DoRA in lx.fast, is left out; so are copies of inputs where
-    adapters have another dtype than activations. Source: specs/models.md, (models.27).
+    adapters have another dtype than activations. half counts what a block's second half keeps of one token,
+    where that is not llama's own. Source: specs/models.md, (models.27).
     """
     d, L, first = int(at.config["hidden_size"]), int(at.config["num_hidden_layers"]), first_block(at)
     turn, table = int(at.config["head_dim"]), at.trained.adapters.get(EMBEDDING)
@@ -18,22 +21,29 @@ def llama_kept(at: Pass, N: int, keep: str) -> int:
     ends = turn + d + 1
     if isinstance(table, Adapter):
         ends += rank(table) + (0 if table.m is None else 2 * d)
-    blocks = [_block(at, f"model.layers.{i}") for i in range(first, L)]
+    names, second = [f"model.layers.{i}" for i in range(first, L)], half or _gated
+    blocks = [_attention(at, name) + second(at, name) for name in names]
     if keep == INPUTS:
         return N * (ends + (L - first) * d + max(blocks, default=0))
     return N * (ends + sum(blocks))
 
 
-def _block(at: Pass, block: str) -> int:
-    """Numbers kept of one token by one block.  (models.26)"""
-    d, ff, D = (int(at.config[name]) for name in ("hidden_size", "intermediate_size", "head_dim"))
+def _attention(at: Pass, block: str) -> int:
+    """Numbers kept of one token by the first half of a block.  (models.26)"""
+    d, D = int(at.config["hidden_size"]), int(at.config["head_dim"])
     H, K = (int(at.config[name]) for name in ("num_attention_heads", "num_key_value_heads"))
-    attention, mlp = f"{block}.self_attn", f"{block}.mlp"
-    found = 2 * (d + 1) + 2 * (H + K) * D + H + 2 * ff  # norms; q, k, v, o, L; gate and up
+    attention = f"{block}.self_attn"
+    found = d + 1 + 2 * (H + K) * D + H  # the norm; q, k, v, o, L
     found += sum(n * (D + 1) for n, name in ((H, "q"), (K, "k")) if at.has(f"{attention}.{name}_norm.weight"))
     heads = {f"{attention}.{name}_proj": n * D for name, n in (("q", H), ("k", K), ("v", K))}
     found += linears_kept(at, d, heads)
-    found += linears_kept(at, 0, {f"{attention}.o_proj": d}, d_in=H * D)  # its input is o
+    return found + linears_kept(at, 0, {f"{attention}.o_proj": d}, d_in=H * D)  # its input is o
+
+
+def _gated(at: Pass, block: str) -> int:
+    """Numbers kept of one token by the second half of a block.  (models.26)"""
+    d, ff, mlp = int(at.config["hidden_size"]), int(at.config["intermediate_size"]), f"{block}.mlp"
+    found = d + 1 + 2 * ff  # the norm; gate and up
     found += linears_kept(at, d, {f"{mlp}.gate_proj": ff, f"{mlp}.up_proj": ff})
     return found + linears_kept(at, ff, {f"{mlp}.down_proj": d})
 

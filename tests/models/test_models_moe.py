@@ -6,17 +6,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, leaves, model_of, worst
+from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, held, leaves, model_of, worst
 
 import lorax_np as lx
 from lorax_np.models import load, moe
 from lorax_np.models.llama_config import llama_settings, llama_shapes
 from lorax_np.models.moe_config import moe_settings, moe_shapes
-from lorax_np.models.passes import Pass
+from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Rows, Trained
-from lorax_np.models.tasks import loss_and_gradients, outputs
+from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
 from lorax_np.models.upcycle import upcycle
-from lorax_np.tree import tree_add
+from lorax_np.tree import tree_add, tree_map
+from tests.strategies import LIBRARIES
 
 CONFIG = {
     "model_type": "mixtral",
@@ -221,6 +222,42 @@ def test_float32_and_a_batch_of_nothing():
     value, got = loss_and_gradients(step.model, step.sites, step.trained, empty, task=TASK, n=4)
     assert float(value) == 0.0
     assert not any(g.any() for g in leaves(got).values())
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+def test_any_array_library_computes_it(library, kind):
+    step = step_of(KINDS[kind])
+    _, want = step.gradients()
+    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
+    there = step._replace(
+        model=replace(step.model, weights=weights),
+        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
+    )
+    got = leaves(tree_map(library.host, there.gradients()[1]))
+    for leaf, g in leaves(want).items():
+        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+@pytest.mark.parametrize("engine", PAIRS)
+@pytest.mark.parametrize(
+    "parameters", [PARAMETERS, ["1.mlp.experts.down_proj"], ["gate.weight"], None], ids=str
+)
+def test_what_is_kept_is_what_was_counted(engine, kind, parameters):
+    """(moe.16) and (models.27), to the number; where parameters are none, some train whole."""
+    step, whole = step_of(KINDS[kind], parameters=parameters), {}
+    if parameters is None:
+        names = "1.mlp.gate.weight", "0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"
+        whole = {f"model.layers.{name}": step.model.weights[f"model.layers.{name}"] for name in names}
+    trained = Trained(step.trained.adapters, whole)
+    at = Pass(step.model, step.sites, trained, pair=PAIRS[engine])
+    _, saved = moe.moe_forward(at, step.batch)
+    N = STARTS[-1]
+    assert held(saved) == kept_numbers(step.model, step.sites, trained, N, engine=engine)
+    _, inputs = moe.moe_forward(at, step.batch, "inputs")
+    again = held(inputs) + max(held(block) for block in saved.blocks)
+    assert again == kept_numbers(step.model, step.sites, trained, N, engine=engine, checkpoint=True)
 
 
 # ---- files -------------------------------------------------------------------------------------------------

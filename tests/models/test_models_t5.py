@@ -6,18 +6,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from whole import AGREES, STARTS, TINY, Step, adapted, all_whole, leaves, model_of, worst
+from whole import AGREES, STARTS, TINY, Step, adapted, all_whole, held, leaves, model_of, worst
 
 import lorax_np as lx
 from lorax_np.models import load, t5, t5_block
 from lorax_np.models.families import FAMILIES
-from lorax_np.models.passes import Pass
+from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Batch, Dropout, Rows, Trained
 from lorax_np.models.t5 import decoder_input
 from lorax_np.models.t5_config import COPIES, t5_settings, t5_shapes
 from lorax_np.models.t5_greedy import t5_greedy
-from lorax_np.models.tasks import loss_and_gradients, outputs
-from lorax_np.tree import tree_add
+from lorax_np.models.t5_kept import t5_kept_of
+from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
+from lorax_np.tree import tree_add, tree_map
+from tests.strategies import LIBRARIES
 
 CONFIG = {
     "model_type": "t5",
@@ -36,6 +38,7 @@ CONFIG = {
     "layer_norm_epsilon": 1e-3,
 }
 GATED = {**CONFIG, "feed_forward_proj": "gated-gelu"}
+SMALL = {**GATED, "num_layers": 1, "num_decoder_layers": 2}
 TASK = "SEQ_2_SEQ_LM"
 WRITTEN = 0, 5, 12, 14  # the decoder's sequences, none as long as what it reads
 EVERY = r".*\.(q|k|v|o|wi|wo|wi_0|wi_1)|.*relative_attention_bias|shared|lm_head"
@@ -67,7 +70,7 @@ def test_every_tensor_of_a_model_that_trains_whole(config):
 
 def test_every_adapter_under_dropout():
     """At all linear layers, both tables of biases, the table of ids and the head."""
-    step = step_of()
+    step = step_of(SMALL)
     assert {"shared", "lm_head", "decoder.block.0.layer.0.SelfAttention.relative_attention_bias"} < set(
         step.sites
     )
@@ -97,7 +100,7 @@ def test_planted_faults_are_seen(fault):
 
     with mock.patch.object(where, name, broken):
         try:
-            off, _ = worst(step_of(whole=True))
+            off, _ = worst(step_of(SMALL, whole=True))
         except lx.ConfigError:  # what trains below is never reached
             return
     assert off > 1e6 * AGREES
@@ -255,6 +258,54 @@ def test_a_batch_of_nothing():
     value, got = loss_and_gradients(step.model, step.sites, step.trained, empty, task=TASK, n=4)
     assert float(value) == 0.0
     assert not any(g.any() for g in leaves(got).values())
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_any_array_library_computes_it(library):
+    step = step_of()._replace(dropout=None)  # whose masks are made on the default device
+    _, want = step.gradients()
+    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
+    there = step._replace(
+        model=replace(step.model, weights=weights),
+        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
+    )
+    got = leaves(tree_map(library.host, there.gradients()[1]))
+    for leaf, g in leaves(want).items():
+        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+    how = {"most": 4, "engine": "reference"}
+    assert t5_greedy(*there[:4], **how) == t5_greedy(*step[:4], **how)
+
+
+@pytest.mark.parametrize("engine", PAIRS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("config", [CONFIG, GATED], ids=["relu", "gated"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q", "v"],
+        ["o", "wo", "shared"],
+        r"decoder\.block\.[12].*(k|wi|wi_1)",
+        r"encoder\.block\.1.*k",
+        ["lm_head"],
+    ],
+    ids=str,
+)
+def test_what_is_kept_is_what_was_counted(engine, p, config, targets):
+    """(encdec.22) and (encdec.23), to the number, but for biases."""
+    step = step_of(config, targets=targets, p=p)
+    at = Pass(step.model, step.sites, step.trained, pair=PAIRS[engine], dropout=step.dropout)
+    _, saved = t5.t5_forward(at, step.batch)
+    biases = held((saved.encoder.relative, saved.decoder.relative))
+    M, N = STARTS[-1], WRITTEN[-1]
+    assert held(saved) - biases == t5_kept_of(at, M, N, "all")
+    _, inputs = t5.t5_forward(at, step.batch, "inputs")
+    blocks = (saved.encoder.blocks[i] for i in range(saved.encoder.first, 2)), saved.decoder.blocks
+    m = saved.memory.h  # which blocks of the decoder hold as well, where keys are adapted
+    one = [held((block, m)) - held(m) for stack in blocks for block in stack if block is not None]
+    assert held(inputs) - biases + max(one, default=0) == t5_kept_of(at, M, N, "inputs")
+    assert kept_numbers(step.model, step.sites, step.trained, 7, engine="reference") == t5_kept_of(
+        Pass(step.model, step.sites, step.trained), 7, 7, "all"
+    )
 
 
 # ---- greedy writing ----------------------------------------------------------------------------------------
