@@ -3,6 +3,7 @@
 Derivation: specs/encdec.md.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,16 +71,15 @@ def decoder_input(at: Pass, labels: Any, rows: Rows) -> Any:
 
     Ids on the host; where a label is ignored, the id of padding.
     """
-    host = to_host(labels).copy()
+    if labels is None:
+        raise ConfigError("batch: expected decoder_ids, or labels that say what they are, got neither")
+    host = to_host(labels)
     if host.shape != (rows.count,):
-        raise ConfigError(
-            f"labels: expected {rows.count}, one for each of the decoder's rows, got {host.shape}"
-        )
-    host[host == IGNORED] = at.config["pad_token_id"]
-    ids = np.concatenate([np.zeros(1, host.dtype), host])[:-1]
-    ids[np.array(rows.starts[:-1], "int64")[np.array(rows.lengths, "int64") > 0]] = at.config[
-        "decoder_start_token_id"
-    ]
+        raise ConfigError(f"labels: expected {rows.count}, one for each row of the decoder, got {host.shape}")
+    ids = np.full(rows.count, at.config["decoder_start_token_id"])
+    for begin, end in pairwise(rows.starts):
+        ids[begin + 1 : end] = host[begin : max(begin, end - 1)]
+    ids[ids == IGNORED] = at.config["pad_token_id"]
     return ids
 
 

@@ -17,7 +17,7 @@ from lorax_np.models.t5 import decoder_input
 from lorax_np.models.t5_config import COPIES, t5_settings, t5_shapes
 from lorax_np.models.t5_greedy import t5_greedy
 from lorax_np.models.t5_kept import t5_kept_of
-from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
+from lorax_np.models.tasks import kept_numbers, loss, loss_and_gradients, outputs
 from lorax_np.tree import tree_add, tree_map
 from tests.strategies import LIBRARIES
 
@@ -124,6 +124,25 @@ def test_the_shared_table_has_a_gradient_from_each_use():
     assert found.saved["lm_head.weight"][unread].any()
 
 
+def test_rows_that_train_of_a_tied_table_stand_in_both_stacks_and_in_the_head():
+    weights = {
+        name: np.array(w) for name, w in model_of(CONFIG, TASK).weights.items() if name != "lm_head.weight"
+    }
+    model, b, name = read(weights), batch_of(), "shared.token_adapter.trainable_tokens_delta"
+    rows, v = np.random.default_rng(8).standard_normal((2, 3, 10))
+    how = {"task": TASK, "n": 11, "tokens": {"shared": (1, 5, 12)}, "engine": "reference"}
+    _, got = loss_and_gradients(model, {}, Trained({}, {name: rows}), b, **how)
+    want = np.imag(loss(model, {}, Trained({}, {name: rows + TINY * 1j * v}), b, **how)) / TINY
+    assert abs(np.sum(got.saved[name] * v) - want) <= 1e-13 * np.linalg.norm(got.saved[name]) * np.linalg.norm(
+        v
+    )
+    table = weights["shared.weight"].copy()
+    table[[1, 5, 12]] = rows
+    same = read({**weights, "shared.weight": table})
+    z = outputs(model, {}, Trained({}, {name: rows}), b, task=TASK, tokens=how["tokens"])
+    assert np.abs(z - outputs(same, {}, Trained({}, {}), b, task=TASK)).max() <= 1e-14 * np.abs(z).max()
+
+
 def written(step: Step):
     return decoder_input(Pass(step.model, {}, step.trained), step.batch.labels, step.batch.decoder_rows)
 
@@ -139,8 +158,10 @@ def test_what_the_decoder_reads():
     assert float(step.gradients()[0]) == float(step._replace(batch=given).gradients()[0])
     at = Pass(step.model, {}, step.trained)
     assert decoder_input(at, np.array([7, 8, 9]), Rows((0, 0, 2, 2, 3), (0, 1, 2, 3))).tolist() == [1, 7, 1]
-    with pytest.raises(lx.ConfigError, match="labels: expected 3, one for each of the decoder's rows, got "):
+    with pytest.raises(lx.ConfigError, match="labels: expected 3, one for each row of the decoder, got "):
         decoder_input(at, np.array([7, 8]), Rows((0, 3), (0,)))
+    with pytest.raises(lx.ConfigError, match="batch: expected decoder_ids, or labels that say what they are"):
+        decoder_input(at, None, Rows((0, 3), (0,)))
     with pytest.raises(lx.ConfigError, match="batch: expected the decoder's sequences"):
         step._replace(batch=replace(step.batch, decoder_starts=None)).gradients()
 

@@ -141,3 +141,22 @@ def test_a_router_is_a_parameter():
     model = ours(tiny("mixtral"))
     with pytest.raises(lx.ConfigError, match=r"got model.layers.0.mlp.gate, whose weight has 2 axes"):
         lx.inject(model.weights, lx.LoraConfig(target_modules=["gate"]), np.random.default_rng(0))
+
+
+def test_peft_reads_what_is_trained_here(tmp_path):
+    """Of adapters of experts, routers and attention, started and saved here, PEFT makes the same logits."""
+    model, b = tiny("mixtral"), batch(LENGTHS, 29)
+    mine = ours(model)
+    config = lx.LoraConfig(r=2, lora_alpha=6, task_type=TASK, **CASES["experts, router, attention"])
+    _, adapters, sites = lx.inject(mine.weights, config, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    moved = {
+        name: lx.Adapter(*(part + 0.2 * rng.standard_normal(part.shape) for part in (a.A, a.B)))
+        for name, a in adapters.items()
+    }
+    lx.save_adapter(tmp_path, moved, config)
+    theirs = exact(peft.PeftModel.from_pretrained(model, tmp_path).eval())
+    want = logits(theirs, b).detach().numpy()
+    got = outputs(mine, sites, Trained(moved, {}), b, task=TASK)
+    assert np.abs(got - want).max() <= 1e-13 * np.abs(want).max()
+    assert np.abs(got - outputs(mine, {}, Trained({}, {}), b, task=TASK)).max() > 0.01 * np.abs(want).max()
