@@ -281,6 +281,23 @@ def test_a_batch_of_nothing():
     assert not any(g.any() for g in leaves(got).values())
 
 
+def test_narrow_storage_is_computed_in_float32():
+    step = step_of(p=0.0)
+    narrow = {n: w.astype("float16") for n, w in step.model.weights.items()}
+    wide = {n: w.astype("float32") for n, w in narrow.items()}
+    adapters = {
+        name: replace(a, A=a.A.astype("float32"), B=a.B.astype("float32"))
+        for name, a in step.trained.adapters.items()
+    }
+    one, other = (
+        step._replace(model=replace(step.model, weights=weights), trained=Trained(adapters, {})).gradients()
+        for weights in (narrow, wide)
+    )
+    assert one[0].dtype == np.float32
+    assert float(one[0]) == float(other[0])
+    assert bits(one[1]) == bits(other[1])
+
+
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 def test_any_array_library_computes_it(library):
     step = step_of()._replace(dropout=None)  # whose masks are made on the default device
@@ -297,8 +314,7 @@ def test_any_array_library_computes_it(library):
     assert t5_greedy(*there[:4], **how) == t5_greedy(*step[:4], **how)
 
 
-@pytest.mark.parametrize("engine", PAIRS)
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize(("engine", "p"), [("reference", 0.4), ("fast", 0.4), ("fast", 0.0)])
 @pytest.mark.parametrize("config", [CONFIG, GATED], ids=["relu", "gated"])
 @pytest.mark.parametrize(
     "targets",
