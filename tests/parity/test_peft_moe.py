@@ -67,6 +67,11 @@ CASES = {
         "target_parameters": ["mlp.gate.weight"],
         "use_rslora": True,
     },
+    "parameters of all layers, attention of one": {  # as PEFT reads it
+        "target_modules": ["k_proj"],
+        "target_parameters": ["experts.down_proj", "gate.weight"],
+        "layers_to_transform": [2],
+    },
     "one parameter, last layers": {
         "target_modules": r".*layers\.2\..*k_proj",
         "target_parameters": ["model.layers.1.mlp.experts.down_proj", "model.layers.2.mlp.experts.down_proj"],

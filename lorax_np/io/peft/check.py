@@ -145,7 +145,8 @@ def _check_layers(path: Path, config: LoraConfig, places: Mapping[str, Place]) -
     said, patterns = config.layers_to_transform, config.layers_pattern
     layers = {said} if isinstance(said, int) else set(said or ())
     names = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-    wrong = [p.module for p in places.values() if layers and _layer(p.module.split("."), names) not in layers]
+    modules = [p.module for p in places.values() if p.site.kind != "experts"]  # of parameters it says nothing
+    wrong = [module for module in modules if layers and _layer(module.split("."), names) not in layers]
     if wrong:
         raise FormatError(f"{path}: expected adapters in the layers_to_transform alone, got {some(wrong)}")
 
