@@ -55,6 +55,16 @@ def t5_greedy(
     Returns S lists of ids, without the start and without the end token (config.json's eos_token_id). Of equally
     likely tokens the first in the vocabulary is taken. Raises ConfigError for most < 1 and for another family.
     Source: specs/encdec.md.
+
+    >>> from lorax_np.models.load import model_of
+    >>> from lorax_np.models.t5_config import t5_settings, t5_shapes
+    >>> config = dict(model_type="t5", d_model=2, d_kv=2, d_ff=2, num_layers=1, num_heads=1, vocab_size=3)
+    >>> tensors = {name: np.zeros(shape) for name, shape in t5_shapes(t5_settings(config, "")).items()}
+    >>> tensors |= {name: np.ones(2) for name in tensors if name.endswith("norm.weight")}
+    >>> tensors["shared.weight"] = np.array([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    >>> model = model_of(tensors, config)
+    >>> t5_greedy(model, {}, Trained({}, {}), Batch(np.array([2, 1]), (0, 2), None, (0,)), most=3)
+    [[2, 2, 2]]
     """
     if model.family != "t5":
         raise ConfigError(f"model: expected one of family t5, got {model.family!r}")

@@ -27,6 +27,15 @@ def upcycle(model: Model, experts: int = 4, top_k: int = 2, *, rng: np.random.Ge
     Raises ConfigError for other families, for perceptrons with biases and windows of some layers alone, which
     no mixture here has, and unless 1 ≤ top_k ≤ experts.
     Source: Komatsuzaki et al. 2023, arXiv:2212.05055; specs/moe.md.
+
+    >>> from lorax_np.models.llama_config import llama_settings, llama_shapes
+    >>> from lorax_np.models.load import model_of
+    >>> sizes = dict(hidden_size=6, intermediate_size=8, num_attention_heads=3, num_key_value_heads=1)
+    >>> config = dict(model_type="llama", head_dim=2, num_hidden_layers=1, vocab_size=9, **sizes)
+    >>> dense = {name: np.ones(shape) for name, shape in llama_shapes(llama_settings(config, "")).items()}
+    >>> mixture = upcycle(model_of(dense, config), experts=5)
+    >>> mixture.weights["model.layers.0.mlp.experts.gate_up_proj"].shape
+    (5, 16, 6)
     """
     config = model.config
     if model.family != "llama" or config["model_type"] not in MIXTURES:
