@@ -72,7 +72,7 @@ def options(parser: argparse.ArgumentParser, *, resume: bool = True) -> None:
             "--resume",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="go on after the files that the same work finished before it was interrupted (default)",
+            help="go on where the same work was when it was interrupted (default)",
         )
         parser.add_argument(
             "--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="of every tensor of floats"
@@ -102,7 +102,7 @@ def told(found: Any, arguments: argparse.Namespace, verb: str, after: str) -> in
             print(f"{size(count):>12}  {name}")
         print(f"would {verb} {found.sites} sites, {tensors}, into {found.out}")
         return 0
-    went_on = f", {len(found.resumed)} of them from before" if found.resumed else ""
+    went_on = f", {size(found.kept)} of them from before" if found.kept else ""
     files = f"{len(found.files)} files{went_on}, {size(found.nbytes)} in {found.seconds:.1f} s"
     print(f"{verb}d {found.sites} sites, {tensors}: {files}, at {found.out}")
     print(f"next: {after}")

@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,6 +20,7 @@ from ..errors import ConfigError, DtypeError, FormatError, ShapeError
 from .layout import PIECE, Entry, header_of, pieces, place_of, word_of
 from .safetensors import BITS, show
 
+PAGE, PAGES = 4096, 4  # of some bytes of a tensor, evenly spread, by which they are known again
 _POSITION = threading.Lock()  # where the system reads and writes at a file's one position only
 
 Buffer = bytes | bytearray | memoryview
@@ -63,9 +65,11 @@ class SafetensorsWriter:
 
     entries  : the format's word for the dtype and the shape of each tensor, by name
     metadata : words by name
+    part     : where the file lies until it is whole, on the same file system; what is there is written on, and
+               stays after an interrupt. Without it that is beside its place, under a name of chance
 
-    Within its `with` block the file lies beside its place under another name. At the end of the block it is
-    brought to the disk and renamed; where the block ends in an error or an interrupt it is removed.
+    Within its `with` block the file lies under that other name. At the end of the block it is brought to the
+    disk and renamed; where the block ends in an error or, without a part, in an interrupt, it is removed.
     Raises ConfigError where entries cannot be held by a header.
 
     >>> import numpy as np
@@ -83,9 +87,11 @@ class SafetensorsWriter:
         path: str | os.PathLike[str],
         entries: Mapping[str, Entry],
         metadata: Mapping[str, str] | None = None,
+        *,
+        part: Path | None = None,
     ) -> None:
         """Lay out the file; nothing is written yet."""
-        self.path = Path(path)
+        self.path, self._given = Path(path), part
         order = sorted(entries, key=lambda name: (place_of(name, entries[name]), name))
         self.header, offsets = header_of({name: entries[name] for name in order}, metadata)
         start = len(self.header)
@@ -108,8 +114,11 @@ class SafetensorsWriter:
         """Make the file under another name, and write its header."""
         if self.path.is_dir():
             raise FormatError(f"{self.path}: expected a place for a safetensors file, got a directory")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        part = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.part")
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        part = self._given
+        if part is None:
+            part = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.part")
+            flags |= os.O_EXCL
         try:
             self._part = part
             self._file = os.open(part, flags, 0o666)  # the umask decides, as for any new file
@@ -126,6 +135,8 @@ class SafetensorsWriter:
         try:
             if kind is None:
                 self._finish()
+            elif self._given is not None and not issubclass(kind, Exception):
+                self._part = None  # which leaves it there
         finally:
             self._discard()
 
@@ -178,6 +189,30 @@ class SafetensorsWriter:
         if hasattr(os, "posix_fadvise") and size:
             place = self._slot(name).begin + start
             os.posix_fadvise(self._file, place, size, os.POSIX_FADV_DONTNEED)
+
+    def skip(self, name: str, start: int, size: int) -> None:
+        """Count some bytes of a tensor as written that the part holds already."""
+        self._slot(name)
+        self._account(name, start, size, whole=False)
+
+    def sync(self) -> None:
+        """Bring what is written so far to the disk."""
+        os.fsync(self._file)
+
+    def pages(self, name: str, start: int, size: int) -> str:
+        """A hash of pages spread over some bytes of a tensor, as the part holds them; "" for none of it."""
+        slot = self._slots.get(name)
+        if slot is None or start < 0 or size < 0 or start + size > slot.size:
+            return ""
+        begin, found = slot.begin + start, sha256(f"{start} {size}".encode())
+        for i in range(PAGES):
+            offset = max(0, size - PAGE) * i // (PAGES - 1)
+            want = min(PAGE, size - offset)
+            page = read_at(self._file, want, begin + offset)
+            if len(page) < want:
+                return ""
+            found.update(page)
+        return found.hexdigest()
 
     def place(self, name: str) -> tuple[int, int]:
         """Where a tensor lies in the file: its first byte, and how many. Raises KeyError."""

@@ -42,7 +42,8 @@ def merge_checkpoint(
         MPI too; None makes one file after another, each by several threads
     progress : called with the bytes written so far and the bytes of all
     dry_run : write nothing, and tell what would be written
-    resume  : after an interrupt, go on after the files that the same work has finished
+    resume  : after an interrupt, go on after the files that the same work has finished, and within the one
+        that it had begun
     dtype   : of every tensor of floats; None keeps each one's own
     max_shard_size : bytes of tensors a file, a number or such as "5GB"; None keeps the base's files
     jobs    : threads; None takes one a core
@@ -57,7 +58,7 @@ def merge_checkpoint(
     Raises ConfigError where adapter and base do not fit, where a row has no direction under DoRA, where a
     result is not finite, and where out is in use; FormatError for files that are damaged, and for a trained
     bias where the model has no slot for one; ShapeError; the system's OSError. After an error nothing is left;
-    after an interrupt the finished files wait beside out in `.NAME.part`.
+    after an interrupt what is finished and recorded waits beside out in `.NAME.part`.
     Source: specs/checkpoints.md.
     """
     start = time.perf_counter()

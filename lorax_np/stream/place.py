@@ -1,12 +1,11 @@
 """Where a new checkpoint is made: beside its place, with a journal of the files that are finished.
 
-The folder `.NAME.part` holds the journal and, in `whole`, the files. When all are there, `whole` is renamed to
-NAME. So NAME is absent or whole, whatever ends the process; and the same work, begun again, goes on after the
-files that the journal names.  specs/checkpoints.md.
+The folder `.NAME.part` holds the journal, in `whole` the files, and in `begun` those that are not finished. At
+the end `whole` is renamed to NAME. So NAME is absent or whole, whatever ends the process; and the same work,
+begun again, goes on after the files that the journal names, and within the one that was begun.
+specs/checkpoints.md.
 """
 
-import json
-import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Self
 
 from ..errors import ConfigError
 from ..io.writer import sync_folder
+from .begun import RECORD
+from .journal import Journal
 
 PAGE, PAGES = 4096, 64  # of a file, evenly spread, by which a finished one is known again
 
@@ -37,35 +38,44 @@ class Workplace:
             raise ConfigError(f"out: expected a folder to make it in, got none at {out.parent}")
         self.out, self.digest, self.resume = out, digest, resume
         self.home = out.parent / f".{out.name}.part"
-        self.folder, self.journal = self.home / "whole", self.home / "journal"
+        self.folder, self.begun = self.home / "whole", self.home / "begun"
         self.finished: set[str] = set()
-        self._log = -1
 
     def __enter__(self) -> Self:
-        """Make the folder, or find what is finished in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        """Make the folders, or find what is finished in them."""
+        for folder in (self.folder, self.begun):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self.home / "journal")
         try:
-            self._lock()
-            lines = self._lines()
-            if not self.resume or not lines or lines[0].get("work") != self.digest:
-                os.ftruncate(self._log, 0)
-                self._say({"work": self.digest})
-                lines = []
-            self.finished = {line["file"] for line in lines[1:] if self._holds(line)}
-            for path in self.folder.iterdir():
-                if path.name not in self.finished:
+            if not self._journal.lock():
+                raise ConfigError(f"out: expected one process to make {self.out}, got another at work on it")
+            lines = self._journal.begin({"work": self.digest}, anew=not self.resume)
+            if lines is None:
+                for path in self.begun.iterdir():
                     path.unlink()
+            self.finished = {line["file"] for line in lines or () if self._holds(line)}
+            self._take_back(self.folder)
         except BaseException:
-            os.close(self._log)
+            self._journal.close()
             raise
         return self
+
+    def _take_back(self, folder: Path) -> None:
+        """Remove what is not finished; but a file that was put in its place and not yet named is begun."""
+        for path in folder.iterdir():
+            if path.is_dir():
+                self._take_back(path)
+            elif path.name not in self.finished and (self.begun / (path.name + RECORD)).exists():
+                path.replace(self.begun / path.name)
+            elif path.name not in self.finished:
+                path.unlink()
 
     def done(self, name: str) -> None:
         """Put down that a file is finished."""
         path = self.folder / name
-        self._say({"file": name, "size": path.stat().st_size, "pages": known(path)})
+        self._journal.say({"file": name, "size": path.stat().st_size, "pages": known(path)})
         self.finished.add(name)
+        (self.begun / (name + RECORD)).unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,42 +89,10 @@ class Workplace:
                 self.folder.rename(self.out)
                 sync_folder(self.out.parent)
         finally:
-            os.close(self._log)
-            kept = kind is not None and not issubclass(kind, Exception) and bool(self.finished)
-            if not kept:
+            self._journal.close()
+            kept = kind is not None and not issubclass(kind, Exception)
+            if not kept or not (self.finished or any(self.begun.iterdir())):
                 shutil.rmtree(self.home, ignore_errors=True)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # a system without it trusts its user
-            return
-        try:
-            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"out: expected one process to make {self.out}, got another at work on it"
-            ) from None
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """What the journal says, up to the first line that is not whole."""
-        found: list[dict[str, Any]] = []
-        good = 0
-        for line in self.journal.read_bytes().splitlines(keepends=True):
-            try:
-                value = json.loads(line)
-            except ValueError:  # cut off by whatever ended the process
-                break
-            if not isinstance(value, dict) or not line.endswith(b"\n"):
-                break
-            found.append(value)
-            good += len(line)
-        os.ftruncate(self._log, good)
-        return found
-
-    def _say(self, line: dict[str, Any]) -> None:
-        os.write(self._log, (json.dumps(line) + "\n").encode())
-        os.fsync(self._log)
 
     def _holds(self, line: dict[str, Any]) -> bool:
         """Whether a file that the journal names is there as it was."""

@@ -19,6 +19,7 @@ from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
 from ..io.safetensors import BITS, NUMPY, SafetensorsFile, _bfloat16, show
 from ..io.writer import SafetensorsWriter
+from .begun import Begun, Piece
 from .fitted import fitted
 from .plan import NAMES, FilePlan, Task
 from .plans import ROWS, indices_of
@@ -37,6 +38,8 @@ class Job(NamedTuple):
     adapter: str
     original: str  # where tensors of the kind "original" come from; empty for none
     folder: str
+    begun: str  # the folder of what is not finished
+    work: str  # a word for all that decides the bytes
     file: FilePlan
     sign: float = 1.0  # of the update
     mark: str = ""  # what the sources looked like
@@ -50,19 +53,42 @@ class Unit(NamedTuple):
     task: Task
     start: int
     stop: int
+    row: int  # bytes of one, as they are written
+
+    @property
+    def piece(self) -> Piece:
+        """Where they lie in the new tensor."""
+        return Piece(self.task.name, self.start * self.row, (self.stop - self.start) * self.row)
 
 
-def make_file(job: Job, progress: Progress | None = None, stop: threading.Event | None = None) -> str:
-    """Make one file of a new checkpoint, whole or not at all, and return its name."""
+class Made(NamedTuple):
+    """A file that is whole: its name, and how many bytes of its tensors were there from a run before."""
+
+    name: str
+    kept: int
+
+
+def make_file(job: Job, progress: Progress | None = None, stop: threading.Event | None = None) -> Made:
+    """Make one file of a new checkpoint; what an earlier run has put down of it is taken up."""
     with ExitStack() as stack:
         maker = _Maker(job, stack)
         path = Path(job.folder, job.file.name)
-        writer = stack.enter_context(SafetensorsWriter(path, job.file.entries(), job.file.metadata or None))
-        order = {name: place for place, name in enumerate(writer.names)}
+        entries, said = job.file.entries(), job.file.metadata or None
+        file = stack.enter_context(Begun(path, Path(job.begun), job.work, entries, said))
+        order = {name: place for place, name in enumerate(file.writer.names)}
         tasks = sorted(job.file.tasks, key=lambda task: order[task.name])
         units = (unit for task in tasks for unit in maker.units(task))
-        _run(units, lambda unit: maker.make(unit, writer, progress), job.threads, stop or threading.Event())
-    return job.file.name
+
+        def make(unit: Unit) -> None:
+            piece = unit.piece
+            if not file.take(piece):
+                maker.make(unit, file.writer)
+                file.put(piece)
+            if progress is not None:
+                progress(piece.size)
+
+        _run(units, make, job.threads, stop or threading.Event())
+    return Made(job.file.name, file.kept)
 
 
 def _run(units: Iterator[Unit], make: Callable[[Unit], None], threads: int, stop: threading.Event) -> None:
@@ -116,40 +142,37 @@ class _Maker:
     def units(self, task: Task) -> Iterator[Unit]:
         """Cut one tensor into units: of bytes where it is copied, of rows where it is computed."""
         if task.kind in ("copy", "original"):
-            count, step = task.nbytes, 4 * UNIT
+            count, step, row = task.nbytes, 4 * UNIT, 1
         elif task.kind in ROWWISE:
             count, cols = matrix_shape(task.shape or (1,), self._kind(task))
             step = _rows_of(cols) * max(1, UNIT // max(1, _rows_of(cols) * cols * 4))
+            row = cols * BITS[task.word] // 8
         else:
-            count = step = 1
+            count, step, row = 1, 1, task.nbytes
         for start in range(0, count, step):
-            yield Unit(task, start, min(start + step, count))
+            yield Unit(task, start, min(start + step, count), row)
 
-    def make(self, unit: Unit, writer: SafetensorsWriter, progress: Progress | None) -> None:
+    def make(self, unit: Unit, writer: SafetensorsWriter) -> None:
         """Write one unit."""
         task = unit.task
         if task.kind in ("copy", "original"):
             source = self.original if task.kind == "original" and self.original is not None else self.base
             file = source.shard(task.source)
             offset = file.place(task.source)[0] + unit.start
-            written = unit.stop - unit.start
-            writer.copy_part(task.name, unit.start, self._file(file.path), offset, written)
-            writer.hurry(task.name, unit.start, written)
+            writer.copy_part(task.name, unit.start, self._file(file.path), offset, unit.stop - unit.start)
+            writer.hurry(task.name, unit.start, unit.stop - unit.start)
         elif task.kind in ROWWISE:
-            written = self._rows(unit, writer)
+            self._rows(unit, writer)
         else:
             found = self._small(task)
             if task.word in NAMES:
                 flat = to_numpy(found, WIDE).reshape(1, -1)
                 found = rounded(flat, NAMES[task.word], show(task.name), Scratch()).reshape(task.shape)
             writer.write(task.name, found)
-            written = task.nbytes
-        if progress is not None:
-            progress(written)
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
-    def _rows(self, unit: Unit, writer: SafetensorsWriter) -> int:
+    def _rows(self, unit: Unit, writer: SafetensorsWriter) -> None:
         """Rows of a tensor read, updated, rounded and written, block by block."""
         task, written = unit.task, 0
         update = self._update(task)
@@ -167,7 +190,6 @@ class _Maker:
             writer.write_part(task.name, begin + written, found)
             written += found.nbytes
         writer.hurry(task.name, begin, written)
-        return written
 
     def _sums(
         self, task: Task, update: Update | None, start: int, stop: int

@@ -16,7 +16,7 @@ from ..io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from .place import Workplace, check_apart
 from .plan import CheckpointPlan
 from .threads import one_thread_each
-from .work import Job, make_file
+from .work import Job, Made, make_file
 
 Progress = Callable[[int, int], None]  # bytes written so far, and of all
 WEIGHTS = ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"
@@ -32,6 +32,7 @@ class Outcome:
 
     out : the new folder;  files : bytes by name;  changed : names of the tensors that are not copies
     notes : what the reader of the result has to know;  resumed : files that were there from a run before
+    kept : bytes of tensors that were, in those files and in what was begun of others
     """
 
     out: Path
@@ -42,6 +43,7 @@ class Outcome:
     tensors: int
     seconds: float = 0.0
     resumed: tuple[str, ...] = ()
+    kept: int = 0
     dry: bool = False
 
     @property
@@ -51,7 +53,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        plain = {name: getattr(self, name) for name in ("files", "sites", "tensors", "seconds", "dry")}
+        plain = {name: getattr(self, name) for name in ("files", "sites", "tensors", "seconds", "kept", "dry")}
         more = {"out": str(self.out), "bytes": self.nbytes, "changed": list(self.changed)}
         return plain | more | {"notes": list(self.notes), "resumed": list(self.resumed)}
 
@@ -107,15 +109,26 @@ def written(base: Checkpoint, plan: CheckpointPlan, out: Path, sources: Sources,
         return outcome
     with place:
         resumed = tuple(file.name for file in plan.files if file.name in place.finished)
-        job = Job(sources.base, sources.adapter, sources.original, str(place.folder), plan.files[0])
-        job = job._replace(mark=sources.mark, sign=sources.sign, residual=sources.residual)
+        job = Job(
+            sources.base,
+            sources.adapter,
+            sources.original,
+            str(place.folder),
+            str(place.begun),
+            place.digest,
+            plan.files[0],
+            sign=sources.sign,
+            mark=sources.mark,
+            residual=sources.residual,
+        )
         left = [job._replace(file=file) for file in plan.files if file.name not in resumed]
-        count = _Count(how.progress, plan.nbytes, sum(f.nbytes for f in plan.files if f.name in resumed))
+        kept = sum(f.nbytes for f in plan.files if f.name in resumed)
+        count = _Count(how.progress, plan.nbytes, kept)
         if how.executor is None:
             with one_thread_each():
-                _here(left, place, count, how.jobs or os.cpu_count() or 1)
+                kept += _here(left, place, count, how.jobs or os.cpu_count() or 1)
         else:
-            _elsewhere(left, place, count, how.executor)
+            kept += _elsewhere(left, place, count, how.executor)
         for path in others:
             shutil.copyfile(path, place.folder / path.name)
         if plan.index is not None:
@@ -124,7 +137,7 @@ def written(base: Checkpoint, plan: CheckpointPlan, out: Path, sources: Sources,
             text = json.dumps({**base.config, **plan.config}, indent=2, ensure_ascii=False) + "\n"
             (place.folder / "config.json").write_text(text, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(place.folder.iterdir())}
-    return replace(outcome, files=sizes, resumed=resumed)
+    return replace(outcome, files=sizes, resumed=resumed, kept=kept)
 
 
 class _Count:
@@ -141,17 +154,25 @@ class _Count:
                 self.progress(self.done, self.total)
 
 
-def _here(left: list[Job], place: Workplace, count: _Count, threads: int) -> None:
+def _here(left: list[Job], place: Workplace, count: _Count, threads: int) -> int:
+    """File after file; return how many bytes of them were there before."""
+    kept = 0
     for job in left:
-        place.done(make_file(job._replace(threads=threads), count))
+        made = make_file(job._replace(threads=threads), count)
+        place.done(made.name)
+        kept += made.kept
+    return kept
 
 
-def _elsewhere(left: list[Job], place: Workplace, count: _Count, executor: Executor) -> None:
+def _elsewhere(left: list[Job], place: Workplace, count: _Count, executor: Executor) -> int:
     """A task for each file; after an error or an interrupt no further one is begun."""
-    futures: dict[Future[str], Job] = {executor.submit(make_file, job): job for job in left}
+    futures: dict[Future[Made], Job] = {executor.submit(make_file, job): job for job in left}
+    kept = 0
     try:
         for future in as_completed(futures):
-            place.done(future.result())
+            made = future.result()
+            place.done(made.name)
+            kept += made.kept
             count(futures[future].file.nbytes)
     finally:
         for future in futures:
@@ -159,6 +180,7 @@ def _elsewhere(left: list[Job], place: Workplace, count: _Count, executor: Execu
         for future in futures:
             if not future.cancelled():
                 future.exception()
+    return kept
 
 
 def other_files(base: Checkpoint) -> list[Path]:

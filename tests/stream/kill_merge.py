@@ -1,6 +1,7 @@
-"""python tests/stream/kill_merge.py [TIMES]: merges killed at random moments.
+"""python tests/stream/kill_merge.py [TIMES [SHARDS]]: merges killed at random moments.
 
-Each is then absent or whole, and goes on to the same bytes.
+Each is then absent or whole, and goes on to the same bytes: after the files that were finished, and within the
+one that was begun, which SHARDS of 1 has alone.
 """
 
 import sys
@@ -13,8 +14,7 @@ if __name__ == "__main__":
     from killing import killed_at_random
 
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    shards = int(sys.argv[2]) if len(sys.argv) > 2 else 12
     with tempfile.TemporaryDirectory() as folder:
-        whole, resumed = killed_at_random(Path(folder), times, seed=1, say=print)
-    print(
-        f"{times} merges killed: none left damage; {whole} were whole, {resumed} went on after finished files"
-    )
+        whole, resumed = killed_at_random(Path(folder), times, seed=1, shards=shards, say=print)
+    print(f"{times} merges killed: none left damage; {whole} were whole, {resumed} went on where they were")

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from killing import ROOT, go, killed_at_random, prepare, start
+from killing import ROOT, go, killed_at_random, prepare, recorded, start
 from making import content, write_adapter
 
 import lorax_np as lx
@@ -102,6 +102,126 @@ def test_what_is_no_longer_the_same_work_begins_anew(made, change):
     assert got == want
 
 
+# ---- going on within a file --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def single(tmp_path, monkeypatch):
+    """One file, of which each piece is recorded at once."""
+    base, adapter = prepare(tmp_path, d=64, layers=1, shards=1)
+    merge_checkpoint(base, adapter, tmp_path / "want")
+    monkeypatch.setattr("lorax_np.stream.begun.EVERY", 0.0)
+    return base, adapter, tmp_path / "out", content(tmp_path / "want")
+
+
+def interrupted(base, adapter, out, **more):
+    """Stop a merge midway; return what is recorded of its file, and where that lies."""
+    with pytest.raises(Stop):
+        merge_checkpoint(base, adapter, out, progress=stopping(0.5, Stop()), **more)
+    begun = out.parent / ".out.part" / "begun"
+    assert sorted(path.name for path in begun.iterdir()) == ["model.safetensors", "model.safetensors.record"]
+    return recorded(begun / "model.safetensors.record"), begun
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_after_an_interrupt_a_file_goes_on_where_it_was(single, jobs):
+    base, adapter, out, want = single
+    pieces, _ = interrupted(base, adapter, out, jobs=jobs)
+    begun, seen = sum(size for _, _, size, _ in pieces), []
+    assert begun > (0.3 if jobs == 1 else 0) * len(want["model.safetensors"])
+    found = merge_checkpoint(base, adapter, out, progress=lambda done, total: seen.append(done / total))
+    assert found.kept == begun
+    assert found.resumed == ()
+    assert seen[-1] == 1
+    assert content(out) == want
+    assert left(out.parent) == ["out"]
+
+
+def test_what_was_begun_is_really_not_made_again(single):
+    """A byte that the hash of pages does not look at stays as it was changed."""
+    base, adapter, out, want = single
+    pieces, begun = interrupted(base, adapter, out, jobs=1)
+    raw = bytearray((begun / "model.safetensors").read_bytes())
+    place = lx.open_safetensors(base / "model.safetensors").place
+    name, size = max(((name, size) for name, _, size, _ in pieces), key=lambda pair: pair[1])
+    assert size > 4 * 4096 + 12
+    at = place(name)[0] + size // 6 + 2049  # between two of the pages
+    raw[at] ^= 1
+    (begun / "model.safetensors").write_bytes(raw)
+    merge_checkpoint(base, adapter, out)
+    got, expected = content(out)["model.safetensors"], bytearray(want["model.safetensors"])
+    expected[at] ^= 1
+    assert got == bytes(expected)
+
+
+@pytest.mark.parametrize(
+    "change", ["adapter", "dtype", "no resume", "part", "no part", "short part", "work", "cut line", "unknown"]
+)
+def test_what_was_begun_is_trusted_only_as_far_as_it_is_the_same(single, change):
+    base, adapter, out, want = single
+    pieces, begun = interrupted(base, adapter, out, jobs=1)
+    part, record, more = begun / "model.safetensors", begun / "model.safetensors.record", {}
+    kept = 0
+    if change == "adapter":
+        os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
+    elif change == "dtype":
+        more = {"dtype": "float32"}
+        merge_checkpoint(base, adapter, out.parent / "narrow", **more)
+        want = content(out.parent / "narrow")
+    elif change == "no resume":
+        more = {"resume": False}
+    elif change == "part":
+        name = pieces[0][0]
+        raw = bytearray(part.read_bytes())
+        raw[lx.open_safetensors(base / "model.safetensors").place(name)[0]] ^= 1
+        part.write_bytes(raw)
+        kept = sum(size for _, _, size, _ in pieces[1:])
+    elif change == "no part":
+        part.unlink()
+    elif change == "short part":
+        part.write_bytes(part.read_bytes()[:100])
+    elif change == "work":
+        lines = record.read_text().splitlines(keepends=True)
+        record.write_text("".join([lines[0].replace('"work": "', '"work": "0'), *lines[1:]]))
+    elif change == "cut line":
+        record.write_bytes(record.read_bytes()[:-3])
+        kept = sum(size for _, _, size, _ in pieces[:-1])
+    else:
+        with record.open("a") as file:
+            file.write(json.dumps({"pieces": [["no such", 0, 8, ""], [pieces[0][0], 2, 6, "0"]]}) + "\n")
+        kept = sum(size for _, _, size, _ in pieces)
+    found = merge_checkpoint(base, adapter, out, **more)
+    assert found.kept == kept
+    assert content(out) == want
+
+
+def test_a_file_that_was_renamed_and_not_yet_named_is_begun(single):
+    """A kill between the two."""
+    base, adapter, out, want = single
+    pieces, begun = interrupted(base, adapter, out)
+    (begun / "model.safetensors").rename(out.parent / ".out.part" / "whole" / "model.safetensors")
+    assert merge_checkpoint(base, adapter, out).kept == sum(size for _, _, size, _ in pieces)
+    assert content(out) == want
+
+
+def test_an_interrupt_before_anything_is_recorded_leaves_nothing(single, monkeypatch):
+    base, adapter, out, _ = single
+    monkeypatch.setattr("lorax_np.stream.begun.EVERY", 1e9)
+    with pytest.raises(Stop):
+        merge_checkpoint(base, adapter, out, progress=stopping(0.5, Stop()))
+    assert left(out.parent) == []
+
+
+def test_an_error_in_a_file_that_was_begun_leaves_nothing(single):
+    base, adapter, out, _ = single
+    with pytest.raises(OSError, match="no more"):
+        merge_checkpoint(base, adapter, out, progress=stopping(0.7, OSError("no more")))
+    assert left(out.parent) == []
+
+
+# ---- errors, kills and interrupts --------------------------------------------------------------------------
+
+
 def test_an_error_leaves_nothing(made):
     base, adapter, out, _ = made
     with pytest.raises(OSError, match="no more"):
@@ -110,8 +230,9 @@ def test_an_error_leaves_nothing(made):
 
 
 @posix
-def test_killed_merges(tmp_path):
-    killed_at_random(tmp_path, 8)
+@pytest.mark.parametrize("shards", [12, 1])
+def test_killed_merges(tmp_path, shards):
+    killed_at_random(tmp_path, 5, shards=shards)
 
 
 @posix
