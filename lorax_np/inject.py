@@ -3,7 +3,7 @@
 Nothing is put into a model: the result is dictionaries by name.  See specs/inject.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -157,8 +157,11 @@ def started(
     model_type: str | None = None,
     inputs: Mapping[str, Any] | None = None,
     gradients: Mapping[str, Array] | None = None,
+    skip: Collection[str] = (),
 ) -> Iterator[Start]:
     """As inject, one place after another, for who cannot keep all new weights; arguments and errors are its.
+
+    skip : places that are left out, whose weights are not read and for which nothing is drawn
 
     >>> weights = {"up.weight": np.eye(3)}
     >>> config = LoraConfig(r=1, target_modules=["up"], init_lora_weights="pissa")
@@ -178,6 +181,8 @@ def started(
             hint = nearest(strangers[0], found.sites)
             raise ConfigError(f"{argument}: expected names of sites, got {strangers[0]!r}{hint}")
     for name, site in found.sites.items():
+        if name in skip:
+            continue
         given = Given(
             W=weights[site.weight],
             b=weights[str(tree.bias(name))] if name in found.biases else None,
@@ -196,7 +201,7 @@ def started(
             raise type(refused)(f"{name}: {refused}") from None
         yield Start(name, site, adapter, residual)
     for name in found.biases:
-        if name not in found.sites:
+        if name not in found.sites and name not in skip:
             yield Start(name, None, Adapter(None, None, b=copy(weights[str(tree.bias(name))])), None)
 
 

@@ -39,7 +39,7 @@ def add(commands: Parsers) -> None:
     init.add_argument("--inputs", metavar="FILE", help="safetensors of inputs (rows, d_in) by site: eva, corda")
     init.add_argument("--gradients", metavar="FILE", help="safetensors of gradients like W by site: lora_ga")
     init.add_argument("--seed", type=seed, default=0, help="of every draw (default: 0)")
-    options(init, resume=False)
+    options(init, files=False)
     init.set_defaults(run=run)
 
 
@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             progress=progress,
             dry_run=arguments.dry_run,
+            resume=arguments.resume,
             inputs=open_safetensors(arguments.inputs) if arguments.inputs else None,
             gradients=open_safetensors(arguments.gradients) if arguments.gradients else None,
         )
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         rest = f", and what is left of the base at {found.base}" if found.base else ""
         done = f"in {found.seconds:.1f} s, {found.nbytes / 1e6:.4g} MB"
-        print(f"started {found.sites} sites as {found.start} {done}, at {found.out}{rest}")
+        went_on = f", {found.resumed} of them from before," if found.resumed else ""
+        print(f"started {found.sites} sites as {found.start}{went_on} {done}, at {found.out}{rest}")
         print(f"next: lorax-np check {found.out} --base {found.base or arguments.base}")
     return 0

@@ -61,19 +61,19 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def options(parser: argparse.ArgumentParser, *, resume: bool = True) -> None:
-    """Declare what the commands share."""
+def options(parser: argparse.ArgumentParser, *, files: bool = True) -> None:
+    """Declare what the commands share; files: whether new files of a checkpoint are all that is made."""
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
-    if resume:
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on where the same work was when it was interrupted (default)",
+    )
+    if files:
         parser.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core)")
-        parser.add_argument(
-            "--resume",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="go on where the same work was when it was interrupted (default)",
-        )
         parser.add_argument(
             "--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="of every tensor of floats"
         )

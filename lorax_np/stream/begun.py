@@ -98,6 +98,10 @@ class Begun:
             self.part.unlink(missing_ok=True)
             self._record.unlink(missing_ok=True)
 
+    def holds(self, piece: Piece) -> bool:
+        """Whether a piece is on the disk, and recorded."""
+        return piece in self._held
+
     def take(self, piece: Piece) -> bool:
         """Whether a piece is there from a run before; then it counts as written, and is not written again."""
         if piece not in self._held:

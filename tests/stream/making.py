@@ -89,5 +89,6 @@ def read(folder):
 
 
 def content(folder):
-    """Every file's bytes by name."""
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    """Every file's bytes by name, those in folders too."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

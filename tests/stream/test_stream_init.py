@@ -1,6 +1,9 @@
 """A start for a whole checkpoint, against lorax_np.inject of all of it at once."""
 
 import json
+import os
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +12,10 @@ from making import content, read, weights, write_checkpoint
 import lorax_np as lx
 from lorax_np.config import LoraConfig
 from lorax_np.inject import inject
+from lorax_np.inject import plan as plan_of
 from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.io.peft import load_adapter
+from lorax_np.io.writer import write_safetensors
 from lorax_np.stream.init import init_checkpoint
 from lorax_np.stream.merge import merge_checkpoint
 
@@ -107,3 +112,154 @@ def test_nothing_is_left_of_a_start_that_fails(tmp_path):
     for place in (base, base / "x"):
         with pytest.raises(lx.ConfigError, match="out: expected a place outside"):
             init_checkpoint(base, config, place)
+
+
+# ---- going on ----------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """As an interrupt: no Exception."""
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """What stops a start after so many sites, each recorded at once; and the bytes of one that goes through."""
+    monkeypatch.setattr("lorax_np.stream.begun.EVERY", 0.0)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # the machine goes on, and the tests are faster
+    base = write_checkpoint(tmp_path / "base", weights(np.random.default_rng(0), "float32"), shards=2)
+
+    def stop(after, start, **more):
+        config = LoraConfig(4, 6, target_modules="all-linear", init_lora_weights=start, bias="all")
+        init_checkpoint(base, config, tmp_path / "out", **more)
+        want = content(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        seen = []
+
+        def progress(done, total):
+            seen.append(done)
+            if len(seen) == after:
+                raise Stop
+
+        with pytest.raises(Stop):
+            init_checkpoint(base, config, tmp_path / "out", progress=progress, **more)
+        return base, config, tmp_path / "out", want
+
+    return stop
+
+
+@pytest.mark.parametrize("start", STARTS, ids=str)
+def test_after_an_interrupt_it_goes_on_after_the_sites_that_were_started(tmp_path, interrupted, start):
+    """With the numbers that the source of random values would have given next."""
+    base, config, out, want = interrupted(5, start, seed=7)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", ".out.part"}
+    seen = []
+    found = init_checkpoint(base, config, out, seed=7, progress=lambda done, total: seen.append((done, total)))
+    assert found.resumed == 5
+    assert content(out) == want
+    assert len(seen) == found.sites - 5
+    assert seen[-1][0] == seen[-1][1]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [("seed", 0), ("config", 0), ("base", 0), ("no resume", 0), ("sites", 2), ("rest", 3), ("cut line", 4)],
+)
+def test_what_was_started_is_trusted_only_as_far_as_it_is_the_same(interrupted, change, kept):
+    base, config, out, want = interrupted(5, "pissa")
+    begun, more = out.parent / ".out.part" / "begun", {}
+    sites = list(plan_of(open_checkpoint(base), config).sites)
+    if change == "seed":
+        more = {"seed": 1}
+    elif change == "config":
+        config = replace(config, lora_alpha=7)
+    elif change == "base":
+        os.utime(next(base.glob("*1-of*.safetensors")), ns=(1, 1))
+    elif change == "no resume":
+        more = {"resume": False}
+    elif change == "sites":
+        flip(begun / "sites-000002.safetensors", -1)
+    elif change == "rest":
+        name = f"{sites[3]}.weight"
+        shard = open_checkpoint(base).shard(name)
+        flip(begun / shard.path.name, place_in(out, want, shard.path.name, name))
+    else:
+        (begun / "sites.record").write_bytes((begun / "sites.record").read_bytes()[:-1])
+    found = init_checkpoint(base, config, out, **more)
+    assert found.resumed == kept
+    if change in ("seed", "config"):
+        shutil.rmtree(out)
+        init_checkpoint(base, config, out, **more)
+        assert found.resumed == 0
+    else:
+        assert content(out) == want
+
+
+def flip(path, at):
+    """Change a bit of one byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def place_in(out, want, file, name):
+    """Where a tensor begins in a file of the rest, whose header has a word more than the base's."""
+    whole = out.parent / "whole"
+    whole.mkdir()
+    (whole / file).write_bytes(want[f"base/{file}"])
+    found = open_checkpoint(whole / file).shard(name).place(name)[0]
+    shutil.rmtree(whole)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["arrays", "file", "batches"])
+def test_data_is_known_again_where_it_can_be(tmp_path, interrupted, kind):
+    rng = np.random.default_rng(1)
+    base = tmp_path / "base"
+    shapes = {n: a.shape for n, a in weights(np.random.default_rng(0), "float32").items()}
+    names = [n.removesuffix(".weight") for n in shapes if n.endswith("_proj.weight")]
+    arrays = {n: rng.standard_normal((40, shapes[f"{n}.weight"][1])).astype("float32") for n in names}
+    write_safetensors(tmp_path / "data", arrays)
+    given = {
+        "arrays": lambda: arrays,
+        "file": lambda: lx.open_safetensors(tmp_path / "data"),
+        "batches": lambda: Fresh(arrays),
+    }[kind]
+    base, config, out, want = interrupted(5, "eva", inputs=given())
+    found = init_checkpoint(base, config, out, inputs=given())
+    assert found.resumed == (0 if kind == "batches" else 5)
+    assert content(out) == want
+
+
+class Fresh(dict):
+    """Batches by site, which can be read once: new ones at each look."""
+
+    def __getitem__(self, name):
+        return iter(np.split(super().__getitem__(name), 2))
+
+    def get(self, name, default=None):
+        return self[name] if name in self.keys() else default
+
+    def items(self):
+        return ((name, self[name]) for name in self)
+
+
+def test_other_numbers_in_the_data_are_other_work(tmp_path, interrupted):
+    shapes = {n: a.shape for n, a in weights(np.random.default_rng(0), "float32").items()}
+    names = [n.removesuffix(".weight") for n in shapes if n.endswith("_proj.weight")]
+    rng = np.random.default_rng(1)
+    arrays = {n: rng.standard_normal((40, shapes[f"{n}.weight"][1])).astype("float32") for n in names}
+    base, config, out, want = interrupted(5, "eva", inputs=arrays)
+    arrays[names[-1]][3, 1] += 1
+    assert init_checkpoint(base, config, out, inputs=arrays).resumed == 0
+    assert content(out) != want
+
+
+def test_a_place_that_holds_something_is_refused(tmp_path):
+    base = write_checkpoint(tmp_path / "base", weights(np.random.default_rng(0), "float32"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(lx.ConfigError, match="which holds something"):
+        init_checkpoint(base, LoraConfig(2, target_modules=["q_proj"]), tmp_path / "out")
+    assert content(tmp_path / "out") == {"mine": b"x"}
+    assert init_checkpoint(base, LoraConfig(2, target_modules=["q_proj"]), tmp_path / "new" / "out").sites == 2
