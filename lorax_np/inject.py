@@ -12,6 +12,7 @@ import numpy as np
 from .backend import Array, copy, from_host, namespace_of
 from .config import LoraConfig, Plan, Site
 from .config.plan import counted, planned
+from .config.site import is_fused, output_of
 from .config.tree import Shape, named
 from .errors import ConfigError, DtypeError, ShapeError
 from .init import init_adapter
@@ -22,6 +23,7 @@ from .layers.experts import Experts, init_experts_adapter
 from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .params import Adapter, AnyAdapter, linear_from_stored, linear_to_stored
 
+DRAWN = True, False, "gaussian"  # starts that only draw
 Weights = Mapping[str, Array]
 Started = tuple[Array | None, AnyAdapter]  # the new weight as it is stored, where the start leaves a residual
 
@@ -180,9 +182,8 @@ def started(
         if strangers := [name for name in values if name not in found.sites]:
             hint = nearest(strangers[0], found.sites)
             raise ConfigError(f"{argument}: expected names of sites, got {strangers[0]!r}{hint}")
-    for name, site in found.sites.items():
-        if name in skip:
-            continue
+
+    def begin(name: str, site: Site) -> Started:
         given = Given(
             W=weights[site.weight],
             b=weights[str(tree.bias(name))] if name in found.biases else None,
@@ -196,9 +197,16 @@ def started(
             gradient=(gradients or {}).get(name),
         )
         try:
-            residual, adapter = STARTS[site.kind](given)
+            return STARTS[site.kind](given)
         except (ConfigError, DtypeError, ShapeError) as refused:
             raise type(refused)(f"{name}: {refused}") from None
+
+    for name, site in found.sites.items():
+        if name in skip:
+            continue
+        if is_fused(site) and config.init_lora_weights in DRAWN:
+            begin(name, output_of(site))  # PEFT draws for the output twice, before these and behind
+        residual, adapter = begin(name, site)
         yield Start(name, site, adapter, residual)
     for name in found.biases:
         if name not in found.sites and name not in skip:

@@ -17,7 +17,9 @@ from lorax_np import (
     ConfigError,
     ConvAdapter,
     DtypeError,
+    Linear,
     LoraConfig,
+    init_adapter,
     open_safetensors,
     torch_generator,
 )
@@ -227,6 +229,40 @@ def test_rows_of_embeddings():
 
 # ---- what is refused ---------------------------------------------------------------------------------------
 
+
+def test_an_attention_module_is_two_sites_with_the_same_numbers():
+    config = LoraConfig(2, 3, target_modules=["attn"], rank_pattern={"attn": 4}, bias="lora_only")
+    found = plan(MIXED, config)
+    assert [(s.name, s.weight, s.r, s.scaling) for s in found.sites.values()] == [
+        ("attn", "attn.in_proj_weight", 4, 0.75),
+        ("attn.out_proj", "attn.out_proj.weight", 4, 0.75),
+    ]
+    assert found.biases == ("attn.out_proj",)
+    assert found.trainable == 4 * (6 + 18) + 4 * (6 + 6) + 6  # (inject.1), (inject.5)
+    alone = plan(MIXED, LoraConfig(2, target_modules=["out_proj"]))
+    assert list(alone.sites) == ["attn.out_proj"]
+    with pytest.raises(ConfigError, match="got attn, an attention module without its out_proj"):
+        plan({name: shape for name, shape in MIXED.items() if not name.startswith("attn.out")}, config)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "pissa", "orthogonal"])
+def test_what_is_drawn_for_an_attention_module(start):
+    """PEFT draws the output's factors once before those of q, k and v, and once behind; SVDs draw nothing."""
+    weights = filled(MIXED)
+    new, adapters, _ = inject(
+        weights, LoraConfig(2, 3, target_modules=["attn"], init_lora_weights=start), torch_generator(5)
+    )
+    again, source = {}, torch_generator(5)
+    order = ["attn.out_proj", "attn", "attn.out_proj"] if start in (True, False, "gaussian") else list(adapters)
+    for name in order:
+        W = weights["attn.in_proj_weight" if name == "attn" else f"{name}.weight"]
+        again[name] = init_adapter(Linear(W), LoraConfig(2, 3, init_lora_weights=start), rng=source)
+    for name, adapter in adapters.items():
+        assert np.array_equal(adapter.A, again[name][1].A)
+        assert np.array_equal(adapter.B, again[name][1].B)
+    assert np.array_equal(new["attn.in_proj_weight"], again["attn"][0].W)
+
+
 REFUSED = [
     (
         {"target_modules": ["q_porj"]},
@@ -365,9 +401,34 @@ def test_what_fits_nothing_is_refused_by_plan_and_by_inject(fields, message):
     ("fields", "arguments", "message"),
     [
         (
-            {"target_modules": ["attn"]},
+            {"target_modules": ["attn"], "use_dora": True},
             {},
-            "got attn, an attention module with q, k and v in one parameter .below it: attn.out_proj",
+            "use_dora: expected False at attn, an attention module, got True",
+        ),
+        (
+            {"target_modules": ["attn"], "lora_bias": True},
+            {},
+            "lora_bias: expected False at attn, an attention",
+        ),
+        (
+            {"target_modules": ["attn", "out_proj"]},
+            {},
+            r"target_modules: expected no attn\.out_proj, which is adapted with attn, an attention module",
+        ),
+        (
+            {"target_modules": ["attn"], "exclude_modules": ["out_proj"]},
+            {},
+            "exclude_modules: expected no attn.out",
+        ),
+        (
+            {"target_modules": ["attn"], "modules_to_save": ["out_proj"]},
+            {},
+            "modules_to_save: expected no attn.out",
+        ),
+        (
+            {"target_modules": ["attn"], "rank_pattern": {"out_proj": 1}},
+            {},
+            "rank_pattern: expected keys that fit sites, got 'out_proj', which fits none",
         ),
         ({"target_modules": ["dw"]}, {}, r"groups: expected \{'dw': n\}, since a weight of \(8, 1, 3\) may be"),
         (

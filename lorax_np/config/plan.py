@@ -10,7 +10,7 @@ from ..kinds import nearest
 from .families import BUFFERS, HEADS, INPUT_EMBEDDINGS, TWINS
 from .fields import ROOTS, start_name
 from .lora import LoraConfig, check_usable
-from .site import Site, site_at
+from .site import FUSED, Site, is_fused, is_output, output_of, site_at
 from .targeting import parameters, saved_modules, targeted, token_rows, within
 from .tree import Shape, Tree, fits, grown, named
 
@@ -58,7 +58,7 @@ def planned(
     names = list(names)
     tree = grown(names, shape, model_type=model.get("model_type"), kinds=kinds, groups=groups)
     whole = saved_modules(config, tree)
-    sites = {name: _module_site(config, tree, name) for name in targeted(config, tree)}
+    sites = {site.name: site for name in targeted(config, tree) for site in _module_sites(config, tree, name)}
     for tensor in parameters(config, tree):
         sites[tensor] = _parameter_site(config, tree, tensor, taken=(*sites, *whole))
     _check_patterns(config, sites)
@@ -107,6 +107,14 @@ def adapter_size(tree: Tree, site: Site, config: LoraConfig) -> int:
 # ---- sites -------------------------------------------------------------------------------------------------
 
 
+def _module_sites(config: LoraConfig, tree: Tree, name: str) -> list[Site]:
+    """The site of a module; of an attention module two, with the same numbers."""
+    if tree.attention(name):
+        fused = site_at(config, name, weight=f"{name}.{FUSED}", transposed=False)
+        return [fused, output_of(fused)]
+    return [_module_site(config, tree, name)]
+
+
 def _module_site(config: LoraConfig, tree: Tree, name: str) -> Site:
     kind = tree.kind(name) or "linear"
     transposed = kind == "linear" and tree.transposed(name, declared=config.fan_in_fan_out)
@@ -127,7 +135,7 @@ def _check_patterns(config: LoraConfig, sites: Mapping[str, Site]) -> None:
     """Refuse keys of patterns that fit no site."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in sites):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in sites if not is_output(name, sites)):
                 ends = {name.rpartition(".")[2] for name in sites}
                 raise ConfigError(
                     f"{field}: expected keys that fit sites, got {key!r}, which fits none of {len(sites)}"
@@ -155,6 +163,10 @@ def _check_sites(config: LoraConfig, tree: Tree, sites: Mapping[str, Site]) -> N
 
 def _check_site(config: LoraConfig, tree: Tree, site: Site) -> None:
     shape, start = tree.shape(site.weight), start_name(config.init_lora_weights)
+    if is_fused(site):
+        for field in ("use_dora", "lora_bias"):
+            if getattr(config, field):
+                raise ConfigError(f"{field}: expected False at {site.name}, an attention module, got True")
     axes = {"conv": (3, 4, 5), "experts": (2, 3)}.get(site.kind, (2,))
     if len(shape) not in axes:
         wanted = f"a weight of {' or '.join(map(str, axes))} axes for one of kind {site.kind}"

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -34,6 +34,31 @@ class Site:
     scaling: float
     p: float = 0.0
     transposed: bool = False
+
+
+# ---- attention modules, with q, k and v in one parameter ---------------------------------------------------
+
+FUSED, OUT = "in_proj_weight", "out_proj"  # that parameter, and the output, a module below
+
+
+def is_fused(site: Site) -> bool:
+    """Whether a site is q, k and v of an attention module."""
+    return site.weight == f"{site.name}.{FUSED}"
+
+
+def output_of(fused: Site) -> Site:
+    """The output of an attention module, adapted with it by the same numbers, whatever patterns say of it."""
+    name = f"{fused.name}.{OUT}"
+    return replace(fused, name=name, weight=f"{name}.weight")
+
+
+def is_output(name: str, sites: Mapping[str, Site]) -> bool:
+    """Whether a name is that of the output of an attention module among some sites."""
+    parent, _, last = name.rpartition(".")
+    return last == OUT and parent in sites and is_fused(sites[parent])
+
+
+# ---- one place ---------------------------------------------------------------------------------------------
 
 
 def site_at(

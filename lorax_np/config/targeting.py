@@ -7,6 +7,7 @@ from ..errors import ConfigError
 from ..kinds import nearest
 from .families import HEADS, HEADS_OF_TASKS, INPUT_EMBEDDINGS, MAMBA, PAST_THE_MODULE, TARGETS
 from .lora import LoraConfig
+from .site import FUSED, OUT
 from .tree import Tree, fits
 
 ALL_LINEAR = "all-linear"
@@ -141,6 +142,8 @@ def _kept(config: LoraConfig, tree: Tree, found: Sequence[str]) -> list[str]:
         out = set(_listed("exclude_modules", exclude, tree))
     whole = saved_modules(config, tree)
     kept = [name for name in found if name not in out and not within(name, whole)]
+    for name in kept:
+        _check_attention(tree, name, {"target_modules": kept, "exclude_modules": out, "modules_to_save": whole})
     if not kept:
         raise ConfigError(
             f"target_modules: expected some module to be left, got {len(found)} that exclude_modules or "
@@ -185,17 +188,27 @@ def _check_place(tree: Tree, name: str) -> None:
             f"target_modules: expected no {last} of {tree.model_type}, whose kernel reads its weight past an "
             f"adapter, got {name}"
         )
-    if tree.kind(name) is not None:
+    if tree.kind(name) is not None or tree.attention(name):
         return
     weight = tree.weight(name)
     got = (
         f"{name}, whose weight has {len(tree.shape(weight))} axes" if weight else f"{name}, which has no weight"
     )
-    if "in_proj_weight" in module.tensors:
-        got = f"{name}, an attention module with q, k and v in one parameter"
+    if FUSED in module.tensors:
+        got = f"{name}, an attention module without its {OUT}"
     below = [child for child in tree.sites() if child.startswith(f"{name}.")]
     hint = f" (below it: {', '.join(below[:3])}{', ...' * (len(below) > 3)})" if below else ""
     raise ConfigError(f"target_modules: expected linear modules, embeddings or convolutions, got {got}{hint}")
+
+
+def _check_attention(tree: Tree, name: str, said: Mapping[str, Collection[str]]) -> None:
+    """Refuse what says something else of an attention module's output, which is adapted with the module."""
+    out = f"{name}.{OUT}"
+    for field, names in said.items():
+        if tree.attention(name) and out in names:
+            raise ConfigError(
+                f"{field}: expected no {out}, which is adapted with {name}, an attention module, got it"
+            )
 
 
 def _nothing(field: str, key: str, tree: Tree, names: Collection[str] = ()) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar, cast, get_args
 from ..errors import ConfigError
 from ..kinds import nearest, shown
 from .families import EMBEDDINGS, LAST, ORDERS, ROUTERS, TARGETS, TRANSPOSED, TRANSPOSED_EXPERTS
-from .site import Kind
+from .site import FUSED, OUT, Kind
 
 Shape = tuple[int, ...]
 KINDS = get_args(Kind)
@@ -44,6 +44,12 @@ class Tree:
         """The checkpoint's name of a module's weight, or None where it has none of its own."""
         module = self.modules.get(name)
         return module.tensors.get("weight") if module else None
+
+    def attention(self, name: str) -> bool:
+        """Whether a module has q, k and v in one parameter of two axes, and its output beside it."""
+        module = self.modules[name]
+        fused = module.tensors.get(FUSED)
+        return fused is not None and len(self.shape(fused)) == 2 and self.kind(f"{name}.{OUT}") == "linear"
 
     def bias(self, name: str) -> str | None:
         """The checkpoint's name of a module's bias, a vector, or None."""

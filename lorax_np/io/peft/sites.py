@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...config import LoraConfig, Site, site_at
 from ...config.regexes import Budget, Regex, plain
-from ...config.site import Kind
+from ...config.site import FUSED, OUT, Kind, output_of
 from ...errors import ConfigError, FormatError
 from ...kinds import nearest
 from ...params import AnyAdapter
@@ -206,8 +206,11 @@ class Resolver:
             return [self.numbers.site(module, kind="embedding", transposed=False)]
         if len(self.shapes[wrappers[0].keys["A"]]) > 2:
             return [self.numbers.site(module, kind="conv", transposed=False)]
-        attention = f"{module}.out_proj" in self.keys.wrappers
-        return [self.numbers.site(module, weight=f"{module}.in_proj_weight" if attention else None)]
+        parent, _, last = module.rpartition(".")
+        if last == OUT and parent in self.keys.wrappers:
+            return [output_of(self.numbers.site(parent, weight=f"{parent}.{FUSED}"))]
+        attention = f"{module}.{OUT}" in self.keys.wrappers
+        return [self.numbers.site(module, weight=f"{module}.{FUSED}" if attention else None)]
 
     def _experts(self, module: str, parameters: list[str], count: int) -> list[Site]:
         if len(parameters) != count:
