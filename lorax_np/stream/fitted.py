@@ -12,33 +12,50 @@ from ..io.peft.base import fit
 
 INPUTS = "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"
 HEAD = "lm_head.weight"
+SHARED, SIDES = "shared.weight", ("encoder", "decoder")  # of models of two stacks, as T5 and BART
+HEADED = "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"  # ends of the names of models with a head
 
 
 class Ends:
-    """The two tensors of a language model that may be one: its input and its output embedding.
+    """The tensors of a language model that may be one: its input embeddings and its output embedding.
 
-    inputs, head : their names; head is None where the checkpoint has no tensor of its own for it
-    tied : whether the model takes them for one
+    inputs, head : their names; head is None where the checkpoint has no tensor of its own for it. Where encoder
+        and decoder share their input embedding, inputs is what they share, and both are its readers
+    readers : names that read the tensor `inputs` where the checkpoint has none of their own
+    tied : whether the head is one of those
     """
 
     def __init__(self, base: Checkpoint) -> None:
         """Look at a checkpoint's names and at its config."""
-        self.inputs = next((name for name in base if name.endswith(INPUTS)), None)
         self.head = HEAD if HEAD in base else None
+        shared = next((name for name in base if name == SHARED or name.endswith(f".{SHARED}")), None)
+        prefix = "" if shared is None else shared.removesuffix(SHARED)
+        sides = [side for side in SIDES if any(name.startswith(f"{prefix}{side}.") for name in base)]
+        if shared is None or not sides:
+            self.inputs = next((name for name in base if name.endswith(INPUTS)), None)
+            self.readers: tuple[str, ...] = ()
+        else:
+            self.inputs = shared
+            self.readers = tuple(f"{prefix}{side}.embed_tokens.weight" for side in sides)
         said = base.config.get("tie_word_embeddings")
+        kinds = [str(kind) for kind in base.config.get("architectures") or ()]
+        heads = any(kind.endswith(HEADED) for kind in kinds)
         if said is None:  # the word of a config that keeps its class's default
-            kinds = [str(kind) for kind in base.config.get("architectures") or ()]
-            said = self.head is None and any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
+            said = self.head is None and heads
+        elif self.readers and kinds and not heads:  # an encoder alone, or a model without its head
+            said = False
         self.tied = bool(said) and self.inputs is not None
+        if self.tied:
+            self.readers = (*self.readers, HEAD)
 
 
 class _Shapes(Mapping[str, Any]):
-    """A checkpoint's names and shapes, a head that shares the input embedding's tensor among them."""
+    """A checkpoint's names and shapes, those that read the input embedding's tensor among them."""
 
     def __init__(self, base: Checkpoint) -> None:
         ends = Ends(base)
         self._base = base
-        self._alias = {HEAD: str(ends.inputs)} if ends.tied and ends.head is None else {}
+        self._alias = {name: str(ends.inputs) for name in ends.readers if name not in base}
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from .fitted import HEAD, Ends
 from .plan import FLOATS, NAMES, CheckpointPlan, Task, copied, filed
 
 ROWS = ".token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
+SCALED = "t5", "umt5", "longt5", "pop2piano"  # a tied head has d^-½ before it; this and the tie are two words
+SCALED_IF_TIED = "switch_transformers", "udop"  # the word of the tie says it, and the files' tensors win anyway
 
 
 def plan_merge(
@@ -28,6 +30,9 @@ def plan_merge(
     draft.untie()
     made, index = filed(base, draft.tasks, draft.beside, max_shard_size)
     return CheckpointPlan(made, index, draft.config, (*files.notes, *draft.notes))
+
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
 class _Draft:
@@ -49,7 +54,7 @@ class _Draft:
         adapter, site = self.files.adapters[name], self.files.sites[name]
         weight = site.weight
         if adapter.A is not None:
-            self._have_head(weight)
+            self._have(weight)
             task = self.tasks[weight]
             if task.word not in NAMES:
                 wanted = f"{weight} of {self.base.path} in one of {', '.join(NAMES)}"
@@ -75,7 +80,7 @@ class _Draft:
         shape = tuple(self.files.saved[name].shape)
         if name in self.tasks and self.tasks[name].kind == "update":
             return  # the base weight that a start left, which already stands in
-        self._have_head(name)
+        self._have(name)
         if name not in self.tasks:
             first = next(iter(self.tasks.values()))
             word = FLOATS[self.dtype] if self.dtype else _main_word(self.copies.values())
@@ -88,26 +93,40 @@ class _Draft:
         self.tasks[name] = replace(self.tasks[name], kind="saved", shape=shape, saved=name, site="")
         self._touch(name)
 
-    def _have_head(self, name: str) -> None:
-        """Where a head shares the input embedding's tensor and gets one of its own: a copy to begin with."""
-        if name == HEAD and name not in self.tasks and self.ends.tied:
+    def _have(self, name: str) -> None:
+        """Where a name reads the input embedding's tensor and gets one of its own: a copy to begin with."""
+        if name in self.ends.readers and name not in self.tasks:
             inputs = str(self.ends.inputs)
-            self.tasks[HEAD] = replace(self.copies[inputs], name=HEAD)
-            self.beside[HEAD] = inputs
+            self.tasks[name] = replace(self.copies[inputs], name=name)
+            self.beside[name] = inputs
 
     def _touch(self, name: str) -> None:
-        if name in (HEAD, self.ends.inputs) and name not in self.touched:
+        if name in (*self.ends.readers, self.ends.inputs) and name not in self.touched:
             self.touched.append(name)
 
     def untie(self) -> None:
-        """Where one of two ends that were one tensor has changed, keep the other as it was."""
-        if self.touched and self.ends.tied:
-            self._have_head(HEAD)
+        """Where one of several that were one tensor has changed, keep the others as they were."""
+        ends, inputs = self.ends, str(self.ends.inputs)
+        apart = self.touched and (ends.tied or self.touched != [inputs])
+        for name in ends.readers if apart else ():
+            self._have(name)
+        for name in ends.readers:  # what encoder and decoder share is changed for both
+            if inputs in self.touched and name in self.tasks and name not in (HEAD, *self.touched):
+                self.tasks[name] = replace(self.tasks[inputs], name=name)
+                self.notes.append(f"{inputs} is changed, and {name}, which reads it, with it")
+        if not apart or not ends.readers:
+            return
+        model_type, says = self.base.config.get("model_type"), ""
+        if ends.tied and model_type not in SCALED_IF_TIED:
             self.config["tie_word_embeddings"] = False
-            self.notes.append(
-                f"{self.ends.inputs} and {HEAD} were one tensor, and the adapter changes {self.touched[0]}: "
-                "they are two now, and config.json says tie_word_embeddings false"
-            )
+            says = ", and config.json says tie_word_embeddings false"
+        if ends.tied and model_type in SCALED:
+            self.config["scale_decoder_outputs"] = self.base.config.get("scale_decoder_outputs", True)
+        names = [inputs, *ends.readers]
+        self.notes.append(
+            f"{', '.join(names[:-1])} and {names[-1]} were one tensor, and the adapter changes "
+            f"{self.touched[0]}: they are {NUMBERS[len(names)]} now{says}"
+        )
 
 
 def _rows_kind(task: Task) -> Any:
@@ -134,12 +153,13 @@ def plan_unmerge(
                 )
         note = "by subtraction: each entry within half an ulp of W + s·BA and half an ulp of W, (merge.7)"
         return replace(plan, notes=(*plan.notes, note))
-    notes = list(files.notes)
+    notes, shared = list(files.notes), Ends(before).readers
     made = []
     for file in plan.files:
         tasks = []
         for task in file.tasks:
-            if task.kind in ("copy", "cast") and task.name == task.source:
+            alias = task.name in shared and task.name not in before
+            if task.kind in ("copy", "cast") and task.name == task.source and not alias:
                 tasks.append(task)
             elif task.name in before:
                 tasks.append(_original(task, before, dtype))

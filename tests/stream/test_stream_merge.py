@@ -16,7 +16,7 @@ from lorax_np.backend import cast
 from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.io.gguf_writer import write_gguf
 from lorax_np.stream import work
-from lorax_np.stream.merge import merge_checkpoint
+from lorax_np.stream.merge import merge_checkpoint, unmerge_checkpoint
 from lorax_np.stream.update import Scratch, rounded
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -308,6 +308,99 @@ def test_two_ends_that_were_one_tensor(tmp_path, end, said, shards):
     opened = open_checkpoint(tmp_path / "out")
     assert opened.config == {"model_type": "llama", "torch_dtype": "x", **said, "tie_word_embeddings": False}
     assert any("they are two now" in note for note in found.notes)
+
+
+def stacks(rng, prefix="", head=False, sides=("encoder", "decoder"), own=()):
+    """A small model of two stacks that share their input embedding."""
+    shapes = {f"{prefix}shared.weight": (56, 24)} | ({"lm_head.weight": (56, 24)} if head else {})
+    shapes |= {f"{prefix}{side}.block.0.q.weight": (24, 24) for side in sides}
+    made = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    return made | {f"{prefix}{side}.embed_tokens.weight": made[f"{prefix}shared.weight"] for side in own}
+
+
+def embedding(rng):
+    """A and B of an embedding's adapter."""
+    A, B = rng.standard_normal((3, 56)).astype(np.float32), rng.standard_normal((24, 3)).astype(np.float32)
+    return {"lora_embedding_A": A, "lora_embedding_B": B}
+
+
+STACKS = [  # prefix, config, the module that is adapted, which names the change reaches, tied head
+    ("", {"model_type": "t5"}, "encoder.embed_tokens", {"encoder.embed_tokens"}, True),
+    (
+        "",
+        {"model_type": "t5", "tie_word_embeddings": True},
+        "decoder.embed_tokens",
+        {"decoder.embed_tokens"},
+        True,
+    ),
+    ("", {"model_type": "umt5"}, "shared", {"shared", "encoder.embed_tokens", "decoder.embed_tokens"}, True),
+    ("", {"model_type": "mt5"}, "lm_head", {"lm_head"}, True),
+    ("", {"model_type": "udop"}, "lm_head", {"lm_head"}, True),
+    (
+        "",
+        {"model_type": "t5", "tie_word_embeddings": False},
+        "encoder.embed_tokens",
+        {"encoder.embed_tokens"},
+        False,
+    ),
+    ("", {"model_type": "t5", "tie_word_embeddings": False}, "lm_head", {"lm_head"}, False),
+    ("model.", {"model_type": "bart"}, "model.decoder.embed_tokens", {"model.decoder.embed_tokens"}, True),
+    ("model.", {"model_type": "bart", "tie_word_embeddings": True}, "lm_head", {"lm_head"}, True),
+]
+
+
+@pytest.mark.parametrize("own", [(), ("encoder", "decoder")], ids=["once", "copies"])
+@pytest.mark.parametrize(("prefix", "said", "module", "reached", "tied"), STACKS)
+def test_two_stacks_that_share_their_embedding(tmp_path, prefix, said, module, reached, tied, own):
+    """What the adapter does not reach keeps its values, and the way back is to the byte."""
+    rng = np.random.default_rng(4)
+    tensors = stacks(rng, prefix, head=not tied, own=own)
+    said = {"architectures": ["XForConditionalGeneration"], **said}
+    base = write_checkpoint(tmp_path / "base", tensors, config=said)
+    part = factors(rng, (56, 24), 3) if module == "lm_head" else embedding(rng)
+    adapter = write_adapter(tmp_path / "adapter", {module: part}, target_modules=[module])
+    found = merge_checkpoint(base, adapter, tmp_path / "out")
+    got, shared = read(tmp_path / "out"), tensors[f"{prefix}shared.weight"]
+    names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
+    for name in [*(prefix + name for name in names), "lm_head"]:
+        old = tensors.get(f"{name}.weight", shared)
+        if name in reached and module == "lm_head":
+            old = merged(old, {"A": part["lora_A.weight"], "B": part["lora_B.weight"]})
+        elif name in reached:
+            old = merged(old.T, {"A": part["lora_embedding_A"], "B": part["lora_embedding_B"]}).T
+        if f"{name}.weight" in got or tied:
+            assert same(got[f"{name}.weight"], old), name
+        else:
+            assert name not in reached
+    config = open_checkpoint(tmp_path / "out").config
+    if tied and said["model_type"] != "udop":
+        assert config["tie_word_embeddings"] is False
+        assert config.get("scale_decoder_outputs") is (True if said["model_type"] in ("t5", "umt5") else None)
+    else:
+        assert config == {"torch_dtype": "x", **said}
+    assert any(f"the adapter changes {module}.weight: they are" in note for note in found.notes) == (
+        tied or module != "lm_head"
+    )
+    unmerge_checkpoint(tmp_path / "out", adapter, tmp_path / "back", original=base)
+    assert content(tmp_path / "back")["model.safetensors"] == content(base)["model.safetensors"]
+
+
+def test_what_two_stacks_share_may_change_alone_for_both(tmp_path):
+    """With a head of its own nothing is told apart; an encoder has no head to keep."""
+    rng = np.random.default_rng(5)
+    for name, sides, head, said in (
+        ("v1_1", ("encoder", "decoder"), True, {"model_type": "t5", "tie_word_embeddings": False}),
+        ("encoder", ("encoder",), False, {"tie_word_embeddings": True, "architectures": ["T5EncoderModel"]}),
+    ):
+        tensors = stacks(rng, head=head, sides=sides)
+        base = write_checkpoint(tmp_path / name / "base", tensors, config=said)
+        part = {"shared": embedding(rng)}
+        adapter = write_adapter(tmp_path / name / "adapter", part, target_modules=["shared"])
+        merge_checkpoint(base, adapter, tmp_path / name / "out")
+        got = read(tmp_path / name / "out")
+        assert got.keys() == tensors.keys()
+        assert not same(got["shared.weight"], tensors["shared.weight"])
+        assert content(tmp_path / name / "out")["config.json"] == content(base)["config.json"]
 
 
 def test_ends_that_are_tied_and_untouched_stay_so(tmp_path):
