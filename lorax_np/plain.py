@@ -18,14 +18,14 @@ def plain(adapter: Kept, initial: Kept, *, experts: int = 1) -> Kept:
     """Return the adapter of twice the rank that does to the original W what `adapter` does to W − s·B₀A₀.
 
     A' = [A; A₀] and B' = [B | −B₀], so that s·B'A' = s·(BA − B₀A₀), exactly; of scaling s still, which
-    plain_config sees to. For linear layers, embeddings and convolutions; b and bB pass through.
+    plain_config sees to. For linear layers, embeddings and convolutions; b and bB pass through, and so does m,
+    whose V is the same matrix, (plain.4).
 
     adapter : what it is now
     initial : what it was at the start, A₀ and B₀; its other parts are not read
     experts : how many the factors are stacked of, for a fused parameter
 
-    Raises ConfigError for DoRA, whose magnitudes stay with the residual base, and where a part is missing;
-    ShapeError, DtypeError and TypeError where the two do not fit.
+    Raises ConfigError where a part is missing; ShapeError, DtypeError and TypeError where the two do not fit.
     Source: specs/plain.md.
 
     >>> import numpy as np
@@ -51,15 +51,17 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     """Return the config of the converted adapters: twice the rank at the same scaling, and an ordinary start.
 
     r, lora_alpha and the values of rank_pattern and alpha_pattern are doubled; under rsLoRA the two of α are
-    multiplied by √2. Raises ConfigError for DoRA and for a start that leaves W as it was or quantises it.
+    multiplied by √2. Raises ConfigError for a start that leaves W as it was or quantises it, and for DoRA with
+    dropout, which is another layer beside W than beside W − s·B₀A₀ while it trains.
 
     >>> found = plain_config(LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa"))
     >>> found.r, found.lora_alpha, found.scaling, found.init_lora_weights
     (8, 12, 1.5, True)
     """
-    if config.use_dora:
+    if config.use_dora and config.lora_dropout:
         raise ConfigError(
-            "use_dora: expected False, since DoRA's magnitudes stay with the residual base, got True"
+            "lora_dropout: expected 0.0 with use_dora, since the layer that drops inputs is another one beside "
+            f"the original weight, got {config.lora_dropout}; set it to 0.0 where no training follows"
         )
     if start_name(config.init_lora_weights) not in RESIDUAL:
         raise ConfigError(
@@ -86,11 +88,6 @@ def _times(factor: float, pattern: Mapping[str, Any] | None) -> dict[str, Any] |
 def _factors(name: str, adapter: Any) -> tuple[Array, Array]:
     if not isinstance(adapter, (Adapter, ConvAdapter)):
         raise TypeError(f"{name}: expected Adapter or ConvAdapter, got {type(adapter).__name__}")
-    if adapter.m is not None:
-        raise ConfigError(
-            f"{name}: expected no m, since DoRA's magnitudes stay with the residual base they were trained "
-            "beside, got one; save that base with the adapter"
-        )
     if adapter.A is None or adapter.B is None:
         raise ConfigError(f"{name}: expected A and B, got a bias alone")
     return adapter.A, adapter.B

@@ -110,6 +110,69 @@ def test_numbers_are_copied_in_any_dtype(dtype):
     assert (found.B[:, 2:] == -start.B).all()
 
 
+# ---- DoRA ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_gradient", [False, True])
+@given(seed=seeds)
+def test_a_magnitude_stands_beside_the_same_matrix(norm_gradient, seed):
+    """(plain.4): outputs, gm, gx and the gradients of A and B, and what is merged, beside either base."""
+    config = lx.LoraConfig(r=2, lora_alpha=3, init_lora_weights="pissa", use_dora=True, bias="all")
+    draw = normals(seed)
+    W, b = draw(6, 5), draw(6)
+    base, first = lx.init_adapter(lx.Linear(W, b), config)
+    now = lx.Adapter(first.A + draw(2, 5), first.B + draw(6, 2), m=first.m * 2 + draw(6), b=first.b + draw(6))
+    found, after = plain(now, first), plain_config(config)
+    assert found.m is now.m
+    assert after.use_dora
+    s, x, gy = after.scaling, draw(7, 5), draw(7, 6)
+    y, saved = lx.lora_linear_forward(x, base, now, scaling=config.scaling)
+    got, saved2 = lx.lora_linear_forward(x, lx.Linear(W, b), found, scaling=s)
+    V = base.W + s * (now.B @ now.A)
+    E = 64 * EPS * (abs(W) + s * (abs(now.B) @ abs(now.A) + 2 * abs(first.B) @ abs(first.A)))  # of V
+    n, e = np.linalg.norm(V, axis=1), np.linalg.norm(E, axis=1)
+    k = abs(now.m) / n
+    assert_close("y", got, y, abs(x) @ (k[:, None] * (E + abs(V) * (e / n)[:, None])).T + 4 * EPS * abs(now.b))
+    W1 = lx.merge(base, now, scaling=s).W
+    W2 = lx.merge(lx.Linear(W, b), found, scaling=s).W
+    assert_close("merged", W2, W1, k[:, None] * (E + abs(V) * (e / n)[:, None]))
+    gx, g = lx.lora_linear_backward(gy, saved, base, now, scaling=s, norm_gradient=norm_gradient)
+    gx2, g2 = lx.lora_linear_backward(
+        gy, saved2, lx.Linear(W, b), found, scaling=s, norm_gradient=norm_gradient
+    )
+    norm, c = np.linalg.norm, np.linalg.norm(V) / n.min()
+    q, worst = norm(k * gy) * c * (1 + norm_gradient * c), 8 * (e / n).max()  # of a gradient by y, and relative
+    for name, one, two, size in (
+        ("gx", gx, gx2, q * norm(V)),
+        ("gA", g.A, g2.A[:2], s * q * norm(x) * norm(now.B)),
+        ("gB", g.B, g2.B[:, :2], s * q * norm(x) * norm(now.A)),
+        ("gm", g.m, g2.m, norm(gy) * norm(x) * c),
+    ):
+        assert norm(two - one) <= worst * size, name
+
+
+def test_a_convolution_and_an_embedding_with_magnitudes():
+    """(plain.4), by rows of a kernel and by columns of a table."""
+    draw, s = normals(3), 1.5
+    for make, A, B, m in (
+        (lx.ConvAdapter, (2, 3, 3, 2), (4, 2, 1, 1), 4),
+        (lx.Adapter, (2, 9), (5, 2), 5),
+    ):
+        now, start = (make(draw(*A), draw(*B)) for _ in range(2))
+        now = make(now.A, now.B, m=abs(draw(m)) + 0.5)
+        found = plain(now, start)
+        assert found.m is now.m
+        delta = lambda v: v.B.reshape(len(v.B), -1) @ v.A.reshape(len(v.A), -1)  # noqa: E731
+        W = draw(*A[1:]) if make is lx.ConvAdapter else draw(9, 5)
+        W = draw(4, *A[1:]) if make is lx.ConvAdapter else W
+        taken = s * delta(start)
+        rest = W - (taken.reshape(W.shape) if make is lx.ConvAdapter else taken.T)
+        merge = lx.merge_conv if make is lx.ConvAdapter else lx.merge_embedding
+        base = lx.Conv if make is lx.ConvAdapter else lx.Embedding
+        one, two = merge(base(rest), now, scaling=s).W, merge(base(W), found, scaling=s).W
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-12)
+
+
 # ---- the config ---------------------------------------------------------------------------------------------
 
 
@@ -149,12 +212,14 @@ def test_the_starts_with_a_residual_are_known():
 # ---- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_dora_is_refused_with_its_reason():
-    adapter = linear(normals(0), 3, 4, 2, m=np.ones(3))
-    with pytest.raises(ConfigError, match=r"^adapter: expected no m, since DoRA's magnitudes stay with"):
-        plain(adapter, linear(normals(0), 3, 4, 2))
-    with pytest.raises(ConfigError, match=r"^use_dora: expected False, since DoRA's magnitudes"):
-        plain_config(lx.LoraConfig(use_dora=True, init_lora_weights="pissa"))
+def test_dora_is_refused_with_dropout():
+    config = lx.LoraConfig(use_dora=True, lora_dropout=0.1, init_lora_weights="pissa")
+    with pytest.raises(
+        ConfigError, match=r"^lora_dropout: expected 0.0 with use_dora, .* got 0.1; set it to 0.0"
+    ):
+        plain_config(config)
+    assert plain_config(lx.LoraConfig(lora_dropout=0.1, init_lora_weights="pissa")).lora_dropout == 0.1
+    assert plain_config(lx.LoraConfig(use_dora=True, init_lora_weights="pissa")).use_dora
 
 
 @pytest.mark.parametrize(
