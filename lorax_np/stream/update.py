@@ -13,13 +13,18 @@ import numpy as np
 
 from ..backend import HostArray, cast, quiet, to_host
 from ..config import Site
-from ..errors import ConfigError, ShapeError
+from ..errors import BackendError, ConfigError, ShapeError
+from ..fast.cblas import Multiply
+from ..fast.gemm import blas
 from ..ops.dora import row_norm_forward
 from ..params import AnyAdapter, check_direction
 
 WIDE = "float64"
 HALF = 0x8000  # half an ulp of bfloat16, in the bits of a float32
 OVER = np.float32((2 - 2.0**-8) * 2.0**127)  # from here on bfloat16 has infinity
+LARGE = np.float32(1e38)  # a sum of squares below it has no term, and so no entry, at which bfloat16 ends
+ALL_PAST = np.uint64(0x0101010101010101)  # eight bools, all true
+DEEPEST = 128  # rank up to which a product is one sum for every BLAS, and so may be added where it is made
 MANY = 100  # entries midway in one block, from which on all of it is rounded again at once
 
 
@@ -46,15 +51,19 @@ class Update:
     m: HostArray | None
     by_rows: bool
 
-    def add(self, V: HostArray, first: int, D: HostArray) -> None:
-        """V ← V + s·LR : (rows, cols) float64; V begins at that row of the weight; D, as V, is written to."""
+    def add(self, V: HostArray, first: int, scratch: "Scratch") -> None:
+        """V ← V + s·LR : (rows, cols) float64; V begins at that row of the weight."""
         for part in self.parts:
             a, b = max(first, part.start), min(first + len(V), part.stop)
             if a < b:
                 L = part.L[a - part.start : b - part.start].astype(WIDE)
-                here, product = V[a - first : b - first], D[a - first : b - first]
+                here, R = V[a - first : b - first], _wide(part.R)
                 exact = frexp(abs(self.s))[0] == 0.5  # a power of two may be on either side of the product
-                np.matmul(self.s * L if exact else L, _wide(part.R), out=product)
+                if exact and min(here.shape) > 1 and len(R) <= DEEPEST and (add := adding()) is not None:
+                    add(self.s * L, R, here, 1.0, 1.0)  # (merge.1)
+                    continue
+                product = scratch("D", here.shape, WIDE)
+                np.matmul(self.s * L if exact else L, R, out=product)
                 if not exact:
                     np.multiply(product, self.s, out=product)
                 np.add(here, product, out=here)  # (merge.1)
@@ -89,6 +98,24 @@ class Update:
         for V in blocks():
             squares += ((V / largest) ** 2).sum(axis=0)
         return np.asarray(self.m.astype(WIDE) / (largest * np.sqrt(squares)))
+
+
+@cache
+def adding() -> Multiply | None:
+    """What adds a product to an array in one call; None where its bits may not be those of matmul and add."""
+    try:
+        with blas("openblas") as engine:
+            multiply = engine.multiply
+    except BackendError:
+        return None
+    draw = np.random.default_rng(0).standard_normal
+    for m, r, n in ((8, 1, 33), (41, 16, 130), (16, DEEPEST, 64)):
+        L, R, V = draw((m, r)), draw((r, n)), draw((m, n))
+        want = V + L @ R
+        multiply(L, R, V, 1.0, 1.0)
+        if not np.array_equal(V, want):
+            return None
+    return multiply
 
 
 class Blocks:
@@ -184,9 +211,9 @@ class Scratch:
         return flat[:count].reshape(shape)
 
     def eights(self, what: str, count: int) -> HostArray:
-        """So many bytes of a purpose, eight at a time; those past the count are set to 0."""
+        """So many bytes of a purpose, eight at a time; those past the count are set to 1."""
         flat, whole = self._arrays[what], -(-count // 8) * 8
-        flat[count:whole] = 0
+        flat[count:whole] = 1
         return flat[:whole].view(np.uint64)
 
 
@@ -221,16 +248,17 @@ def _to_bfloat16(V: HostArray, scratch: Scratch) -> HostArray | None:
     bfloat16. Half an ulp lifts those to a lower half of zeros; they, with their neighbours, are rounded again,
     to odd first.
     """
-    near, low = scratch("near", V.shape, np.float32), scratch("low", V.shape, np.uint32)
-    found, hit = scratch("found", V.shape, bfloat16()), scratch("hit", V.shape, np.bool_)
+    near, found = scratch("near", V.shape, np.float32), scratch("found", V.shape, bfloat16())
+    past = scratch("past", V.shape, np.bool_)  # whether the lower half is more than 0
     bits = near.view(np.uint32)
     np.copyto(near, V, casting="unsafe")
-    if not (near.max(initial=0.0) < OVER and near.min(initial=0.0) > -OVER):  # NaN is not less either
-        return None
+    flat = near.reshape(-1)
+    if not np.dot(flat, flat) < LARGE and not (flat.max(initial=0.0) < OVER and flat.min(initial=0.0) > -OVER):
+        return None  # NaN is not less either
     np.add(bits, HALF, out=bits)
-    np.equal(np.bitwise_and(bits, 0xFFFF, out=low), 0, out=hit)
-    np.copyto(found.view(np.uint16), np.right_shift(bits, 16, out=low), casting="unsafe")
-    eights = np.flatnonzero(scratch.eights("hit", V.size))
+    np.bitwise_and(bits, 0xFFFF, out=past, dtype=np.uint32, casting="unsafe")
+    np.right_shift(bits, 16, out=found.view(np.uint16), dtype=np.uint32, casting="unsafe")
+    eights = np.flatnonzero(scratch.eights("past", V.size) != ALL_PAST)
     if len(eights) > MANY:
         return to_numpy(V, "bfloat16")
     if len(eights):

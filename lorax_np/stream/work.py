@@ -70,6 +70,13 @@ class Made(NamedTuple):
 
 def make_file(job: Job, progress: Progress | None = None, stop: threading.Event | None = None) -> Made:
     """Make one file of a new checkpoint; what an earlier run has put down of it is taken up."""
+    return begin_file(job, progress, stop)()
+
+
+def begin_file(
+    job: Job, progress: Progress | None = None, stop: threading.Event | None = None
+) -> Callable[[], Made]:
+    """Write all of one file, and return what brings it to the disk and puts it in its place."""
     with ExitStack() as stack:
         maker = _Maker(job, stack)
         path = Path(job.folder, job.file.name)
@@ -88,7 +95,13 @@ def make_file(job: Job, progress: Progress | None = None, stop: threading.Event 
                 progress(piece.size)
 
         _run(units, make, job.threads, stop or threading.Event())
-    return Made(job.file.name, file.kept)
+        rest = stack.pop_all()
+
+    def finish() -> Made:
+        rest.close()
+        return Made(job.file.name, file.kept)
+
+    return finish
 
 
 def _run(units: Iterator[Unit], make: Callable[[Unit], None], threads: int, stop: threading.Event) -> None:
@@ -202,7 +215,7 @@ class _Maker:
             V = self.scratch("V", W.shape, WIDE)
             np.copyto(V, W)
             if update is not None:
-                update.add(V, first, self.scratch("D", W.shape, WIDE))
+                update.add(V, first, self.scratch)
             yield first, V
 
     def _read(self, task: Task, start: int, stop: int, cols: int) -> HostArray:

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..io.checkpoint import INDEX, Checkpoint, open_checkpoint
 from .place import Workplace, check_apart
 from .plan import CheckpointPlan
 from .threads import one_thread_each
-from .work import Job, Made, make_file
+from .work import Job, Made, begin_file, make_file
 
 Progress = Callable[[int, int], None]  # bytes written so far, and of all
 WEIGHTS = ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"
@@ -155,13 +155,26 @@ class _Count:
 
 
 def _here(left: list[Job], place: Workplace, count: _Count, threads: int) -> int:
-    """File after file; return how many bytes of them were there before."""
+    """File after file, each brought to the disk beside the next; return how many bytes were there before."""
     kept = 0
-    for job in left:
-        made = make_file(job._replace(threads=threads), count)
-        place.done(made.name)
-        kept += made.kept
+    with ThreadPoolExecutor(1) as disk:
+        last: Future[Made] | None = None
+        try:
+            for job in left:
+                finish = begin_file(job._replace(threads=threads), count)
+                kept += _named(last, place)
+                last = disk.submit(finish)
+        finally:
+            kept += _named(last, place)
     return kept
+
+
+def _named(last: "Future[Made] | None", place: Workplace) -> int:
+    """Put down a file once it is finished."""
+    if last is None or (made := last.result()).name in place.finished:
+        return 0
+    place.done(made.name)
+    return made.kept
 
 
 def _elsewhere(left: list[Job], place: Workplace, count: _Count, executor: Executor) -> int:
