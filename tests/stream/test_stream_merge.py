@@ -17,7 +17,7 @@ from lorax_np.io.checkpoint import open_checkpoint
 from lorax_np.io.gguf_writer import write_gguf
 from lorax_np.stream import work
 from lorax_np.stream.merge import merge_checkpoint, unmerge_checkpoint
-from lorax_np.stream.update import Scratch, rounded
+from lorax_np.stream.update import DEEPEST, Scratch, adding, rounded
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 S = 5 / 3
@@ -230,6 +230,42 @@ def test_experts(tmp_path, blocks, dtype, transposed):
         one = {"A": A.reshape(E, r, d_in)[e], "B": B.reshape(d_out, r, E)[:, :, e]}
         want = merged(W[e].T if transposed else W[e], one)
         assert same(got[e], want.T if transposed else want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("r", [1, 16, 130, 400])
+@pytest.mark.parametrize("with_blas", [True, False])
+def test_a_power_of_two_as_scaling(tmp_path, monkeypatch, blocks, r, dtype, with_blas):
+    """A product that is added where it is made has the bits of one that is written down before."""
+    if not with_blas:
+        monkeypatch.setattr("lorax_np.stream.update.adding", lambda: None)
+    rng = np.random.default_rng(r)
+    tensors = weights(rng, dtype, layers=1)
+    site = "model.layers.0.mlp.up_proj"
+    part = factors(rng, (40, 24), r)
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(
+        tmp_path / "adapter", {site: part}, target_modules=["up_proj"], r=r, lora_alpha=2 * r
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    record = lx.Adapter(part["lora_A.weight"], part["lora_B.weight"])
+    want = lx.merge(lx.Linear(tensors[f"{site}.weight"]), record, scaling=2.0).W
+    assert same(read(tmp_path / "out")[f"{site}.weight"], want)
+
+
+def test_adding_a_product_has_the_bits_of_two_steps_up_to_the_rank_that_is_said():
+    """Beyond some rank a BLAS cuts sums in two, which the bound keeps away from."""
+    multiply = adding()
+    if multiply is None:  # a BLAS whose bits are others, or that cannot be reached: two steps are taken
+        return
+    draw = np.random.default_rng(0).standard_normal
+    for rows, cols in ((2, 2), (8, 33), (41, 130), (64, 512)):
+        for r in (1, 2, 7, 64, DEEPEST):
+            for L, R in ((draw((rows, r)), draw((r, cols))), (draw((r, rows)).T, draw((cols, r)).T)):
+                V = draw((rows, cols))
+                want = V + L @ R
+                multiply(L, R, V, 1.0, 1.0)
+                assert np.array_equal(V, want), (rows, cols, r)
 
 
 # ---- what stands in, and what is tied ----------------------------------------------------------------------
