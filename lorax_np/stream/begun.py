@@ -6,11 +6,11 @@ takes the record's word for parts that his plan has too, and that still look as 
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ..io.layout import Entry
 from ..io.writer import SafetensorsWriter, sync_folder
@@ -80,8 +80,9 @@ class Begun:
         try:
             self.writer.__enter__()
             work = {"work": self._work, "header": sha256(self.writer.header).hexdigest()}
-            said = [entry for line in self._journal.begin(work) or () for entry in line.get("pieces", ())]
-            self._held = {Piece(*where) for *where, pages in said if self.writer.pages(*where) == pages}
+            for name, start, size, pages in _said(self._journal.begin(work) or []):
+                if self.writer.pages(name, start, size) == pages:
+                    self._held.add(Piece(name, start, size))
             sync_folder(self._record.parent)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -131,3 +132,12 @@ class Begun:
             self._journal.say({"pieces": [(*piece, self.writer.pages(*piece)) for piece in new]})
             self._held.update(new)
         self._clock.marked(time.monotonic() - begun)
+
+
+def _said(lines: list[dict[str, Any]]) -> Iterator[tuple[str, int, int, str]]:
+    """What lines of a record say of pieces, as far as it has the form of that."""
+    for line in lines:
+        said = line.get("pieces")
+        for entry in said if isinstance(said, list) else ():
+            if isinstance(entry, list) and [type(part) for part in entry] == [str, int, int, str]:
+                yield entry[0], entry[1], entry[2], entry[3]

@@ -105,9 +105,10 @@ class Rest(ExitStack):
         """Whether what is left of one weight is there from a run before."""
         return self._begun[name].holds(self._piece(name))
 
-    def take(self, name: str) -> None:
-        """Leave it so."""
-        self._begun[name].take(self._piece(name))
+    def take(self, *names: str) -> None:
+        """Leave those of some weights so."""
+        for name in names:
+            self._begun[name].take(self._piece(name))
 
     def put(self, name: str, residual: Array | None) -> None:
         """Write what is left of one weight: all of it, where its start took nothing."""

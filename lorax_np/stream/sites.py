@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import to_host
 from ..config import Plan
+from ..errors import FormatError
 from ..io.safetensors import open_safetensors
 from ..io.writer import write_safetensors
 from ..params import Adapter, AnyAdapter, ConvAdapter
@@ -47,12 +48,23 @@ class Sites:
         work = {"work": self.work.digest}
         lines = self._journal.begin(work) or []
         for line in lines:
-            found = self._read(line)
-            if found is None:
+            try:
+                found = self._read(line)
+                if found is None:
+                    break
+                self.rng.bit_generator.state = _state(line["rng"])
+            except (
+                AttributeError,
+                KeyError,
+                TypeError,
+                ValueError,
+                FormatError,
+            ):  # a line that nobody wrote so
                 break
+            if self.rest is not None:
+                self.rest.take(*self._weights(line))
             self.adapters |= found
             self._lines += 1
-            self.rng.bit_generator.state = _state(line["rng"])
         if self._lines < len(lines):
             self._journal.begin(work, anew=True)
             for line in lines[: self._lines]:
@@ -92,17 +104,17 @@ class Sites:
         self._lines += 1
         self._new = []
 
+    def _weights(self, line: dict[str, Any]) -> list[str]:
+        """The weights of a line's sites."""
+        return [self.found.sites[name].weight for name in line["sites"] if name in self.found.sites]
+
     def _read(self, line: dict[str, Any]) -> dict[str, AnyAdapter] | None:
         """The adapters of one line, or None where they are not as it says."""
         path = self.work.begun / Path(str(line.get("file"))).name
         if not path.is_file() or known(path) != line.get("pages"):
             return None
-        if self.rest is not None:
-            weights = [self.found.sites[name].weight for name in line["sites"] if name in self.found.sites]
-            if not all(self.rest.holds(weight) for weight in weights):
-                return None
-            for weight in weights:
-                self.rest.take(weight)
+        if self.rest is not None and not all(map(self.rest.holds, self._weights(line))):
+            return None
         file = open_safetensors(path)
         found: dict[str, AnyAdapter] = {}
         for name in line["sites"]:

@@ -163,7 +163,16 @@ def test_after_an_interrupt_it_goes_on_after_the_sites_that_were_started(tmp_pat
 
 @pytest.mark.parametrize(
     ("change", "kept"),
-    [("seed", 0), ("config", 0), ("base", 0), ("no resume", 0), ("sites", 2), ("rest", 3), ("cut line", 4)],
+    [
+        ("seed", 0),
+        ("config", 0),
+        ("base", 0),
+        ("no resume", 0),
+        ("sites", 2),
+        ("rest", 3),
+        ("cut line", 4),
+        ("line", 5),
+    ],
 )
 def test_what_was_started_is_trusted_only_as_far_as_it_is_the_same(interrupted, change, kept):
     base, config, out, want = interrupted(5, "pissa")
@@ -183,6 +192,9 @@ def test_what_was_started_is_trusted_only_as_far_as_it_is_the_same(interrupted, 
         name = f"{sites[3]}.weight"
         shard = open_checkpoint(base).shard(name)
         flip(begun / shard.path.name, place_in(out, want, shard.path.name, name))
+    elif change == "line":
+        with (begun / "sites.record").open("a") as file:
+            file.write('{"sites": 3, "file": "sites-000004.safetensors", "rng": null}\n{"sites": null}\n')
     else:
         (begun / "sites.record").write_bytes((begun / "sites.record").read_bytes()[:-1])
     found = init_checkpoint(base, config, out, **more)

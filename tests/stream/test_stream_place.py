@@ -189,7 +189,8 @@ def test_what_was_begun_is_trusted_only_as_far_as_it_is_the_same(single, change)
         kept = sum(size for _, _, size, _ in pieces[:-1])
     else:
         with record.open("a") as file:
-            file.write(json.dumps({"pieces": [["no such", 0, 8, ""], [pieces[0][0], 2, 6, "0"]]}) + "\n")
+            for said in ([["no such", 0, 8, ""], [pieces[0][0], 2, 6, "0"]], [[[], 0, 1, ""], 7, "x"], 3, None):
+                file.write(json.dumps({"pieces": said}) + "\n")
         kept = sum(size for _, _, size, _ in pieces)
     found = merge_checkpoint(base, adapter, out, **more)
     assert found.kept == kept
@@ -233,7 +234,7 @@ def test_an_error_leaves_nothing(made):
 @posix
 @pytest.mark.parametrize(("work", "shards"), [("merge", 12), ("merge", 1), ("init", 1), ("pissa", 2)])
 def test_killed_at_random_moments(tmp_path, work, shards):
-    killed_at_random(tmp_path, 4, shards=shards, work=work)
+    killed_at_random(tmp_path, 3, shards=shards, work=work)
 
 
 @posix
