@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..backend import HostArray
 from ..config import TIERS, LoraConfig
 from ..config.fields import MARK
-from ..config.site import Kind
+from ..config.site import FUSED, OUT, Kind
 from ..errors import ConfigError, FormatError
 from ..io.peft.sites import Numbers
 from ..io.safetensors import open_safetensors
@@ -41,6 +41,12 @@ class Place(NamedTuple):
     name: str
     kind: Kind
     parts: dict[str, HostArray]
+    attention: str = ""  # the attention module that it is q, k and v of, under its name, or the output
+
+    @property
+    def weight(self) -> str:
+        """What its weight is called in a checkpoint."""
+        return f"{self.name}.{FUSED if self.name == self.attention else 'weight'}"
 
 
 class Read(NamedTuple):
@@ -87,6 +93,7 @@ def read(folder: Path) -> Read:
         place.parts[ENDINGS[ending]] = value
         if "embedding" in ending and place.kind != "embedding":
             places[site] = place._replace(kind="embedding")
+    places = dict(_with_attention(places))
     if tensors and bare:
         findings.append(Finding("prefix", "", f"{bare} of {len(tensors)} keys"))
     if not places and not any(f.id in ("pickle", "unreadable") for f in findings):
@@ -101,6 +108,18 @@ def read(folder: Path) -> Read:
         config = replace(config, rank_pattern={}, alpha_pattern={})
         numbers = Numbers(folder / "adapter_config.json", config, len(places))
     return Read(config, raw, places, others, findings, left, broken, numbers)
+
+
+def _with_attention(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
+    """The same places, those of attention modules known as such: below a wrapper lies the output's."""
+    below = f".base_layer.{OUT}"
+    modules = {name.removesuffix(below) for name in places if name.endswith(below)} & places.keys()
+    for name, place in places.items():
+        module = name.removesuffix(below)
+        if module in modules:
+            name = module if name == module else f"{module}.{OUT}"
+            place = place._replace(name=name, attention=module)
+        yield name, place
 
 
 def _kind(site: str, config: LoraConfig, value: HostArray) -> Kind:
@@ -169,7 +188,8 @@ def _tensors(folder: Path, findings: list[Finding]) -> tuple[Mapping[str, HostAr
 
 def expected(found: Read, place: Place) -> tuple[int, float, float]:
     """Rank, α and s that the config gives a site, as far as it can be resolved."""
-    site = found.numbers.site(place.name.removesuffix(".base_layer"), kind=place.kind)
+    name = place.attention or place.name.removesuffix(".base_layer")
+    site = found.numbers.site(name, kind=place.kind)
     return site.r, site.alpha, site.scaling
 
 

@@ -46,7 +46,7 @@ def _check_targets(found: Read, names: list[str]) -> None:
     for target in wanted.without(names) if names else ():
         found.say("target", f"{target!r} has none of {len(names)} sites{nearest(target, last)}")
     for place in found.places.values():
-        if place.kind != "experts" and not wanted.mean(place.name):
+        if place.kind != "experts" and not wanted.mean(place.attention or place.name):
             found.say("untargeted", f"target_modules={shown(found.config.target_modules)}", place.name)
 
 

@@ -120,9 +120,9 @@ def _check_presence(found: Read, place: Place, say: Say) -> None:
 
 def _beside(found: Read, place: Place, adapter: AnyAdapter, row: Row, base: Mapping[str, Any], say: Say) -> Row:
     """The row with what the base tells."""
-    name = weight_name(place.name, base)
+    name = weight_name(place.weight, base)
     if name is None:
-        say("no-site", f"expected {place.name}.weight among {len(base)} weights")
+        say("no-site", f"expected {place.weight} among {len(base)} weights")
         return row
     W, (A, B) = base[name], delta_factors(adapter)
     matrix = _matrix(W, place, found.config.fan_in_fan_out)
@@ -158,9 +158,8 @@ def _groups(adapter: AnyAdapter) -> int:
     return adapter.A.shape[0] // adapter.B.shape[1] if isinstance(adapter, ConvAdapter) else 1
 
 
-def weight_name(site: str, base: Mapping[str, Any]) -> str | None:
+def weight_name(own: str, base: Mapping[str, Any]) -> str | None:
     """The base's name of a site's weight: its own, or the one that differs by a leading part alone."""
-    own = f"{site}.weight"
     if own in base:
         return own
     near = [name for name in base if name.endswith("." + own) or own.endswith("." + name)]

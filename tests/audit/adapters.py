@@ -87,6 +87,21 @@ def conv(seed: int, groups: int = 1) -> tuple[Config, Tensors]:
     return lx.LoraConfig(r=4, lora_alpha=6, target_modules=["conv1"]).to_dict(), tensors
 
 
+def attention(seed: int, r: int = 4, **fields: Any) -> tuple[Config, Tensors]:
+    """A sound adapter of an attention module with q, k and v in one parameter, beside a linear site."""
+    rng = np.random.default_rng(seed)
+    config = lx.LoraConfig(**({"r": r, "lora_alpha": 6, "target_modules": ["attn", "up_proj"]} | fields))
+    key, rank = "base_model.model.attn", (config.rank_pattern or {}).get("attn", r)
+    return config.to_dict(), {
+        f"{key}.lora_A.weight": normal(rng, rank, D),
+        f"{key}.lora_B.weight": normal(rng, 3 * D, rank),
+        f"{key}.base_layer.out_proj.lora_A.weight": normal(rng, rank, D),
+        f"{key}.base_layer.out_proj.lora_B.weight": normal(rng, D, rank),
+        "base_model.model.up_proj.lora_A.weight": normal(rng, r, D),
+        "base_model.model.up_proj.lora_B.weight": normal(rng, WIDE, r),
+    }
+
+
 def write(folder: Path, config: Config | str, tensors: Tensors | bytes | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = config if isinstance(config, str) else json.dumps(config, indent=2, sort_keys=True)
@@ -145,6 +160,7 @@ def sound() -> dict[str, tuple[Config, Tensors]]:
     found |= {f"experts {i}": experts(i) for i in range(6)} | {"few experts": experts(9, count=2, r=8)}
     found |= {"one expert": experts(10, count=1)}
     found |= {f"embedding {i}": embedding(i) for i in range(2)}
+    found |= {"attention": attention(1), "attention's rank": attention(2, rank_pattern={"attn": 2})}
     found |= {"conv": conv(1), "grouped conv": conv(2, groups=2)}
     config, tensors = linear(60, modules_to_save=["lm_head"])
     found["a saved head"] = config, tensors | {"base_model.model.lm_head.weight": np.ones((50, D), np.float32)}

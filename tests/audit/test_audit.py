@@ -52,6 +52,20 @@ def test_nothing_is_said_beside_the_right_base(tmp_path, name):
     assert all(0 < row.relative < 1 and 0 <= row.lost < np.sqrt(0.5) for row in found.rows)
 
 
+def test_attention_beside_its_base(tmp_path):
+    """q, k and v are looked for in one parameter, and the output below its module."""
+    rng, (D, wide) = np.random.default_rng(0), (adapters.D, adapters.WIDE)
+    shapes = {"attn.in_proj_weight": (3 * D, D), "attn.out_proj.weight": (D, D), "up_proj.weight": (wide, D)}
+    weights = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    found = audit(write(tmp_path / "a", *adapters.attention(3)), weights)
+    assert found.passed, str(found)
+    assert {row.site: row.relative is None for row in found.rows} == dict.fromkeys(
+        ("attn", "attn.out_proj", "up_proj"), False
+    )
+    del weights["attn.out_proj.weight"]
+    assert {f.id for f in audit(tmp_path / "a", weights).findings} == {"no-site"}
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_every_planted_fault_is_found(tmp_path, name):
     id, config, tensors = PLANTED[name]
