@@ -83,7 +83,6 @@ class Begun:
             for name, start, size, pages in _said(self._journal.begin(work) or []):
                 if self.writer.pages(name, start, size) == pages:
                     self._held.add(Piece(name, start, size))
-            sync_folder(self._record.parent)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -129,6 +128,8 @@ class Begun:
             new, self._new = self._new, []
         if new:
             self.writer.sync()
+            if not self._held:
+                sync_folder(self._record.parent)  # the names of the part and of its record
             self._journal.say({"pieces": [(*piece, self.writer.pages(*piece)) for piece in new]})
             self._held.update(new)
         self._clock.marked(time.monotonic() - begun)

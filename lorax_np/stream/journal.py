@@ -52,13 +52,16 @@ class Journal:
         if found[:1] == [line] and not anew:
             return found[1:]
         os.ftruncate(self._file, 0)
-        self.say(line)
+        self._write(line)  # which the next line takes to the disk
         return None
 
     def say(self, line: dict[str, Any]) -> None:
-        """Add a line, and bring it to the disk."""
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        """Add a line, and bring it to the disk with all before it."""
+        self._write(line)
         os.fsync(self._file)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def close(self) -> None:
         """Let go of the file, and of its lock."""

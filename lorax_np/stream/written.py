@@ -156,23 +156,17 @@ class _Count:
 
 def _here(left: list[Job], place: Workplace, count: _Count, threads: int) -> int:
     """File after file, each brought to the disk beside the next; return how many bytes were there before."""
-    kept = 0
+    kept, end = 0, None
     with ThreadPoolExecutor(1) as disk:
-        last: Future[Made] | None = None
-        try:
-            for job in left:
-                finish = begin_file(job._replace(threads=threads), count)
-                kept += _named(last, place)
-                last = disk.submit(finish)
-        finally:
-            kept += _named(last, place)
-    return kept
+        for job in left:
+            finish = begin_file(job._replace(threads=threads), count)
+            kept += end.result() if end is not None else 0  # one file waits for the disk, no more
+            end = disk.submit(_ended, finish, place)
+        return kept + (end.result() if end is not None else 0)
 
 
-def _named(last: "Future[Made] | None", place: Workplace) -> int:
-    """Put down a file once it is finished."""
-    if last is None or (made := last.result()).name in place.finished:
-        return 0
+def _ended(finish: Callable[[], Made], place: Workplace) -> int:
+    made = finish()
     place.done(made.name)
     return made.kept
 
