@@ -127,3 +127,16 @@ def test_what_peft_refuses(more, theirs):
         pair(fields)
     with pytest.raises(lx.ConfigError, match=f"^{next(iter(more))}: expected .* an attention module"):
         plan({n: v.detach().numpy() for n, v in Net().state_dict().items()}, lx.LoraConfig(r=4, **fields))
+
+
+def test_a_pattern_that_names_the_output_is_not_asked(tmp_path):
+    """PEFT warns and gives the output its module's rank; ours refuses to start so, and loads what is there."""
+    fields = {"target_modules": ["attn"], "rank_pattern": {"out_proj": 2}}
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match .*'out_proj'"):
+        _, weights, adapted = pair(fields)
+    with pytest.raises(lx.ConfigError, match="rank_pattern: expected keys that fit sites, got 'out_proj'"):
+        plan(weights, lx.LoraConfig(r=4, lora_alpha=6, **fields))
+    adapted.save_pretrained(tmp_path)
+    files = load_adapter(tmp_path, weights=weights)
+    assert {(site.r, site.scaling) for site in files.sites.values()} == {(4, 1.5)}
+    assert files.adapters["layers.0.attn.out_proj"].A.shape == (4, D)
