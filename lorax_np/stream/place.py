@@ -65,6 +65,7 @@ class Workplace:
         for path in folder.iterdir():
             if path.is_dir():
                 self._take_back(path)
+                path.rmdir()
             elif path.name not in self.finished and (self.begun / (path.name + RECORD)).exists():
                 path.replace(self.begun / path.name)
             elif path.name not in self.finished:

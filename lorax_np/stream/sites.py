@@ -22,6 +22,7 @@ from .journal import Journal
 from .place import Workplace, known
 from .rest import Rest
 
+BROKEN = AttributeError, KeyError, TypeError, ValueError, FormatError
 PARTS = "A", "B", "m", "b", "bB"
 
 
@@ -53,13 +54,7 @@ class Sites:
                 if found is None:
                     break
                 self.rng.bit_generator.state = _state(line["rng"])
-            except (
-                AttributeError,
-                KeyError,
-                TypeError,
-                ValueError,
-                FormatError,
-            ):  # a line that nobody wrote so
+            except BROKEN:  # a line that nobody wrote so
                 break
             if self.rest is not None:
                 self.rest.take(*self._weights(line))

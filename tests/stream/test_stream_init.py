@@ -207,6 +207,18 @@ def test_what_was_started_is_trusted_only_as_far_as_it_is_the_same(interrupted, 
         assert content(out) == want
 
 
+def test_another_start_at_the_same_place_finds_nothing_of_the_first(interrupted):
+    base, config, out, _ = interrupted(5, "pissa")
+    assert (out.parent / ".out.part" / "whole" / "base").is_dir()
+    found = init_checkpoint(base, replace(config, init_lora_weights=True), out)
+    assert (found.base, found.resumed) == (None, 0)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
 def flip(path, at):
     """Change a bit of one byte of a file."""
     raw = bytearray(path.read_bytes())
