@@ -15,7 +15,7 @@ from ..io.checkpoint import SINGLE, Checkpoint
 from ..io.layout import Entry
 from .begun import Begun, Piece
 from .place import Workplace
-from .work import opened, read_tensor
+from .reading import opened, read_tensor
 from .written import index_name, other_files
 
 BASE = "base"  # the folder, within the adapter's, of what a start left of the base

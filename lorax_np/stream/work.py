@@ -4,25 +4,24 @@ Beside the blocks nothing of a tensor is in memory. Blocks do not depend on how 
 neither do the bytes.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..backend import Array, HostArray, to_host
-from ..errors import FormatError
 from ..io.checkpoint import open_checkpoint
-from ..io.safetensors import BITS, NUMPY, SafetensorsFile, _bfloat16, show
+from ..io.safetensors import BITS, show
 from ..io.writer import SafetensorsWriter
 from .begun import Begun, Piece
 from .fitted import fitted
 from .plan import NAMES, FilePlan, Task
 from .plans import ROWS, indices_of
+from .reading import opened, read_into, stored_dtype
 from .update import WIDE, Blocks, Scratch, Update, matrix_shape, rounded, to_numpy, update_of
 
 BLOCK = 1 << 19  # entries of rows that are updated at a time; smaller ones have threads wait for each other
@@ -225,10 +224,10 @@ class _Maker:
             whole = self.adapter.saved[task.saved] if stands_in else self._decoded(task.source)
             return to_host(whole).reshape(-1, cols)[start:stop]
         file = self.base.shard(task.source)
-        dtype = _dtype(file.dtype(task.source), str(file.path))
+        dtype = stored_dtype(file.dtype(task.source), str(file.path))
         found = self.scratch("W", (stop - start, cols), dtype)
         offset = file.place(task.source)[0] + start * cols * dtype.itemsize
-        _read_into(self._file(file.path), found, offset, file.path)
+        read_into(self._file(file.path), found, offset, file.path)
         return found
 
     def _decoded(self, name: str) -> Array:
@@ -279,45 +278,6 @@ class _Maker:
         return b
 
 
-def opened(stack: ExitStack) -> Callable[[Path], int]:
-    """Return what opens files for reading, each once, and closes them at the end of the stack."""
-    found: dict[Path, int] = {}
-    lock = threading.Lock()
-
-    def file(path: Path) -> int:
-        with lock:
-            if path not in found:
-                found[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                stack.callback(os.close, found[path])
-            return found[path]
-
-    return file
-
-
-def read_tensor(file: SafetensorsFile, name: str, files: Callable[[Path], int]) -> HostArray:
-    """One tensor in memory of its own."""
-    found = np.empty(file.shape(name), _dtype(file.dtype(name), str(file.path)))
-    _read_into(files(file.path), found, file.place(name)[0], file.path)
-    return found
-
-
 def _rows_of(cols: int) -> int:
     """How many rows are a block."""
     return max(8, BLOCK // max(cols, 1) // 8 * 8)
-
-
-def _dtype(word: str, where: str) -> np.dtype[Any]:
-    if word == "BF16":
-        return _bfloat16(where)
-    if word not in NUMPY:
-        raise FormatError(f"{where}: expected a dtype whose values can be read, got {word}")
-    return np.dtype(NUMPY[word])
-
-
-def _read_into(file: int, found: HostArray, offset: int, path: Path) -> None:
-    view = memoryview(found.reshape(-1).view(np.uint8).data)
-    while len(view):
-        done = os.preadv(file, [view], offset)
-        if not done:
-            raise FormatError(f"{path}: expected {len(view)} more bytes at {offset}, got the end of the file")
-        view, offset = view[done:], offset + done
