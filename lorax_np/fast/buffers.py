@@ -37,7 +37,7 @@ class Pool(local):
         for i in range(len(blocks)):
             if _holders(blocks, i) == FREE:
                 return blocks[i]
-        block = _aligned(nbytes)
+        block = aligned(nbytes)
         blocks.append(block)
         self.held += nbytes
         while self.held > LIMIT:
@@ -59,7 +59,7 @@ def _holders(blocks: list[HostArray], i: int) -> int:
     return sys.getrefcount(blocks[i])
 
 
-def _aligned(nbytes: int) -> HostArray:
+def aligned(nbytes: int) -> HostArray:
     """Bytes that begin on a cache line, so that where memory lies never shows in a result."""
     whole = np.empty(nbytes + LINE, np.uint8)
     start = -whole.__array_interface__["data"][0] % LINE
@@ -67,7 +67,7 @@ def _aligned(nbytes: int) -> HostArray:
     return np.frombuffer(memoryview(whole.data)[start : start + nbytes], np.uint8)
 
 
-FREE = _holders([_aligned(1)], 0)  # of a block that only its list holds, as this Python counts
+FREE = _holders([aligned(1)], 0)  # of a block that only its list holds, as this Python counts
 COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)() and hasattr(sys, "getrefcount")
 _pool = Pool()
 

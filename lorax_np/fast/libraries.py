@@ -22,6 +22,13 @@ SYMBOLS = (  # of one function, and the integers it takes; NumPy's wheels, Accel
 )
 
 
+class Threads(NamedTuple):
+    """How many threads a library's products use: of the whole process, or of the calling thread alone."""
+
+    get: Callable[[], int]
+    set: Callable[[int], None]
+
+
 class Engine(NamedTuple):
     """A library that multiplies."""
 
@@ -30,6 +37,7 @@ class Engine(NamedTuple):
     multiply: Multiply  # float32 or float64 matrices that are neither empty nor of another byte order
     stored: Multiply | None = None  # bfloat16 matrices into a float32 one, where the processor is made for it
     squares: Squares | None = None  # of a float32 or float64 array, by the same pool of threads
+    threads: Threads | None = None  # where they can be counted and set
 
 
 def proved(make: Callable[[], Engine]) -> Engine | str:
@@ -92,7 +100,8 @@ def _mkl() -> Engine:
     stored = None if isinstance(found, str) else found
     parts = shared, "cblas_{}gemm", ctypes.c_int32
     multiply, squares = by_cblas(*parts), squares_by_cblas(*parts)
-    return Engine("mkl", f"MKL {version}, by ctypes; {about}", multiply, stored, squares)
+    threads = _threads(shared, "MKL_Get_Max_Threads", "MKL_Set_Num_Threads")
+    return Engine("mkl", f"MKL {version}, by ctypes; {about}", multiply, stored, squares, threads)
 
 
 def _mkl_split3() -> Engine:
@@ -136,8 +145,23 @@ def _openblas() -> Engine:
             what = config().decode().strip() if config is not None else "NumPy's own BLAS"
             parts = shared, pattern, integer
             what = f"{what}, by {pattern.format('s')}"
-            return Engine("openblas", what, by_cblas(*parts), squares=squares_by_cblas(*parts))
+            threads = _threads(shared, *(pattern_of_threads(pattern, word) for word in ("get", "set")))
+            return Engine("openblas", what, by_cblas(*parts), None, squares_by_cblas(*parts), threads)
     raise BackendError("NumPy's library exports no CBLAS")
+
+
+def pattern_of_threads(pattern: str, word: str) -> str:
+    """The name beside a gemm's in one library: scipy_cblas_{}gemm64_ -> scipy_openblas_get_num_threads64_."""
+    return pattern.replace("cblas_{}gemm", f"openblas_{word}_num_threads")
+
+
+def _threads(shared: Any, get: str, put: str) -> Threads | None:
+    """The two functions of a library, where it has both."""
+    if not (hasattr(shared, get) and hasattr(shared, put)):
+        return None
+    reads, writes = getattr(shared, get), getattr(shared, put)
+    reads.restype, reads.argtypes, writes.restype, writes.argtypes = ctypes.c_int, [], None, [ctypes.c_int]
+    return Threads(lambda: int(reads()), lambda count: writes(count))
 
 
 def _scipy() -> Engine:

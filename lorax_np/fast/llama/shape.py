@@ -1,0 +1,110 @@
+"""What a config says of a Llama, and what the planned pass leaves to the general one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ...errors import ConfigError
+
+MODELS = "llama", "mistral", "qwen2"  # of one block, with what differs read off their configs and weights
+SITES = {
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate_up",
+    "mlp.up_proj": "gate_up",
+    "mlp.down_proj": "down",
+}  # a linear layer of a block -> the product that it is part of
+GROUPS = "qkv", "o", "gate_up", "down"  # in forward order
+NORMS = "input_layernorm", "post_attention_layernorm"
+BEYOND = "planned Llama pass"
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes and constants of one model."""
+
+    layers: int
+    d: int  # of the residual stream
+    H: int  # query heads
+    K: int  # key heads
+    D: int  # of a head, even
+    ff: int
+    V: int
+    eps: float
+    theta: float
+    window: int | None  # a key s is seen where t − s < window
+
+    @property
+    def d_q(self) -> int:
+        """Columns of all queries."""
+        return self.H * self.D
+
+    @property
+    def d_kv(self) -> int:
+        """Columns of all keys, and of all values."""
+        return self.K * self.D
+
+    def rows_of(self, site: str) -> int:
+        """d_out of a linear layer of a block."""
+        sizes = {"q_proj": self.d_q, "k_proj": self.d_kv, "v_proj": self.d_kv, "gate_proj": self.ff}
+        return sizes.get(site.split(".")[1], self.ff if site.endswith("up_proj") else self.d)
+
+    def columns_of(self, group: str) -> int:
+        """d_in of what a product reads."""
+        return {"o": self.d_q, "down": self.ff}.get(group, self.d)
+
+
+def refuse(what: str, wanted: str, came: object) -> NoReturn:
+    """Raise the ConfigError by which a caller knows that the general pass has to do it."""
+    raise ConfigError(f"{what}: expected {wanted} in the {BEYOND}, got {came}")
+
+
+def read_shape(config: Mapping[str, Any]) -> LlamaShape:
+    """The shape that a config.json describes. Raises ConfigError for what the plan does not compute."""
+    kind = config.get("model_type", "llama")
+    if kind not in MODELS:
+        refuse("model_type", f"one of {', '.join(MODELS)}", repr(kind))
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse("hidden_act", "silu", repr(config["hidden_act"]))
+    try:
+        d, H = int(config["hidden_size"]), int(config["num_attention_heads"])
+        sizes = {name: int(config[name]) for name in ("num_hidden_layers", "intermediate_size", "vocab_size")}
+    except KeyError as error:
+        raise ConfigError(f"config: expected {error.args[0]}, got none") from None
+    K, D = int(config.get("num_key_value_heads") or H), int(config.get("head_dim") or d // H)
+    if H % K or D % 2:
+        raise ConfigError(f"config: expected key heads that divide {H} heads, of even size, got {K} of {D}")
+    return LlamaShape(
+        *(sizes["num_hidden_layers"], d, H, K, D, sizes["intermediate_size"], sizes["vocab_size"]),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        theta=_theta(config),
+        window=_window(config),
+    )
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotation's angles; both places where configs have it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse("rope_scaling", "the default rotation", repr(kind))
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    width = config.get("sliding_window")
+    if width is None or not config.get("use_sliding_window", config.get("model_type") == "mistral"):
+        return None
+    return int(width)
+
+
+def check_names(shape: LlamaShape, names: Iterable[str]) -> None:
+    """Refuse weights of a block that the plan would leave out, as norms of queries and keys."""
+    known = {f"{site}.{part}" for site in SITES for part in ("weight", "bias")} | {f"{n}.weight" for n in NORMS}
+    for name in names:
+        parts = name.split(".", 3)
+        if name.startswith("model.layers.") and len(parts) == 4 and parts[3] not in known:
+            if not parts[3].endswith("rotary_emb.inv_freq"):
+                refuse(name, "no such weight", "one")
