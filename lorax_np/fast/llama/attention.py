@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """e^{jtθ} of each row, complex, with and without the scale of the scores.  (training_speed.9)"""
+    """e^{jtθ} of each row, complex, with and without the scale of the scores.  (training_speed.8)"""
 
     q: HostArray  # (N, D/2)
     k: HostArray  # (N, D/2)
@@ -42,9 +42,10 @@ def angles(positions: HostArray, shape: LlamaShape, dtype: str) -> Angles:
 
 
 @cache
-def mask(dtype: str) -> HostArray:
-    """−∞ where a key of the block comes after the query: (keys, queries)."""
-    return np.where(np.tri(HEIGHT, k=-1, dtype=bool), np.array(-np.inf, dtype), np.array(0, dtype))
+def mask(height: int, g: int, dtype: str) -> HostArray:
+    """−∞ where a key of the block comes after the query: (keys, g·queries)."""
+    later = np.tri(height, k=-1, dtype=bool)
+    return np.tile(np.where(later, np.array(-np.inf, dtype), np.array(0, dtype)), g)
 
 
 def pairs(x: HostArray, heads: int) -> HostArray:
@@ -54,7 +55,7 @@ def pairs(x: HostArray, heads: int) -> HostArray:
 
 
 def rotate(y: HostArray, shape: LlamaShape, turn: Angles, kept: Kept, run: Run) -> None:
-    """Queries, keys and values as the scores read them, from y : (N, d_q + 2 d_kv).  (training_speed.10)"""
+    """Queries, keys and values as the scores read them, from y : (N, d_q + 2 d_kv).  (training_speed.8)"""
     d_q, d_kv = shape.d_q, shape.d_kv
     for part in run.blocks(HEIGHT):
         block = of_block(kept.q, part, shape.H, shape.D)
@@ -76,16 +77,16 @@ def keys_of(a: int, part: slice, shape: LlamaShape) -> slice:
 
 
 def hide(S: HostArray, part: slice, keys: slice, shape: LlamaShape) -> None:
-    """Scores of keys that come after their query, or too long before it, to −∞.  S : (keys, g, height)"""
-    height = part.stop - part.start
-    S[part.start - keys.start :] += mask(S.dtype.name)[:height, None, :height]
+    """Scores of keys that come after their query, or too long before it, to −∞.  S : (keys, g·height)"""
+    height, g = part.stop - part.start, shape.H // shape.K
+    S[part.start - keys.start :] += mask(height, g, S.dtype.name)
     if shape.window is not None and keys.start + shape.window < part.stop:
         old = np.arange(part.start, part.stop) - np.arange(keys.start, keys.stop)[:, None] >= shape.window
-        S[...] = np.where(old[:, None], np.array(-np.inf, S.dtype), S)
+        S[np.tile(old, g)] = -np.inf
 
 
 def forward(kept: Kept, o: HostArray, shape: LlamaShape, run: Run, room: Room) -> None:
-    """o ← softmax(S)v, and L.  o : (N, d_q).  (training_speed.11) to (training_speed.13)"""
+    """o ← softmax(S)v, and L.  o : (N, d_q).  (training_speed.13), (training_speed.14)"""
     g = shape.H // shape.K
     for a, end, _ in run.sequences():
         for start in range(a, end, HEIGHT):
@@ -98,7 +99,7 @@ def forward(kept: Kept, o: HostArray, shape: LlamaShape, run: Run, room: Room) -
                 S = room.take("S", keys.stop - keys.start, g * height)
                 O = room.take("O", g * height, shape.D)
                 gemm(kept.k[j, keys], q[j].T, S)
-                hide(S.reshape(len(S), g, height), part, keys, shape)
+                hide(S, part, keys, shape)
                 largest = np.maximum.reduce(S, axis=0)
                 S -= largest
                 np.exp(S, out=S)
@@ -118,7 +119,7 @@ def backward(
     run: Run,
     room: Room,
 ) -> None:
-    """gy : (N, d_q + 2 d_kv) by what rotate was given.  (training_speed.14) to (training_speed.18)"""
+    """gy : (N, d_q + 2 d_kv) by what rotate was given.  (training_speed.15) to (training_speed.18)"""
     K, D, g, d_q, d_kv = shape.K, shape.D, shape.H // shape.K, shape.d_q, shape.d_kv
     back = Angles(np.conj(turn.q), np.conj(turn.k))
     gk, gv = gy[:, d_q : d_q + d_kv], gy[:, d_q + d_kv :]
@@ -137,7 +138,7 @@ def backward(
                 P, gP = (room.take(name, keys.stop - keys.start, g * height) for name in ("S", "gP"))
                 columns = slice(j * D, (j + 1) * D)
                 gemm(kept.k[j, keys], q[j].T, P)
-                hide(P.reshape(len(P), g, height), part, keys, shape)
+                hide(P, part, keys, shape)
                 P -= Ls[j]
                 np.exp(P, out=P)
                 gemm(P, gO[j], gv[keys, columns], 1.0, 1.0)

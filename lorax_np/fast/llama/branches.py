@@ -1,10 +1,12 @@
 """A product with its adapters, both ways.  Masks are made once, kept as bits, and read back in the backward."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from ...backend import HostArray
+from ...random import DropoutKey
 from ..gemm import gemm
 from .groups import Branch, Group
 from .room import Room, Run
@@ -13,7 +15,15 @@ from .weights import Frozen
 HEIGHT = 64  # rows of a block under a mask; a multiple of 8, so that the bits of a block begin with a byte
 
 
-class Gradients(NamedTuple):
+class Place(NamedTuple):
+    """Where a pass is: its rows, its worker's arrays, and under which name a layer keeps what it keeps."""
+
+    run: Run
+    room: Room
+    slot: str  # "" where nothing is kept
+
+
+class Sums(NamedTuple):
     """What one worker adds up for a group, over its runs; A folded, B in the product's row order."""
 
     A: HostArray  # (R, k)
@@ -21,78 +31,73 @@ class Gradients(NamedTuple):
     b: HostArray | None  # (n,)
 
 
-def forward(
-    group: Group,
-    frozen: Frozen,
-    xz: HostArray,
-    y: HostArray,
-    run: Run,
-    room: Room,
-    slot: str,
-    beta: float = 0.0,
-) -> None:
-    """y ← [x z][W sB]ᵀ + β·y, where z = (x∘mask)Aᵀ is written beside x.  (training_speed.4)
+def forward(group: Group, frozen: Frozen, xz: HostArray, y: HostArray, place: Place, beta: float = 0.0) -> None:
+    """y ← [x z][W sB]ᵀ + β·y + b, where z = (x∘mask)Aᵀ is written beside x.  (training_speed.2)
 
-    xz : (N, k + R)  x in its first k columns;  slot : under which the mask's bits are kept, "" for nowhere
+    xz : (N, k + R)  x in its first k columns;  y : (N, n)
     """
-    k = group.k
-    for branch in group.branches:
-        if branch.p and branch.r and run.dropout:
-            _masked_down(group, branch, xz, run, room, slot)
-        elif branch is group.branches[0] and not any(b.p and run.dropout for b in group.branches):
-            gemm(xz[:, :k], group.A.T, xz[:, k:])
-            break
+    k, masked = group.k, _masked(group, place.run)
+    if not masked and group.product.R:
+        gemm(xz[:, :k], group.A.T, xz[:, k:])
+    for branch in group.branches if masked else ():
+        if branch in masked:
+            _masked_down(group, branch, xz, place)
         else:
-            gemm(xz[:, :k], group.A[branch.ranks].T, xz[:, k + branch.ranks.start : k + branch.ranks.stop])
+            gemm(xz[:, :k], group.A[branch.ranks].T, xz[:, branch.beside(k)])
     gemm(xz, frozen.W.T, y, 1.0, beta)
     if frozen.b is not None:
         y += frozen.b
 
 
-def _masked_down(group: Group, branch: Branch, xz: HostArray, run: Run, room: Room, slot: str) -> None:
+def _masked(group: Group, run: Run) -> list[Branch]:
+    """The branches whose input is dropped in this run."""
+    return [branch for branch in group.branches if branch.p and branch.r and run.dropout]
+
+
+def _masked_down(group: Group, branch: Branch, xz: HostArray, place: Place) -> None:
     """z of one branch, a mask's block at a time; its bits are kept where there is a backward to come."""
-    k, A = group.k, group.A[branch.ranks]
-    z = xz[:, k + branch.ranks.start : k + branch.ranks.stop]
-    kept, at = _bits(branch, k, run, room, slot), 0
-    flags, floats, xd = _scratch(k, room)
-    for a, end, index in run.sequences():
-        drop = branch.dropout(*run.dropout, index)
-        fill = drop.blocks()
-        for start in range(a, end, HEIGHT):
-            part = slice(start, min(start + HEIGHT, end))
-            rows = part.stop - start
-            flag, keep, under = flags[:rows], floats[:rows], xd[:rows]
+    k, A, z = group.k, group.A[branch.ranks], xz[:, branch.beside(group.k)]
+    kept, at = _bits(branch, k, place), 0
+    flags, keeps, unders = _scratch(k, place.room)
+    for drop, parts in _blocks(branch, place.run):
+        fill, factor = drop.blocks(), factor_of(drop, xz)
+        for part in parts:
+            flag, keep, under = (x[: part.stop - part.start] for x in (flags, keeps, unders))
             fill(flag)
-            if slot:
+            if place.slot:
                 bits = np.packbits(flag)
                 kept[at : at + len(bits)] = bits
                 at += len(bits)
-            keep[...] = flag
+            keep[...] = flag.view(np.uint8)
             np.multiply(xz[part, :k], keep, out=under)
-            gemm(under, A.T, z[part], _factor(drop, xz))
+            gemm(under, A.T, z[part], factor)
 
 
-def _factor(drop, like) -> float:
+def _blocks(branch: Branch, run: Run) -> Iterator[tuple[DropoutKey, list[slice]]]:
+    """The mask's key on each sequence, and the blocks of its rows."""
+    seed, step = run.dropout or (0, 0)
+    for a, end, index in run.sequences():
+        yield branch.dropout(seed, step, index), run.cut(a, end, HEIGHT)
+
+
+def factor_of(drop: DropoutKey, like: HostArray) -> float:
     """1/(1 − p) as a mask of this dtype holds it."""
     return float(like.dtype.type(drop.scale))
 
 
 def _scratch(k: int, room: Room) -> tuple[HostArray, HostArray, HostArray]:
-    return (
-        room.take(f"flags {k}", HEIGHT, k, dtype="bool"),
-        room.take(f"keep {k}", HEIGHT, k),
-        room.take(f"dropped {k}", HEIGHT, k),
-    )
+    flags = room.take(f"flags {k}", HEIGHT, k, dtype="bool")
+    return flags, room.take(f"keep {k}", HEIGHT, k), room.take(f"under {k}", HEIGHT, k)
 
 
-def _bits(branch: Branch, k: int, run: Run, room: Room, slot: str) -> HostArray:
+def _bits(branch: Branch, k: int, place: Place) -> HostArray:
     """Room for the bits of a branch's mask."""
-    size = sum(-(-(part.stop - part.start) * k // 8) for part in run.blocks(HEIGHT))
-    return room.take(f"bits {slot} {branch.site}", size if slot else 0, dtype="uint8")
+    size = sum(-(-(part.stop - part.start) * k // 8) for part in place.run.blocks(HEIGHT))
+    return place.room.take(f"bits {place.slot} {branch.site}", size if place.slot else 0, dtype="uint8")
 
 
 class Back:
-    """The backward of a group, in three strokes: the products, then each block of rows, then what is left."""
+    """The backward of a group: the products when it is made, then each block of rows, then what is left."""
 
     def __init__(
         self,
@@ -101,62 +106,61 @@ class Back:
         gy: HostArray,
         z: HostArray,
         gxz: HostArray,
-        sums: Gradients,
-        run: Run,
-        room: Room,
-        slot: str,
-        first: bool,
-        need_gx: bool = True,
+        place: Place,
+        sums: Sums,
+        *,
+        fresh: bool,
+        need_gx: bool,
+        rho: HostArray | None = None,
     ) -> None:
-        """[gx gz] ← gy [W sB], and the gradients of B and of biases.  (training_speed.5), (training_speed.6)
+        """[gx gz] ← gy [W sB], and the gradients of B and of biases.  (training_speed.4), (training_speed.5)
 
-        gy : (N, n);  z : (N, R) of the forward;  gxz : (N, k + R), written;  sums : added to, but for the first
+        gy : (N, n);  z : (N, R) of the forward;  gxz : (N, k + R), written
+        sums : added to, or written where they are fresh
+        rho : (N, 1), where the input was ρ∘h and h is what rows() and end() get  (training_speed.7)
         """
-        self.group, self.gxz, self.sums, self.run, self.room, self.slot = group, gxz, sums, run, room, slot
-        self.need_gx, self.beta, k = need_gx, 0.0 if first else 1.0, group.k
-        self.gz, self.masks = gxz[:, k:], []
+        self.group, self.gxz, self.place, self.sums, self.need_gx = group, gxz, place, sums, need_gx
+        self.beta, k = 0.0 if fresh else 1.0, group.k
         if need_gx:
             gemm(gy, frozen.W, gxz)
         else:
-            gemm(gy, frozen.W[:, k:], self.gz)
+            gemm(gy, frozen.W[:, k:], gxz[:, k:])
         for branch, gB in zip(group.branches, sums.B, strict=True):
             gemm(gy[:, branch.rows].T, z[:, branch.ranks], gB, branch.s, self.beta)
-            if branch.p and branch.r and run.dropout:
-                self.masks.append((branch, _bits(branch, k, run, room, slot)))
         if sums.b is not None:
-            if first:
-                sums.b[...] = 0
-            np.add(sums.b, np.add.reduce(gy, axis=0), out=sums.b)
-        if not self.masks and need_gx and group.product.R:
-            gemm(self.gz, group.A, gxz[:, :k], 1.0, 1.0)  # (training_speed.7)
-        self.plain = [b for b in group.branches if b not in [m for m, _ in self.masks]] if self.masks else []
-        for branch in self.plain if need_gx else ():
-            gemm(self.gz[:, branch.ranks], group.A[branch.ranks], gxz[:, :k], 1.0, 1.0)
+            np.add(0 if fresh else sums.b, np.add.reduce(gy, axis=0), out=sums.b)
+        masked = _masked(group, place.run)
+        self.masks = [(branch, _bits(branch, k, place)) for branch in masked]
+        plain = [branch for branch in group.branches if branch not in masked]
+        self.plain = [branch.ranks for branch in plain] if masked else [slice(0, group.product.R)]
+        for ranks in self.plain if need_gx and group.product.R else ():
+            gemm(gxz[:, k:][:, ranks], group.A[ranks], gxz[:, :k], 1.0, 1.0)  # (training_speed.6)
+        self.gz = gxz[:, k:]
+        if rho is not None:
+            self.gz = np.multiply(self.gz, rho, out=place.room.take("rho gz", len(gy), group.product.R))
         self.at = 0  # bytes of each mask that were read
 
     def rows(self, part: slice, x: HostArray) -> None:
-        """Of one block, no higher than HEIGHT: gA += gzᵀ(x∘mask), gx += (gz A)∘mask.  (training_speed.8)"""
+        """Of one block, no higher than HEIGHT: gA += gzᵀ(x∘mask), gx += (gz A)∘mask.  (training_speed.6)"""
         if not self.masks:
             return
         k, rows = self.group.k, part.stop - part.start
         size = -(-rows * k // 8)
-        _, floats, xd = _scratch(k, self.room)
-        keep, under = floats[:rows], xd[:rows]
+        keep, under = (scratch[:rows] for scratch in _scratch(k, self.place.room)[1:])
         for branch, bits in self.masks:
             flag = np.unpackbits(bits[self.at : self.at + size], count=rows * k)
             keep[...] = flag.reshape(rows, k)
             np.multiply(x, keep, out=under)
-            gz, c = self.gz[part, branch.ranks], _factor(branch.dropout(0, 0, 0), keep)
-            gemm(gz.T, under, self.sums.A[branch.ranks], c, 1.0 if self.at else self.beta)
+            A, c = self.group.A[branch.ranks], factor_of(branch.dropout(0, 0, 0), keep)
+            beta = 1.0 if self.at else self.beta
+            gemm(self.gz[part, branch.ranks].T, under, self.sums.A[branch.ranks], c, beta)
             if self.need_gx:
-                gemm(gz, self.group.A[branch.ranks], under, c)
+                gemm(self.gxz[part, branch.beside(k)], A, under, c)
                 under *= keep
                 self.gxz[part, :k] += under
         self.at += size
 
     def end(self, x: HostArray) -> None:
-        """gA of branches without a mask: gzᵀx over all rows.  (training_speed.8)"""
-        if not self.masks:
-            gemm(self.gz.T, x, self.sums.A, 1.0, self.beta)
-        for branch in self.plain:
-            gemm(self.gz[:, branch.ranks].T, x, self.sums.A[branch.ranks], 1.0, self.beta)
+        """gA of branches without a mask: gzᵀx over all rows.  (training_speed.6)"""
+        for ranks in self.plain:
+            gemm(self.gz[:, ranks].T, x, self.sums.A[ranks], 1.0, self.beta)

@@ -1,22 +1,22 @@
 """Norms and the gated activation, a few rows at a time, so that blocks stay in the core's own cache."""
 
-from math import log2
-from math import e as EULER
+from math import e, log2
 
 import numpy as np
 
 from ...backend import HostArray
-from .room import Room, even_blocks
+from .room import Room, Run
 
 NORM_HEIGHT, GATE_HEIGHT = 128, 32
+LOG2E = log2(e)
 
 
 def rms(h: HostArray, eps: float, out: HostArray, rho: HostArray) -> None:
-    """ρ = (⟨h²⟩/d + ε)^−½, out = ρ∘h: the norm without its weight.  (training_speed.19)
+    """ρ = (⟨h²⟩/d + ε)^−½, out = ρ∘h: the norm without its weight.  (training_speed.9)
 
     h, out : (N, d);  rho : (N, 1), written
     """
-    for part in even_blocks(len(h), NORM_HEIGHT):
+    for part in Run.cut(0, len(h), NORM_HEIGHT):
         squares = np.einsum("ij,ij->i", h[part], h[part])
         squares /= h.shape[1]
         squares += eps
@@ -25,26 +25,27 @@ def rms(h: HostArray, eps: float, out: HostArray, rho: HostArray) -> None:
         np.multiply(h[part], rho[part], out=out[part])
 
 
-def rms_rows(h: HostArray, rho: HostArray, out: HostArray) -> None:
-    """The same again, for rows whose ρ is known."""
-    np.multiply(h, rho, out=out)
-
-
-def rms_back(gx: HostArray, x: HostArray, rho: HostArray, g: HostArray) -> None:
-    """g ← g + ρ(gx − x⟨gx∘x⟩/d), for x = ρ∘h.  gx, x are overwritten.  (training_speed.20)"""
-    mean = np.einsum("ij,ij->i", gx, x)[:, None]
-    mean /= x.shape[1]
-    x *= mean
-    gx -= x
-    gx *= rho
-    g += gx
+def rms_back(gx: HostArray, h: HostArray, rho: HostArray, g: HostArray, room: Room) -> None:
+    """g ← g + ρ·gx − ρ³⟨gx∘h⟩/d·h, for the x = ρ∘h of rms.  (training_speed.10)"""
+    scratch = room.take("norm", NORM_HEIGHT, h.shape[1])
+    for part in Run.cut(0, len(h), NORM_HEIGHT):
+        t, along = scratch[: part.stop - part.start], rho[part]
+        c = np.einsum("ij,ij->i", gx[part], h[part])[:, None]
+        c *= along
+        c *= along
+        c *= along
+        c /= -h.shape[1]
+        np.multiply(h[part], c, out=t)
+        g[part] += t
+        np.multiply(gx[part], along, out=t)
+        g[part] += t
 
 
 def swiglu(gu: HostArray, out: HostArray, room: Room) -> None:
-    """out ← u∘σ(u)∘w for gu = [u w].  gu : (N, 2 ff), out : (N, ff).  (training_speed.21)"""
+    """out ← u∘σ(u)∘w for gu = [u w].  gu : (N, 2 ff), out : (N, ff).  (training_speed.11)"""
     ff = out.shape[1]
-    scratch = room.take("swiglu", 1, GATE_HEIGHT, ff)[0]
-    for part in even_blocks(len(gu), GATE_HEIGHT):
+    scratch = room.take("swiglu", 2, GATE_HEIGHT, ff)[0]
+    for part in Run.cut(0, len(gu), GATE_HEIGHT):
         u, w = gu[part, :ff], gu[part, ff:]
         t = scratch[: len(u)]
         _one_plus_exp(u, t)
@@ -54,13 +55,13 @@ def swiglu(gu: HostArray, out: HostArray, room: Room) -> None:
 
 def _one_plus_exp(u: HostArray, t: HostArray) -> None:
     """t ← 1 + e^−u."""
-    np.multiply(u, -log2(EULER), out=t)
+    np.multiply(u, -LOG2E, out=t)
     np.exp2(t, out=t)
     t += 1
 
 
-def swiglu_rows(gu: HostArray, y: HostArray, room: Room) -> tuple[HostArray, HostArray]:
-    """σ(u) and u∘σ(u) of a block of rows, in the room's arrays; y is written: the activation."""
+def swiglu_again(gu: HostArray, y: HostArray, room: Room) -> tuple[HostArray, HostArray]:
+    """σ(u) and a = u∘σ(u) of a block of rows, in the room's arrays; y ← a∘w is written.  (training_speed.11)"""
     ff = gu.shape[1] // 2
     sigma, a = room.take("swiglu", 2, GATE_HEIGHT, ff)[:, : len(gu)]
     _one_plus_exp(gu[:, :ff], sigma)
@@ -71,7 +72,7 @@ def swiglu_rows(gu: HostArray, y: HostArray, room: Room) -> tuple[HostArray, Hos
 
 
 def swiglu_back(gy: HostArray, gu: HostArray, sigma: HostArray, a: HostArray, out: HostArray) -> None:
-    """out ← [gy∘w∘(σ + a(1 − σ)), gy∘a].  All of one block; a is overwritten.  (training_speed.22)"""
+    """out ← [gy∘w∘(σ + a(1 − σ)), gy∘a].  All of one block; a is overwritten.  (training_speed.12)"""
     ff = gy.shape[1]
     t = out[:, :ff]
     np.multiply(gy, a, out=out[:, ff:])

@@ -1,61 +1,71 @@
-"""The head and its cross entropy: rows that carry a label, some at a time, logits and their gradient in one array."""
+"""The head and its cross entropy, over rows that carry a label, some at a time.
+
+Logits and their gradient are one array in turn, and never there for more rows than a chunk has.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
 from ...backend import HostArray
 from ..gemm import gemm
-from .elementwise import rms_back
-from .room import Room, even_blocks
+from .elementwise import rms, rms_back
+from .room import Room, Run
 
 CHUNK, FEW = 256, 4  # rows whose logits are there at a time, and of them those that are in the cache
 IGNORED = -100
 
 
-def loss_rows(
-    h: HostArray,
-    labels: HostArray,
-    norm: HostArray,
-    E: HostArray,
-    eps: float,
-    n: int,
-    room: Room,
-    g: HostArray | None,
-) -> float:
-    """Σ (logsumexp(z) − z_label)/n over rows with a label, in float64.  (training_speed.23), (training_speed.24)
+class Head(NamedTuple):
+    """What stands between the last layer and the loss."""
 
-    h : (N, d) after the last layer;  norm : (d,);  E : (V, d)
+    norm: HostArray  # (d,)
+    E: HostArray  # (V, d)
+    eps: float
+
+
+def loss_rows(h: HostArray, labels: HostArray, head: Head, n: int, room: Room, g: HostArray | None) -> float:
+    """Σ (logsumexp(z) − z_label)/n over rows with a label, the sum in float64.  (training_speed.19)
+
+    h : (N, d) after the last layer;  labels : (N,)
     g : (N, d), written: the gradient by h, zero in rows without a label; None where nobody asks for it
     """
     if g is not None:
         g[...] = 0
-    chosen, found = np.flatnonzero(labels != IGNORED), 0.0
-    for part in even_blocks(len(chosen), CHUNK):
-        found += _chunk(h, chosen[part], labels, norm, E, eps, n, room, g)
-    return found
+    chosen, total = np.flatnonzero(labels != IGNORED), 0.0
+    for part in Run.cut(0, len(chosen), CHUNK):
+        rows = chosen[part]
+        total += _chunk(h[rows], labels[rows], rows, head, n, room, g)
+    return total / n
 
 
-def _chunk(h, rows, labels, norm, E, eps, n, room, g) -> float:
-    x, wanted = h[rows], labels[rows]
-    rho = 1 / np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1] + eps)[:, None]
-    x *= rho
-    z = room.take("logits", len(rows), len(E))
-    gemm(x * norm, E.T, z)
-    nll = -z[np.arange(len(rows)), wanted].astype("float64")
-    for part in even_blocks(len(rows), FEW):
-        few = z[part]
-        largest = np.max(few, axis=1, keepdims=True)
-        few -= largest
-        np.exp(few, out=few)
-        total = np.sum(few, axis=1, keepdims=True)
-        nll[part] += np.log(total[:, 0].astype("float64")) + largest[:, 0]
-        if g is not None:
-            few *= 1 / (n * total)
+def _chunk(
+    h: HostArray, labels: HostArray, rows: HostArray, head: Head, n: int, room: Room, g: HostArray | None
+) -> float:
+    x, rho = np.empty_like(h), np.empty((len(h), 1), h.dtype)
+    rms(h, head.eps, x, rho)
+    x *= head.norm
+    z, at = room.take("logits", len(h), len(head.E)), np.arange(len(h))
+    gemm(x, head.E.T, z)
+    nll = -z[at, labels].astype("float64")
+    for part in Run.cut(0, len(h), FEW):
+        nll[part] += _softmax(z[part], n)
     if g is not None:
-        z[np.arange(len(rows)), wanted] -= z.dtype.type(1 / n)
-        gx = np.empty_like(x)
-        gemm(z, E, gx)
-        gx *= norm
-        there = np.zeros_like(gx)
-        rms_back(gx, x, rho, there)
+        z[at, labels] -= z.dtype.type(1 / n)  # (training_speed.20)
+        gemm(z, head.E, x)
+        x *= head.norm
+        there = np.zeros_like(x)
+        rms_back(x, h, rho, there, room)
         g[rows] = there
-    return float(np.sum(nll)) / n
+    return float(np.sum(nll))
+
+
+def _softmax(z: HostArray, n: int) -> HostArray:
+    """z ← softmax(z)/n by rows, in place; returns logsumexp(z) in float64."""
+    largest = np.max(z, axis=1, keepdims=True)
+    z -= largest
+    np.exp(z, out=z)
+    total = np.sum(z, axis=1, keepdims=True)
+    z *= 1 / (n * total)
+    found: HostArray = np.log(total[:, 0].astype("float64")) + largest[:, 0]
+    return found

@@ -1,9 +1,8 @@
 """The plan of a model's training pass, and its two functions.  specs/training_speed.md."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +11,13 @@ from ...config import Site
 from ...errors import ConfigError, ShapeError
 from ...params import Adapter
 from . import groups as grouped
-from .branches import Gradients
+from .branches import Sums
 from .groups import Group
-from .passes import Layers, Worker
+from .head import IGNORED, Head
+from .passes import Buffers, Model, Worker
 from .room import Run, fresh
-from .shape import GROUPS, SITES, check_names, read_shape, refuse
-from .threads import blas_threads, shares, worker_count
+from .shape import SITES, check_names, read_shape, refuse
+from .threads import in_threads, shares, worker_count
 from .weights import Frozen, Weights, products_of
 
 ROWS = 512  # rows that a worker has at once, about: products are as quick as with more, and memory is bounded
@@ -35,14 +35,17 @@ def llama_plan(
 ) -> "LlamaPlan":
     """Prepare what is frozen of a Llama for training its adapters, on the CPU.
 
-    weights : arrays by Hugging Face name; with a method into(name, out) they are asked for layer by layer
-    config : of config.json
-    adapters, sites : by dotted name; values of adapters are read in each step alone, shapes and parts here
-    saved : what else trains; anything there is refused
+    weights : arrays by their names in a Hugging Face checkpoint; copied here, stacked. With a method
+              into(name, out), which writes one matrix out, the matrices are asked for layer by layer instead
+    config : of its config.json; model_type llama, mistral, or qwen2
+    adapters, sites : by dotted name, for any of the seven linear layers of any layers. Only parts, shapes and
+              dtype are read here, values in each step. All float32 or all float64, which is computed in
+    saved : what trains beside adapters; anything there is refused
     workers : threads, each with whole sequences and a BLAS of one thread; "auto" for one a core
-    checkpoint : whether to keep the residual stream alone, and do each layer's forward again in the backward
+    checkpoint : keep only the residual stream, and do each layer's forward again in the backward: the same bits
 
-    Raises ConfigError for what the plan does not compute: the general pass does. DtypeError, ShapeError.
+    Raises ConfigError for whatever the plan does not compute, such as DoRA: the general pass does. ShapeError
+    and DtypeError where weights or adapters do not fit the config. Source: specs/training_speed.md.
     """
     return LlamaPlan(weights, config, adapters, sites, saved or {}, workers=workers, checkpoint=checkpoint)
 
@@ -63,24 +66,17 @@ class LlamaPlan:
     ) -> None:
         """As llama_plan."""
         self.shape, self.workers, self.checkpoint = read_shape(config), workers, checkpoint
+        worker_count(workers, 1)
         check_names(self.shape, weights)
-        for name in saved:
-            refuse(name, "nothing beside adapters to train", "a whole array")
-        self.sites = dict(sites)
-        self.parts = {site: parts_of(adapter) for site, adapter in adapters.items()}
-        dtype = _dtype(adapters)
-        ranks = {site: _rank(adapter) for site, adapter in adapters.items()}
+        _nothing_beside(saved)
+        self._parts = {site: _shapes(adapter) for site, adapter in adapters.items()}
+        ranks = {site: 0 if parts[0] is None else parts[0][0] for site, parts in self._parts.items()}
         products = [products_of(self.shape, i, ranks) for i in range(self.shape.layers)]
-        known = {site for layer in products for product in layer.values() for site in product.sites}
-        for site in adapters:
-            if site not in known:
-                refuse(site, f"one of {', '.join(SITES)} of a layer", "an adapter there")
-            if site not in sites:
-                raise ConfigError(f"sites: expected {site}, set by adapters, got none")
-        self.weights = Weights(weights, self.shape, products, dtype)
+        _check_sites(adapters, sites, {name for layer in products for p in layer.values() for name in p.sites})
+        self.weights = Weights(weights, self.shape, products, _dtype(adapters))
         self.groups = [
             {
-                name: grouped.group_of(product, i, sites, adapters, self.weights)
+                name: grouped.group_of(product, self.weights.fold(i, name), sites, adapters, self.weights)
                 for name, product in layer.items()
             }
             for i, layer in enumerate(products)
@@ -88,10 +84,7 @@ class LlamaPlan:
         adapted = [i for i, layer in enumerate(self.groups) if any(g.branches for g in layer.values())]
         self.first = min(adapted, default=self.shape.layers)
         self._team: list[Worker] = []
-        self._sums: list[list[dict[str, Gradients]]] = []
-        self._pool: ThreadPoolExecutor | None = None
-
-    # ---- the two functions ---------------------------------------------------------------------------------
+        self._sums: list[list[dict[str, Sums]]] = []
 
     def loss_and_gradients(
         self,
@@ -107,15 +100,31 @@ class LlamaPlan:
     ) -> tuple[float, dict[str, Adapter], dict[str, HostArray]]:
         """Loss Σ −log p(label)/n over rows with a label, and the gradients by every adapter.
 
-        ids, labels : (N,)  token of each row, and the token to be predicted there; −100 for none
-        starts : (S + 1,)   where each sequence begins, and N;  index : (S,) its number in the whole step
+        ids, labels : (N,) integers  the token of each row, and the token to be predicted there, −100 for none
+        starts : (S + 1,)            first row of each sequence, and N
+        index : (S,)                 its number in the whole step, on which its masks depend
         n : labels that count in the whole step
-        dropout : (seed, step), or None for no dropout
+        dropout : (seed, step), or None for no dropout. The mask of a site on a sequence of T rows is
+                  dropout_mask((T, d_in), p, seed, step, site_key(site), c3=index)
 
-        Returns the loss, gradients in records as the adapters', fresh arrays; and nothing for `saved`.
+        Returns the loss; gradients in records as the adapters', fresh arrays; and {} for `saved`.
+        The bits depend on the arguments and the number of workers alone.
+        Raises ConfigError and ShapeError for a batch or adapters that do not fit.
         """
-        loss = self._step(adapters, saved, ids, starts, index, labels, n, dropout, gradients=True)
-        return loss, self._collected(adapters), {}
+        batch = _batch(ids, starts, index, labels, n, self.shape.V)
+        model, used = self._model(adapters, saved), list[int]()
+
+        def work(who: int, runs: list[Run]) -> float:
+            total = 0.0
+            for run in runs:
+                rows, sums = batch.rows(run), self._sums[who]
+                where = (self._team[who], model, batch.ids[rows], batch.labels[rows], run, n, sums)
+                total += Worker.loss_and_gradients(*where, fresh=who not in used)
+                used.append(who)
+            return total
+
+        loss = self._shared(batch, dropout, work)
+        return loss, self._collected(adapters, sorted(set(used))), {}
 
     def loss(
         self,
@@ -129,140 +138,90 @@ class LlamaPlan:
         n: int,
     ) -> float:
         """The loss alone, without dropout; arguments as loss_and_gradients."""
-        return self._step(adapters, saved, ids, starts, index, labels, n, None, gradients=False)
+        batch = _batch(ids, starts, index, labels, n, self.shape.V)
+        model = self._model(adapters, saved)
 
-    # ---- one step ------------------------------------------------------------------------------------------
-
-    def _step(
-        self,
-        adapters: Mapping[str, Adapter],
-        saved: Mapping[str, Any] | None,
-        ids: Any,
-        starts: Sequence[int],
-        index: Sequence[int],
-        labels: Any,
-        n: int,
-        dropout: tuple[int, int] | None,
-        *,
-        gradients: bool,
-    ) -> float:
-        self._check(adapters, saved, n)
-        ids, labels, bounds, index = _batch(ids, starts, index, labels, self.shape.V)
-        lengths = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        if self.shape.layers and not sum(lengths):
-            return 0.0
-        count = worker_count(self.workers, len(lengths))
-        self._hire(count, gradients)
-        at = self._layers(adapters)
-        self._done = [False] * count
-
-        def work(who: int, runs: list[list[int]]) -> float:
+        def work(who: int, runs: list[Run]) -> float:
             total = 0.0
-            with np.errstate(all="ignore"):
-                for number, places in enumerate(runs):
-                    rows = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in places])
-                    run = Run([lengths[i] for i in places], [index[i] for i in places], dropout)
-                    worker = self._team[who]
-                    if gradients:
-                        more = (self._sums[who], number == 0)
-                        total += worker.loss_and_gradients(at, ids[rows], labels[rows], run, n, *more)
-                    else:
-                        total += worker.loss(at, ids[rows], labels[rows], run, n)
-                    self._done[who] = True
+            for run in runs:
+                rows = batch.rows(run)
+                total += self._team[who].loss(model, batch.ids[rows], batch.labels[rows], run, n)
             return total
 
-        given = shares(lengths, count, ROWS)
-        with blas_threads(count):
-            if count == 1:
-                return work(0, given[0])
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(64, "lorax_np")
-            waiting = [self._pool.submit(copy_context().run, work, who, runs) for who, runs in enumerate(given)]
-            return sum([each.result() for each in waiting])
+        return self._shared(batch, None, work)
 
-    def _check(self, adapters: Mapping[str, Adapter], saved: Mapping[str, Any] | None, n: int) -> None:
-        for name in saved or ():
-            refuse(name, "nothing beside adapters to train", "a whole array")
-        found = {site: parts_of(adapter) for site, adapter in adapters.items()}
-        if found != self.parts:
-            wrong = next(iter(dict(found.items() ^ self.parts.items())))
-            raise ShapeError(f"{wrong}: expected adapters of the parts and shapes that the plan was made for")
-        if isinstance(n, bool) or n < 1:
-            raise ConfigError(f"n: expected at least one label that counts, got {n}")
+    # ---- parts of a step -------------------------------------------------------------------------------------
 
-    def _hire(self, count: int, gradients: bool) -> None:
-        """Workers, and where their gradients go."""
+    def _shared(self, batch: "Batch", dropout: tuple[int, int] | None, work: Any) -> float:
+        """Σ work(who, runs), by workers in threads."""
+        lengths = [b - a for a, b in pairwise(batch.bounds)]
+        count = worker_count(self.workers, len(lengths))
         while len(self._team) < count:
             self._team.append(Worker(self.weights.dtype))
-        while gradients and len(self._sums) < count:
-            self._sums.append([{name: _zeros(g) for name, g in layer.items()} for layer in self.groups])
+            self._sums.append([{name: _room(group) for name, group in layer.items()} for layer in self.groups])
+        runs = [
+            [
+                Run(places, [lengths[i] for i in places], [batch.numbers[i] for i in places], dropout)
+                for places in mine
+            ]
+            for mine in shares(lengths, count, ROWS)
+        ]
+        return float(sum(in_threads(work, runs)))
 
-    def _layers(self, adapters: Mapping[str, Adapter]) -> Layers:
-        """What workers read: the step's adapters put in place, at once or as each layer is written out."""
+    def _model(self, adapters: Mapping[str, Adapter], saved: Mapping[str, Any] | None) -> Model:
+        """What workers read: the step's adapters put in place, now or as each layer is written out."""
+        _nothing_beside(saved or {})
+        for site, parts in self._parts.items():
+            came = _shapes(adapters[site]) if site in adapters else "no adapter"
+            if came != parts:
+                raise ShapeError(f"{site}: expected (A, B, m, b, bB) of {parts}, set by the plan, got {came}")
+        _check_sites(adapters, self._parts, set(self._parts))
         for layer in self.groups:
             for group in layer.values():
                 grouped.fill(group, adapters)
 
-        def ready(i: int, buffers: dict[str, HostArray] | None) -> dict[str, Frozen]:
-            found = dict(self.weights.layer(i, buffers))
-            for name, group in self.groups[i].items():
-                if group.branches:
-                    grouped.place(group, found[name])
-                    found[name] = Frozen(found[name].W, grouped.biases(group, found[name], adapters))
-            return found
+        def placed(i: int, buffers: Buffers | None) -> dict[str, Frozen]:
+            found = self.weights.layer(i, buffers)
+            return {
+                name: grouped.placed(group, found[name], adapters) for name, group in self.groups[i].items()
+            }
 
-        frozen = ready
-        if not self.weights.by_layer:
-            placed = [ready(i, None) for i in range(self.shape.layers)]
+        there = [] if self.weights.by_layer else [placed(i, None) for i in range(self.shape.layers)]
 
-            def frozen(i: int, buffers: dict[str, HostArray] | None) -> dict[str, Frozen]:
-                return placed[i]
+        def frozen(i: int, buffers: Buffers) -> dict[str, Frozen]:
+            return there[i] if there else placed(i, buffers)
 
-        more = (self.weights.last_norm, self.first, self.checkpoint)
-        return Layers(self.shape, self.groups, frozen, self.weights.E, self.weights.head, *more)
+        head = Head(self.weights.last_norm, self.weights.head, self.shape.eps)
+        return Model(self.shape, self.groups, frozen, self.weights.E, head, self.first, self.checkpoint)
 
-    def _collected(self, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-        """The workers' gradients added up in their order, as records."""
-        found = {}
+    def _collected(self, adapters: Mapping[str, Adapter], used: list[int]) -> dict[str, Adapter]:
+        """The workers' gradients added up in their order; zeros where nobody had a row."""
+        found: dict[str, Adapter] = {}
         for i, layer in enumerate(self.groups):
             for name, group in layer.items():
                 if group.branches:
-                    found |= grouped.records(
-                        group,
-                        [sums[i][name] for sums, done in zip(self._sums, self._done, strict=False) if done],
-                    )
+                    sums = [self._sums[who][i][name] for who in used] or [_room(group, zero=True)]
+                    found |= grouped.records(group, sums)
         return {site: found[site] for site in adapters}
 
 
-def parts_of(adapter: Adapter) -> tuple[Any, ...]:
-    """Shapes of an adapter's parts, None where absent."""
-    parts = (adapter.A, adapter.B, adapter.m, adapter.b, adapter.bB)
-    return tuple(None if part is None else tuple(part.shape) for part in parts)
+class Batch(NamedTuple):
+    """The tokens of a step, on the host."""
+
+    ids: HostArray  # (N,)
+    labels: HostArray  # (N,)
+    bounds: list[int]
+    numbers: list[int]  # of each sequence in the whole step
+
+    def rows(self, run: Run) -> HostArray:
+        """Which rows a run has."""
+        return np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in run.places])
 
 
-def _rank(adapter: Adapter) -> int:
-    return 0 if adapter.A is None else int(adapter.A.shape[0])
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _dtype(adapters: Mapping[str, Adapter]) -> str:
-    """float32 or float64, as the adapters are."""
-    found = {dtype_name(part) for a in adapters.values() for part in (a.A, a.B, a.b, a.bB) if part is not None}
-    if len(found) > 1 or not found <= {"float32", "float64"}:
-        refuse("adapters", "float32 or float64 throughout", ", ".join(sorted(found)))
-    return found.pop() if found else "float32"
-
-
-def _zeros(group: Group) -> Gradients:
-    dtype = group.A.dtype
-    B = [np.empty((b.rows.stop - b.rows.start, b.r), dtype) for b in group.branches]
-    biased = any({"b", "bB"} & set(branch.trained) for branch in group.branches)
-    return Gradients(fresh(group.A.shape, dtype), B, np.empty(group.product.n, dtype) if biased else None)
-
-
-def _batch(
-    ids: Any, starts: Any, index: Any, labels: Any, V: int
-) -> tuple[HostArray, HostArray, list[int], list[int]]:
-    """The batch on the host, checked."""
+def _batch(ids: Any, starts: Any, index: Any, labels: Any, n: int, V: int) -> Batch:
     ids, labels = np.asarray(to_host(ids)), np.asarray(to_host(labels))
     bounds, numbers = [int(at) for at in starts], [int(i) for i in index]
     if ids.ndim != 1 or ids.shape != labels.shape:
@@ -271,7 +230,54 @@ def _batch(
         raise ShapeError(f"starts: expected bounds from 0 to {len(ids)}, set by ids, got {bounds[:8]}")
     if len(numbers) != len(bounds) - 1:
         raise ShapeError(f"index: expected {len(bounds) - 1} numbers, set by starts, got {len(numbers)}")
-    for name, values, least in (("ids", ids, 0), ("labels", labels[labels != -100], 0)):
-        if len(values) and not (least <= int(values.min()) and int(values.max()) < V):
-            raise ConfigError(f"{name}: expected tokens below {V}, got {values.min()} to {values.max()}")
-    return ids, labels, bounds, numbers
+    if isinstance(n, bool) or not n >= 1:
+        raise ConfigError(f"n: expected at least one label that counts, got {n}")
+    for name, values in (("ids", ids), ("labels", labels[labels != IGNORED])):
+        if len(values) and not (values.min() >= 0 and values.max() < V):
+            raise ConfigError(
+                f"{name}: expected tokens from 0 to {V - 1}, got {values.min()} to {values.max()}"
+            )
+    return Batch(ids, labels, bounds, numbers)
+
+
+def _check_sites(adapters: Mapping[str, Adapter], sites: Mapping[str, Any], known: set[str]) -> None:
+    for site in adapters:
+        if site not in known:
+            refuse(site, f"one of {', '.join(SITES)} of a layer", "another place")
+        if site not in sites:
+            raise ConfigError(f"sites: expected {site}, which adapters has, got none")
+
+
+def _nothing_beside(saved: Mapping[str, Any]) -> None:
+    for name in saved:
+        refuse(name, "nothing trained beside adapters", "a whole array")
+
+
+def _shapes(adapter: Adapter) -> tuple[tuple[int, ...] | None, ...]:
+    """Of an adapter's parts, None where absent."""
+    parts = (getattr(adapter, part, None) for part in ("A", "B", "m", "b", "bB"))
+    return tuple(None if part is None else tuple(part.shape) for part in parts)
+
+
+def _dtype(adapters: Mapping[str, Adapter]) -> str:
+    """float32 or float64, as the adapters are."""
+    parts = (getattr(adapter, part, None) for adapter in adapters.values() for part in ("A", "B", "b", "bB"))
+    found = sorted({dtype_name(part) for part in parts if part is not None})
+    if len(found) > 1 or not set(found) <= {"float32", "float64"}:
+        refuse("adapters", "float32 or float64 throughout", ", ".join(found))
+    return found[0] if found else "float32"
+
+
+def _room(group: Group, *, zero: bool = False) -> Sums:
+    """Where a group's gradients are added up."""
+    dtype, n = group.A.dtype.name, group.product.n
+    shapes = [(branch.rows.stop - branch.rows.start, branch.r) for branch in group.branches]
+    found = Sums(
+        fresh(group.A.shape, dtype),
+        [fresh(shape, dtype) for shape in shapes],
+        fresh((n,), dtype) if group.biased else None,
+    )
+    for array in (found.A, *found.B, *([] if found.b is None else [found.b])):
+        if zero:
+            array[...] = 0
+    return found

@@ -1,5 +1,6 @@
 """Arrays that one worker uses again in every step: by name, in whatever shape a step needs."""
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -38,9 +39,11 @@ class Room:
 class Run:
     """Some whole sequences of a step, one after another in rows; what depends on where they lie."""
 
-    def __init__(self, lengths: list[int], index: list[int], dropout: tuple[int, int] | None) -> None:
-        """lengths, index : of the sequences;  dropout : (seed, step), or None."""
-        self.bounds = np.cumsum([0, *lengths]).tolist()
+    def __init__(
+        self, places: list[int], lengths: list[int], index: list[int], dropout: tuple[int, int] | None
+    ) -> None:
+        """places, index : of each sequence in the batch, and in the whole step;  dropout : (seed, step)."""
+        self.places, self.bounds = places, np.cumsum([0, *lengths]).tolist()
         self.index, self.dropout = index, dropout
 
     @property
@@ -51,15 +54,13 @@ class Run:
 
     def sequences(self) -> list[tuple[int, int, int]]:
         """First row, end, and number in the step of each sequence."""
-        return list(zip(self.bounds[:-1], self.bounds[1:], self.index, strict=True))
+        return [(a, end, i) for (a, end), i in zip(pairwise(self.bounds), self.index, strict=True)]
 
     def blocks(self, height: int) -> list[slice]:
         """Rows in blocks of at most so many, none of them across the end of a sequence."""
-        return [
-            slice(at, min(at + height, end)) for a, end, _ in self.sequences() for at in range(a, end, height)
-        ]
+        return [part for a, end, _ in self.sequences() for part in self.cut(a, end, height)]
 
-
-def even_blocks(N: int, height: int) -> list[slice]:
-    """Rows in blocks of at most so many."""
-    return [slice(at, min(at + height, N)) for at in range(0, N, height)]
+    @staticmethod
+    def cut(a: int, end: int, height: int) -> list[slice]:
+        """Rows from a to end in blocks of at most so many."""
+        return [slice(at, min(at + height, end)) for at in range(a, end, height)]

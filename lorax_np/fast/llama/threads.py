@@ -1,58 +1,78 @@
-"""How many workers, each with how many threads of the one BLAS there is."""
+"""How many workers there are, what each does, and each with one thread of the one BLAS there is."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import TypeVar
+
+import numpy as np
 
 from ...errors import ConfigError
 from ..gemm import engine
 
+Work = TypeVar("Work")
+Found = TypeVar("Found")
+
 
 def worker_count(workers: int | str, sequences: int) -> int:
-    """As many as there are cores, and no more than sequences; one where BLAS cannot be told its threads."""
+    """As many as cores for "auto", and no more than sequences; one where BLAS cannot be told its threads."""
     if workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = cores if engine().threads is not None else 1
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ConfigError(f'workers: expected "auto" or a number of at least 1, got {workers!r}')
+        raise ConfigError(f"workers: expected 'auto' or a number of at least 1, got {workers!r}")
     return max(1, min(workers, sequences))
 
 
-@contextmanager
-def blas_threads(workers: int) -> Iterator[None]:
-    """Within it each worker's products use one thread, where there are several workers."""
+def in_threads(work: Callable[[int, Work], Found], given: list[Work]) -> list[Found]:
+    """[work(0, given[0]), work(1, given[1]), ...], each in a thread; all have ended when this returns.
+
+    Products of several threads use one thread of BLAS each meanwhile; alone, one has all there are.
+    """
+
+    def quietly(who: int) -> Found:
+        with np.errstate(all="ignore"):  # e^-u may overflow, which is right: its reciprocal is 0
+            return work(who, given[who])
+
     control = engine().threads
-    if workers == 1 or control is None:
-        yield
-        return
+    if len(given) == 1 or control is None:
+        return [quietly(who) for who in range(len(given))]
+    from concurrent.futures import ThreadPoolExecutor
+
     before = control.get()
     control.set(1)
     try:
-        yield
+        with ThreadPoolExecutor(len(given)) as pool:
+            waiting = [pool.submit(copy_context().run, quietly, who) for who in range(len(given))]
+        return [each.result() for each in waiting]
     finally:
         control.set(before)
 
 
 def shares(lengths: list[int], workers: int, most: int) -> list[list[list[int]]]:
-    """Which sequences each worker does, by their places, in runs of about `most` rows at most.
+    """Which sequences each worker does, by their places, in runs of about `most` rows; empty ones nobody does.
 
-    The longest first, each to whom has least so far; the order depends on the lengths alone.
+    The longest first, each to whom has least so far. Lengths alone decide.
+
+    >>> shares([5, 0, 9, 3], workers=2, most=100)
+    [[[2]], [[0, 3]]]
     """
     load, mine = [0] * workers, [list[int]() for _ in range(workers)]
     for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        who = load.index(min(load))
-        load[who] += lengths[place]
-        mine[who].append(place)
+        if lengths[place]:
+            who = load.index(min(load))
+            load[who] += lengths[place]
+            mine[who].append(place)
     return [_runs(sorted(places), lengths, most) for places in mine]
 
 
 def _runs(places: list[int], lengths: list[int], most: int) -> list[list[int]]:
+    """The places in order, cut into runs of about equal numbers of rows."""
     total = sum(lengths[place] for place in places)
-    count = max(1, round(total / most))
-    runs, rows = [list[int]()], 0
+    count, runs, rows = max(1, round(total / most)), list[list[int]](), 0
     for place in places:
-        if runs[-1] and rows + lengths[place] / 2 > total * len(runs) / count:
+        if not runs or rows + lengths[place] / 2 > total * len(runs) / count:
             runs.append([])
         runs[-1].append(place)
         rows += lengths[place]
-    return [run for run in runs if run]
+    return runs

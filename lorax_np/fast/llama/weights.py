@@ -5,12 +5,13 @@ adapter, s·B in the rows of its layer and zeros elsewhere.  (training_speed.1)
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...backend import HostArray, dtype_name, to_host
-from ...errors import ConfigError, DtypeError
+from ...errors import ConfigError, DtypeError, ShapeError
 from .room import fresh
 from .shape import GROUPS, NORMS, SITES, LlamaShape
 
@@ -42,7 +43,7 @@ def products_of(shape: LlamaShape, layer: int, ranks: Mapping[str, int]) -> dict
         sites = [site for site, group in SITES.items() if group == name]
         ends = np.cumsum([0, *(shape.rows_of(site) for site in sites)]).tolist()
         dotted = tuple(f"model.layers.{layer}.{site}" for site in sites)
-        rows = tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
+        rows = tuple(slice(a, b) for a, b in pairwise(ends))
         R = sum(ranks.get(site, 0) for site in dotted)
         found[name] = Product(name, dotted, rows, ends[-1], shape.columns_of(name), R)
     return found
@@ -84,16 +85,12 @@ class Weights:
         return {name: self._matrix(i, product, buffers) for name, product in self.products[i].items()}
 
     def _matrix(self, i: int, product: Product, buffers: dict[str, HostArray] | None) -> Frozen:
-        shape = product.n, product.k + product.R
-        if buffers is None:
-            W = fresh(shape, self.dtype)
-        else:
-            W = buffers.setdefault(f"{product.name} {shape}", fresh(shape, self.dtype))
+        W = self._room(product.name, (product.n, product.k + product.R), buffers)
         W[:, product.k :] = 0
         b = None
         for site, rows in zip(product.sites, product.rows, strict=True):
             order = self.order(site)
-            stored = self._plain(f"{site}.weight", (rows.stop - rows.start, product.k))
+            stored = self._plain(f"{site}.weight", (rows.stop - rows.start, product.k), buffers)
             W[rows, : product.k] = stored if order is None else stored[order]
             if f"{site}.bias" in self._from:
                 b = np.zeros(product.n, self.dtype) if b is None else b
@@ -104,26 +101,35 @@ class Weights:
             W[:, : product.k] *= fold
         return Frozen(W, b)
 
-    def _plain(self, name: str, shape: tuple[int, ...]) -> HostArray:
+    def _plain(self, name: str, shape: tuple[int, ...], buffers: dict[str, HostArray] | None) -> HostArray:
+        """A matrix as it is stored, or as whoever stores it in few bits writes it out."""
         if not self.by_layer:
             found = self.get(name)
             if found.shape != shape:
-                raise ConfigError(f"{name}: expected {shape}, set by the config, got {found.shape}")
+                raise ShapeError(f"{name}: expected {shape}, set by the config, got {found.shape}")
             return found
-        out = fresh(shape, self.dtype)
+        out = self._room(f"plain {shape}", shape, buffers)
         into: Any = self._from
         into.into(name, out)
         return out
 
+    def _room(self, name: str, shape: tuple[int, ...], buffers: dict[str, HostArray] | None) -> HostArray:
+        if buffers is None:
+            return fresh(shape, self.dtype)
+        if name not in buffers or buffers[name].shape != shape:
+            buffers[name] = fresh(shape, self.dtype)
+        return buffers[name]
+
     def fold(self, i: int, product: str) -> HostArray | None:
-        """The norm's weight that stands in the columns of a product.  (training_speed.2)"""
+        """The norm's weight that stands in the columns of a product.  (training_speed.1)"""
         return self.norms[i][NORMS.index(FOLDED[product])] if product in FOLDED else None
 
     def order(self, site: str) -> HostArray | None:
-        """The rows of a query or key matrix in the order of interleaved pairs.  (training_speed.3)"""
+        """The rows of a query or key matrix in the order of interleaved pairs.  (training_speed.8)"""
         if not site.endswith(("q_proj", "k_proj")):
             return None
         heads = self._shape.H if site.endswith("q_proj") else self._shape.K
         half = self._shape.D // 2
         pairs = np.arange(heads * self._shape.D).reshape(heads, 2, half).swapaxes(1, 2)
-        return pairs.reshape(-1)
+        found: HostArray = pairs.reshape(-1)
+        return found
