@@ -66,6 +66,8 @@ class Weights:
         self.head = self.get("lm_head.weight") if "lm_head.weight" in weights else self.E
         self.by_layer = hasattr(weights, "into")
         self._stored = [] if self.by_layer else [self._made(i, None) for i in range(shape.layers)]
+        if not self.by_layer:
+            self._from = {}  # copied: whoever holds the rest may let go of it
 
     def get(self, name: str) -> HostArray:
         """One array in the dtype computed in; itself where that changes nothing."""
