@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import HostArray, dtype_name, to_host
+from ...backend import HostArray, compute_dtype, dtype_name, on_device, to_host
 from ...config import Site
 from ...errors import ConfigError, ShapeError
 from ...params import Adapter
@@ -18,7 +18,7 @@ from .passes import Buffers, Model, Worker
 from .room import Run, fresh
 from .shape import SITES, check_names, read_shape, refuse
 from .threads import in_threads, shares, worker_count
-from .weights import Frozen, Weights, products_of
+from .weights import EMBEDDINGS, Frozen, Weights, products_of
 
 ROWS = 512  # rows that a worker has at once, about: products are as quick as with more, and memory is bounded
 
@@ -73,7 +73,7 @@ class LlamaPlan:
         ranks = {site: 0 if parts[0] is None else parts[0][0] for site, parts in self._parts.items()}
         products = [products_of(self.shape, i, ranks) for i in range(self.shape.layers)]
         _check_sites(adapters, sites, {name for layer in products for p in layer.values() for name in p.sites})
-        self.weights = Weights(weights, self.shape, products, _dtype(adapters))
+        self.weights = Weights(weights, self.shape, products, _dtype(adapters, weights))
         self.groups = [
             {
                 name: grouped.group_of(product, self.weights.fold(i, name), sites, adapters, self.weights)
@@ -222,7 +222,7 @@ class Batch(NamedTuple):
 
 
 def _batch(ids: Any, starts: Any, index: Any, labels: Any, n: int, V: int) -> Batch:
-    ids, labels = np.asarray(to_host(ids)), np.asarray(to_host(labels))
+    ids, labels = (to_host(x) if on_device(x) else np.asarray(x) for x in (ids, labels))
     bounds, numbers = [int(at) for at in starts], [int(i) for i in index]
     if ids.ndim != 1 or ids.shape != labels.shape:
         raise ShapeError(f"labels: expected {ids.shape}, set by ids, got {labels.shape}")
@@ -259,13 +259,13 @@ def _shapes(adapter: Adapter) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(None if part is None else tuple(part.shape) for part in parts)
 
 
-def _dtype(adapters: Mapping[str, Adapter]) -> str:
-    """float32 or float64, as the adapters are."""
+def _dtype(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> str:
+    """float32 or float64, as the adapters are; where there are none, as the embeddings are computed in."""
     parts = (getattr(adapter, part, None) for adapter in adapters.values() for part in ("A", "B", "b", "bB"))
     found = sorted({dtype_name(part) for part in parts if part is not None})
     if len(found) > 1 or not set(found) <= {"float32", "float64"}:
         refuse("adapters", "float32 or float64 throughout", ", ".join(found))
-    return found[0] if found else "float32"
+    return found[0] if found else compute_dtype(weights[EMBEDDINGS])
 
 
 def _room(group: Group, *, zero: bool = False) -> Sums:

@@ -15,6 +15,7 @@ from ...errors import ConfigError, DtypeError, ShapeError
 from .room import fresh
 from .shape import GROUPS, NORMS, SITES, LlamaShape
 
+EMBEDDINGS = "model.embed_tokens.weight"
 FOLDED = {"qkv": NORMS[0], "gate_up": NORMS[1]}  # the norm whose weight is folded into what it feeds
 
 
@@ -62,7 +63,7 @@ class Weights:
         self.norms = [
             tuple(self.get(f"model.layers.{i}.{norm}.weight") for norm in NORMS) for i in range(shape.layers)
         ]
-        self.last_norm, self.E = self.get("model.norm.weight"), self.get("model.embed_tokens.weight")
+        self.last_norm, self.E = self.get("model.norm.weight"), self.get(EMBEDDINGS)
         self.head = self.get("lm_head.weight") if "lm_head.weight" in weights else self.E
         self.by_layer = hasattr(weights, "into")
         self._stored = [] if self.by_layer else [self._made(i, None) for i in range(shape.layers)]

@@ -1,0 +1,391 @@
+"""The planned Llama pass: loss and gradients against the definitions, bits, workers, and what it refuses."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+from checkers import EPS, TINY
+
+import lorax_np as lx
+from lorax_np import Adapter
+from lorax_np.errors import ConfigError, DtypeError, ShapeError
+from lorax_np.fast.gemm import engine
+from lorax_np.fast.llama import attention, branches, elementwise, head, llama_plan, plan, room, threads
+from tests.fast.plain_llama import CONFIG, PARTS, batch, draw, loss
+
+LENGTHS = 7, 3, 131, 1, 12  # a block of queries and some more, and a single token
+ROUNDING = 4096  # eps64 of a tensor's largest entry: 1e-12, some hundred roundings through three layers
+DROPOUT = 5, 3  # seed, step
+MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 5}
+CASES = {
+    "plain": {},
+    "dropout": {"p": 0.1},
+    "biases": {"biases": True, "p": 0.1},
+    "own head": {"head": True},
+    "one head each": {"config": CONFIG | {"num_key_value_heads": 6}},
+    "window": {"config": MISTRAL},
+    "wide window": {"config": MISTRAL | {"sliding_window": 100, "num_hidden_layers": 2}, "lengths": (150, 5)},
+    "last layer": {"where": lambda i, site: i == 2},
+    "from down": {"where": lambda i, site: i > 1 or (i, site) == (1, "mlp.down_proj"), "p": 0.2},
+    "from up": {"where": lambda i, site: i > 1 or (i, site) == (1, "mlp.up_proj"), "p": 0.2},
+    "from o": {"where": lambda i, site: i > 1 or (i, site) == (1, "self_attn.o_proj"), "p": 0.2},
+    "from v, few": {"where": lambda i, site: site[10:] in ("v_proj", "k_proj"), "p": 0.2},
+}
+
+
+class Case:
+    """A model, a batch, and a plan's answer beside the definitions'."""
+
+    def __init__(self, seed=0, *, config=CONFIG, lengths=LENGTHS, dtype="float64", **how):
+        self.config, self.p = config, how.get("p", 0.0)
+        self.weights, self.adapters, self.sites = draw(config, seed, dtype=dtype, **how)
+        self.batch = batch(config, lengths)
+        self.drop = DROPOUT if self.p else None
+
+    def plan(self, weights=None, **how):
+        given = self.weights if weights is None else weights
+        return llama_plan(given, self.config, self.adapters, self.sites, {}, **{"workers": 2, **how})
+
+    def gradients(self, plan=None, **how):
+        *where, n = self.batch
+        return (plan or self.plan(**how)).loss_and_gradients(self.adapters, {}, *where, n=n, dropout=self.drop)[
+            :2
+        ]
+
+    def plain(self, adapters=None):
+        given = adapters or self.adapters
+        return loss(self.config, self.weights, given, self.sites, *self.batch, self.drop)
+
+    def assert_right(self, found, seed=2):
+        """⟨g, v⟩ of every array along a random v, by a complex step through the definitions."""
+        total, gradients = found
+        want = self.plain()
+        assert abs(total - want) <= ROUNDING * EPS["float64"] * abs(want)
+        assert list(gradients) == list(self.adapters)
+        rng = np.random.default_rng(seed)
+        largest = max(np.abs(g.B).max() for g in gradients.values())
+        for site, adapter in self.adapters.items():
+            for part in PARTS:
+                value, g = getattr(adapter, part), getattr(gradients[site], part)
+                assert (value is None) == (g is None), (site, part)
+                if value is not None:
+                    v = rng.standard_normal(value.shape)
+                    parts = {name: getattr(adapter, name) for name in PARTS} | {part: value + TINY * 1j * v}
+                    slope = self.plain({**self.adapters, site: Loose(**parts)}).imag / TINY
+                    size = np.sum(np.abs(g * v)) + 1e-3 * largest
+                    assert g.shape == value.shape
+                    assert abs(np.sum(g * v) - slope) <= ROUNDING * EPS["float64"] * size, (site, part)
+
+
+class Loose:
+    """An adapter whose parts may differ in dtype."""
+
+    def __init__(self, **parts):
+        self.__dict__ |= parts
+
+
+def same_bits(one, other):
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    for site, g in one[1].items():
+        for part in PARTS:
+            np.testing.assert_array_equal(getattr(g, part), getattr(other[1][site], part))
+
+
+def close(one, other, units=ROUNDING, dtype="float64"):
+    """Within so many eps of the largest entry of each tensor, or of a thousandth of the largest of all."""
+    assert abs(one[0] - other[0]) <= units * EPS[dtype] * abs(other[0])
+    largest = max(np.abs(g.B).max() for g in other[1].values())
+    for site, g in other[1].items():
+        for part in PARTS:
+            want = getattr(g, part)
+            if want is not None:
+                gap = np.abs(getattr(one[1][site], part) - want).max()
+                assert gap <= units * EPS[dtype] * max(np.abs(want).max(), 1e-3 * largest), (site, part)
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_every_gradient_are_the_definitions(name):
+    case = Case(**CASES[name])
+    case.assert_right(case.gradients())
+
+
+FAULTS = {
+    "a key too many": lambda patch: patch.setattr(attention, "hide", lambda *a: None),
+    "the norm's second term": lambda patch: patch.setattr(
+        elementwise, "rms_back", lambda gx, h, rho, g, room: np.add(g, gx * rho, out=g)
+    ),
+    "1/(1 - p)": lambda patch: patch.setattr(branches, "factor_of", lambda *a: 1.0),
+    "another call's mask": lambda patch: patch.setattr(
+        room.Run,
+        "sequences",
+        lambda self: [(a, b, 0) for a, b in zip(self.bounds, self.bounds[1:])],  # noqa: B905
+    ),
+    "no slope of the gate": lambda patch: patch.setattr(
+        elementwise,
+        "swiglu_back",
+        lambda gy, gu, sigma, a, out: out.__setitem__(..., np.hstack([gy * 0, gy * a])),
+    ),
+    "scores without scale": lambda patch: patch.setattr(
+        attention, "angles", lambda *a, made=attention.angles: attention.Angles(made(*a).k, made(*a).k)
+    ),
+    "logits for a gradient": lambda patch: patch.setattr(
+        head, "_softmax", lambda z, n: np.log(np.exp(z).sum(1))
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault, monkeypatch):
+    case = Case(p=0.1)
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(AssertionError):
+        case.assert_right(case.gradients())
+
+
+def test_float32_is_as_far_from_float64_as_its_roundings_explain():
+    """A relative change of 2^-24 of every weight is what one rounding of each does; a pass has some dozens."""
+    narrow = Case(p=0.1, dtype="float32")
+    wide, moved = Case(p=0.1), Case(p=0.1)
+    rng = np.random.default_rng(0)
+    for case, change in ((wide, 0.0), (moved, 2.0**-24)):
+        case.weights = {
+            name: value.astype("float64") * (1 + change * rng.choice([-1, 1], value.shape))
+            for name, value in narrow.weights.items()
+        }
+        case.adapters = {
+            site: Adapter(a.A.astype("float64"), a.B.astype("float64")) for site, a in narrow.adapters.items()
+        }
+    got, want, off = (case.gradients() for case in (narrow, wide, moved))
+    assert abs(got[0] - want[0]) <= 64 * 2.0**-24 * abs(want[0])
+    for site, g in want[1].items():
+        for part in "AB":
+            right, found = getattr(g, part), getattr(got[1][site], part)
+            assert found.dtype == np.float32
+            unit = np.linalg.norm(getattr(off[1][site], part) - right)
+            assert 0 < np.linalg.norm(found - right) <= 64 * unit, (site, part)
+
+
+def test_masks_are_those_of_each_sequences_number():
+    """A sequence has the same masks wherever it lies; with another number it has others."""
+    case = Case(p=0.3, lengths=(9, 14))
+    ids, starts, index, labels, n = case.batch
+    order = np.r_[9:23, 0:9]
+    turned = (ids[order], [0, 14, 23], index[::-1], labels[order])
+    how = {"n": n, "dropout": DROPOUT}
+    want = case.gradients(workers=1)
+    close(case.plan(workers=1).loss_and_gradients(case.adapters, {}, *turned, **how)[:2], want)
+    other = case.plan(workers=1).loss_and_gradients(case.adapters, {}, ids, starts, [3, 4], labels, **how)
+    assert abs(other[0] - want[0]) > 1e-6
+
+
+def test_micro_batches_add_up_to_the_whole():
+    case = Case(p=0.1, lengths=(20, 3, 40, 8))
+    ids, starts, index, labels, n = case.batch
+    whole, parts = case.gradients(), []
+    for a, b in ((0, 1), (1, 3), (3, 4)):
+        rows = slice(starts[a], starts[b])
+        where = (ids[rows], starts[a : b + 1] - starts[a], index[a:b], labels[rows])
+        parts.append(case.plan().loss_and_gradients(case.adapters, {}, *where, n=n, dropout=DROPOUT))
+    total = {
+        site: Adapter(sum(g[site].A for _, g, _ in parts), sum(g[site].B for _, g, _ in parts))
+        for site in case.adapters
+    }
+    close((sum(part[0] for part in parts), total), whole)
+
+
+def test_the_loss_alone():
+    case = Case(biases=True)
+    *where, n = case.batch
+    assert case.plan().loss(case.adapters, {}, *where, n=n) == case.gradients()[0]
+    bare = llama_plan(case.weights, CONFIG, {}, {})
+    want = loss(CONFIG, case.weights, {}, {}, *case.batch)
+    assert abs(bare.loss({}, {}, *where, n=n) - want) <= ROUNDING * EPS["float64"] * want
+    assert bare.loss_and_gradients({}, {}, *where, n=n)[1:] == ({}, {})
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_a_second_step_and_what_memory_held_change_no_bit(monkeypatch):
+    case = Case(p=0.1, biases=True)
+    planned = case.plan()
+    want = case.gradients(planned)
+    same_bits(case.gradients(planned), want)
+    same_bits(case.gradients(checkpoint=True), want)
+    made = room.fresh
+
+    def poisoned(shape, dtype):
+        array = made(shape, dtype)
+        array.reshape(-1).view(np.uint8)[...] = 255  # NaN
+        return array
+
+    monkeypatch.setattr(room, "fresh", poisoned)
+    monkeypatch.setattr(plan, "fresh", poisoned)
+    same_bits(case.gradients(), want)
+    same_bits(case.gradients(checkpoint=True), want)
+
+
+def test_a_step_of_another_size_in_between_changes_no_bit():
+    case = Case(p=0.1)
+    planned, small = case.plan(), batch(CONFIG, (5, 150, 2))
+    want = case.gradients(planned)
+    *where, n = small
+    planned.loss_and_gradients(case.adapters, {}, *where, n=n)
+    same_bits(case.gradients(planned), want)
+
+
+def test_workers_and_runs_change_the_order_of_sums_alone(monkeypatch):
+    case = Case(p=0.1)
+    want = case.gradients(workers=1)
+    for workers in (2, 3, 7, "auto"):
+        close(case.gradients(workers=workers), want)
+    monkeypatch.setattr(plan, "ROWS", 20)
+    assert len(threads.shares(list(LENGTHS), 1, 20)[0]) > 2
+    close(case.gradients(workers=1), want)
+
+
+def test_weights_written_out_by_layer_give_the_same_bits():
+    case = Case(p=0.1, biases=True)
+
+    class Packed(dict):
+        def __getitem__(self, name):
+            if name.endswith("_proj.weight"):
+                raise AssertionError(f"{name} was read whole")
+            return super().__getitem__(name)
+
+        def into(self, name, out):
+            out[...] = super().__getitem__(name)
+
+    packed = case.plan(Packed(case.weights))
+    assert packed.weights.by_layer
+    same_bits(case.gradients(packed), case.gradients())
+
+
+@pytest.mark.parametrize("name", lx.fast.engines())
+def test_every_blas(name):
+    case = Case(p=0.1, lengths=(30, 9))
+    with lx.fast.blas(name):
+        case.assert_right(case.gradients())
+
+
+def test_each_worker_has_one_thread_of_blas_and_its_own_context():
+    control = engine().threads
+    if control is None:
+        pytest.skip("this BLAS cannot be told its threads")
+    before, seen = control.get(), {}
+
+    def work(who, given):
+        seen[threading.get_ident()] = control.get(), engine().name
+        return given
+
+    with lx.fast.blas("openblas"):
+        assert threads.in_threads(work, [4, 5]) == [4, 5]
+    assert set(seen.values()) == {(1, "openblas")}
+    assert threading.get_ident() not in seen
+    assert control.get() == before
+
+    def fails(who, given):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        threads.in_threads(fails, [1, 2])
+    assert control.get() == before
+
+
+def test_a_batch_without_rows_or_labels():
+    case = Case()
+    loss_, found = case.plan().loss_and_gradients(case.adapters, {}, [], [0, 0], [1], [], n=4)[:2]
+    assert loss_ == 0
+    ids, starts, index, labels, n = case.batch
+    none = case.plan().loss_and_gradients(case.adapters, {}, ids, starts, index, labels * 0 - 100, n=n)[:2]
+    same_bits(none, (loss_, found))
+    assert not any(np.any(g.A) or np.any(g.B) for g in found.values())
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+def dora(case):
+    site, adapter = next(iter(case.adapters.items()))
+    case.adapters[site] = Adapter(adapter.A, adapter.B, m=np.ones(adapter.B.shape[0]))
+
+
+def half(case):
+    site, adapter = next(iter(case.adapters.items()))
+    case.adapters[site] = Adapter(adapter.A.astype("float32"), adapter.B.astype("float32"))
+
+
+def wide(case):
+    site, adapter = next(iter(case.adapters.items()))
+    case.adapters[site] = Adapter(np.ones((2, 9)), adapter.B[:, :2])
+
+
+def elsewhere(case):
+    case.adapters["lm_head"] = case.adapters["model.layers.0.mlp.up_proj"]
+
+
+def narrow(case):
+    case.weights["model.layers.1.mlp.up_proj.weight"] = np.ones((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dora, ConfigError, r"q_proj: m: expected no magnitude in the planned Llama pass, got one"),
+        (half, ConfigError, r"adapters: expected float32 or float64 throughout"),
+        (wide, ShapeError, r"q_proj: A: expected \(2, 24\), set by the config, got \(2, 9\)"),
+        (elsewhere, ConfigError, "lm_head: expected one of self_attn.q_proj"),
+        (lambda c: c.sites.clear(), ConfigError, "sites: expected model.layers.0.self_attn.q_proj"),
+        (lambda c: c.weights.update({"model.layers.1.self_attn.q_norm.weight": 0}), ConfigError, "q_norm"),
+        (lambda c: c.weights.pop("model.norm.weight"), ConfigError, "weights: expected model.norm.weight"),
+        (narrow, ShapeError, r"model.layers.1.mlp.up_proj.weight: expected \(40, 24\)"),
+        (lambda c: c.config.update(model_type="gemma"), ConfigError, "model_type: expected one of llama"),
+        (lambda c: c.config.update(hidden_act="gelu"), ConfigError, "hidden_act: expected silu"),
+        (lambda c: c.config.update(rope_scaling={"rope_type": "yarn"}), ConfigError, "rope_scaling.*'yarn'"),
+        (lambda c: c.config.update(num_key_value_heads=4), ConfigError, "key heads that divide 6"),
+        (lambda c: c.config.pop("hidden_size"), ConfigError, "config: expected hidden_size, got none"),
+    ],
+)  # fmt: skip
+def test_what_the_plan_does_not_compute_is_refused_by_name(change, error, words):
+    case = Case(config=dict(CONFIG))
+    change(case)
+    with pytest.raises(error, match=words):
+        case.plan()
+
+
+def test_more_refusals_of_a_plan():
+    case = Case(dtype="float32")
+    with pytest.raises(
+        ConfigError, match=re.escape("lm_head.weight: expected nothing trained beside adapters")
+    ):
+        llama_plan(case.weights, CONFIG, case.adapters, case.sites, {"lm_head.weight": 0})
+    with pytest.raises(ConfigError, match="workers: expected 'auto' or a number"):
+        case.plan(workers=0)
+    with pytest.raises(DtypeError, match="expected float32 or narrower"):
+        case.plan({name: value.astype("float64") for name, value in case.weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"ids": [50] * 10}, ConfigError, "ids: expected tokens from 0 to 49, got 50 to 50"),
+        ({"labels": [-1] * 10}, ConfigError, "labels: expected tokens"),
+        ({"labels": [1] * 9}, ShapeError, r"labels: expected \(10,\)"),
+        ({"starts": [0, 6, 4, 10]}, ShapeError, "starts: expected bounds"),
+        ({"starts": [0, 9]}, ShapeError, "starts: expected bounds from 0 to 10"),
+        ({"index": [1]}, ShapeError, "index: expected 2 numbers"),
+        ({"n": 0}, ConfigError, "n: expected at least one label"),
+        ({"saved": {"model.norm.weight": 0}}, ConfigError, "model.norm.weight"),
+        ({"adapters": {}}, ShapeError, "no adapter"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(change, error, words):
+    case = Case()
+    given = {"adapters": case.adapters, "saved": {}, "ids": [1] * 10, "starts": [0, 4, 10], "index": [0, 1]}
+    with pytest.raises(error, match=words):
+        case.plan().loss_and_gradients(**{**given, "labels": [2] * 10, "n": 10, **change})
