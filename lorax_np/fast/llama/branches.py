@@ -58,18 +58,21 @@ def _masked_down(group: Group, branch: Branch, xz: HostArray, place: Place) -> N
     """z of one branch, a mask's block at a time; its bits are kept where there is a backward to come."""
     k, A, z = group.k, group.A[branch.ranks], xz[:, branch.beside(group.k)]
     kept, at = _bits(branch, k, place), 0
-    flags, keeps, unders = _scratch(k, place.room)
+    flags, unders = (
+        place.room.take(f"flags {k}", HEIGHT, k, dtype="bool"),
+        place.room.take(f"under {k}", HEIGHT, k),
+    )
     for drop, parts in _blocks(branch, place.run):
         fill, factor = drop.blocks(), factor_of(drop, xz)
         for part in parts:
-            flag, keep, under = (x[: part.stop - part.start] for x in (flags, keeps, unders))
+            flag, under = flags[: part.stop - part.start], unders[: part.stop - part.start]
             fill(flag)
             if place.slot:
                 bits = np.packbits(flag)
                 kept[at : at + len(bits)] = bits
                 at += len(bits)
-            keep[...] = flag.view(np.uint8)
-            np.multiply(xz[part, :k], keep, out=under)
+            under[...] = flag.view(np.uint8)
+            under *= xz[part, :k]
             gemm(under, A.T, z[part], factor)
 
 
@@ -83,11 +86,6 @@ def _blocks(branch: Branch, run: Run) -> Iterator[tuple[DropoutKey, list[slice]]
 def factor_of(drop: DropoutKey, like: HostArray) -> float:
     """1/(1 − p) as a mask of this dtype holds it."""
     return float(like.dtype.type(drop.scale))
-
-
-def _scratch(k: int, room: Room) -> tuple[HostArray, HostArray, HostArray]:
-    flags = room.take(f"flags {k}", HEIGHT, k, dtype="bool")
-    return flags, room.take(f"keep {k}", HEIGHT, k), room.take(f"under {k}", HEIGHT, k)
 
 
 def _bits(branch: Branch, k: int, place: Place) -> HostArray:
@@ -146,18 +144,18 @@ class Back:
             return
         k, rows = self.group.k, part.stop - part.start
         size = -(-rows * k // 8)
-        keep, under = (scratch[:rows] for scratch in _scratch(k, self.place.room)[1:])
+        keep, under = self.place.room.take(f"keep {k}", 2, HEIGHT, k)[:, :rows]
         for branch, bits in self.masks:
             flag = np.unpackbits(bits[self.at : self.at + size], count=rows * k)
             keep[...] = flag.reshape(rows, k)
-            np.multiply(x, keep, out=under)
             A, c = self.group.A[branch.ranks], factor_of(branch.dropout(0, 0, 0), keep)
-            beta = 1.0 if self.at else self.beta
-            gemm(self.gz[part, branch.ranks].T, under, self.sums.A[branch.ranks], c, beta)
             if self.need_gx:
                 gemm(self.gxz[part, branch.beside(k)], A, under, c)
                 under *= keep
                 self.gxz[part, :k] += under
+            keep *= x
+            beta = 1.0 if self.at else self.beta
+            gemm(self.gz[part, branch.ranks].T, keep, self.sums.A[branch.ranks], c, beta)
         self.at += size
 
     def end(self, x: HostArray) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from ...errors import ConfigError
 from ..gemm import engine
 
+BUFFER = 16  # entries, NumPy's least: it then works on rows where they lie, and does not gather several to copy
+
 Work = TypeVar("Work")
 Found = TypeVar("Found")
 
@@ -31,8 +33,12 @@ def in_threads(work: Callable[[int, Work], Found], given: list[Work]) -> list[Fo
     """
 
     def quietly(who: int) -> Found:
-        with np.errstate(all="ignore"):  # e^-u may overflow, which is right: its reciprocal is 0
-            return work(who, given[who])
+        size = np.setbufsize(BUFFER)
+        try:
+            with np.errstate(all="ignore"):  # e^-u may overflow, which is right: its reciprocal is 0
+                return work(who, given[who])
+        finally:
+            np.setbufsize(size)
 
     control = engine().threads
     if len(given) == 1 or control is None:
