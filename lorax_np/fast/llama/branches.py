@@ -12,7 +12,7 @@ from .groups import Branch, Group
 from .room import Room, Run
 from .weights import Frozen
 
-HEIGHT = 64  # rows of a block under a mask; a multiple of 8, so that the bits of a block begin with a byte
+HEIGHT = 64  # rows of a block under a mask; a multiple of 8: the bits of a block begin with a byte
 
 
 class Place(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from ...backend import HostArray
 from .room import Room, Run
 
-NORM_HEIGHT, GATE_HEIGHT = 128, 32
+NORM_HEIGHT, GATE_HEIGHT = 128, 64
 LOG2E = log2(e)
 
 
