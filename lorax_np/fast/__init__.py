@@ -3,12 +3,15 @@
 from .buffers import release
 from .cpu import FastSaved, lora_linear_backward, lora_linear_forward
 from .gemm import blas, engines
+from .llama import LlamaPlan, llama_plan
 from .merging import merge_into
 
 __all__ = [
     "FastSaved",
+    "LlamaPlan",
     "blas",
     "engines",
+    "llama_plan",
     "lora_linear_backward",
     "lora_linear_forward",
     "merge_into",

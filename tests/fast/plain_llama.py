@@ -10,7 +10,7 @@ PARTS = "A", "B", "b", "bB"
 CONFIG = {
     "model_type": "llama", "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "vocab_size": 50, "rms_norm_eps": 1e-5,
-    "rope_theta": 1000.0, "hidden_act": "silu",
+    "rope_theta": 1000.0, "hidden_act": "silu", "tie_word_embeddings": True,
 }  # fmt: skip
 
 

@@ -12,7 +12,10 @@ from lorax_np import Adapter
 from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.fast.gemm import engine
 from lorax_np.fast.llama import attention, branches, elementwise, head, llama_plan, plan, room, threads
+from lorax_np.models.tasks import count, loss_and_gradients
+from lorax_np.models.tasks import loss as model_loss
 from tests.fast.plain_llama import CONFIG, PARTS, batch, draw, loss
+from tests.models import tiny
 
 LENGTHS = 7, 3, 131, 1, 12  # a block of queries and some more, and a single token
 ROUNDING = 4096  # eps64 of a tensor's largest entry: 1e-12, some hundred roundings through three layers
@@ -96,7 +99,7 @@ def same_bits(one, other):
 def close(one, other, units=ROUNDING, dtype="float64"):
     """Within so many eps of the largest entry of each tensor, or of a thousandth of the largest of all."""
     assert abs(one[0] - other[0]) <= units * EPS[dtype] * abs(other[0])
-    largest = max(np.abs(g.B).max() for g in other[1].values())
+    largest = max(np.abs(g.B).max() for g in other[1].values() if g.B is not None)
     for site, g in other[1].items():
         for part in PARTS:
             want = getattr(g, part)
@@ -206,6 +209,41 @@ def test_the_loss_alone():
     want = loss(CONFIG, case.weights, {}, {}, *case.batch)
     assert abs(bare.loss({}, {}, *where, n=n) - want) <= ROUNDING * EPS["float64"] * want
     assert bare.loss_and_gradients({}, {}, *where, n=n)[1:] == ({}, {})
+
+
+SETUPS = {
+    "llama": ({}, {}),
+    "biases, rslora": ({"attention_bias": True, "mlp_bias": True}, {"bias": "all", "use_rslora": True}),
+    "a bias beside few sites": ({"attention_bias": True}, {"bias": "all", "target_modules": ["v_proj"]}),
+    "bias of B, last layer": ({}, {"lora_bias": True, "layers_to_transform": [2], "layers_pattern": "layers"}),
+    "tied": ({"tie_word_embeddings": True}, {"target_modules": ["o_proj", "up_proj"]}),
+    "mistral": ({"model_type": "mistral", "sliding_window": 3}, {}),
+    "qwen2, windows": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}, {},
+    ),
+    "llama3": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4,
+                             "original_max_position_embeddings": 8, "rope_theta": 500.0}}, {},
+    ),
+    "yarn": ({"rope_parameters": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 8}}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_it_is_the_general_pass(name):
+    changed, options = SETUPS[name]
+    model = tiny.model(**changed)
+    sites, trained, _ = tiny.start(model, **{"lora_dropout": 0.2, **options})
+    b = tiny.batch((*tiny.LENGTHS, 0))
+    n = count("CAUSAL_LM", b.labels)
+    how = {"task": "CAUSAL_LM", "n": n, "engine": "reference"}
+    want = loss_and_gradients(model, sites, trained, b, dropout=tiny.DROPOUT, **how)
+    planned = llama_plan(model.weights, model.config, trained.adapters, sites, trained.saved)
+    where = (trained.adapters, {}, b.ids, b.starts, b.index, b.labels)
+    found, gradients, rest = planned.loss_and_gradients(*where, n=n, dropout=tiny.DROPOUT)
+    assert rest == {}
+    close((found, gradients), (float(want[0]), want[1].adapters))
+    assert abs(planned.loss(*where, n=n) - model_loss(model, sites, trained, b, **how)) < 1e-12
 
 
 # ---- bits ----------------------------------------------------------------------------------------------------
@@ -337,7 +375,7 @@ def narrow(case):
     ("change", "error", "words"),
     [
         (dora, ConfigError, r"q_proj: m: expected no magnitude in the planned Llama pass, got one"),
-        (half, ConfigError, r"adapters: expected float32 or float64 throughout"),
+        (half, ConfigError, r"adapters: expected float64 throughout, as the weights"),
         (wide, ShapeError, r"q_proj: A: expected \(2, 24\), set by the config, got \(2, 9\)"),
         (elsewhere, ConfigError, "lm_head: expected one of self_attn.q_proj"),
         (lambda c: c.sites.clear(), ConfigError, "sites: expected model.layers.0.self_attn.q_proj"),
@@ -345,8 +383,8 @@ def narrow(case):
         (lambda c: c.weights.pop("model.norm.weight"), ConfigError, "weights: expected model.norm.weight"),
         (narrow, ShapeError, r"model.layers.1.mlp.up_proj.weight: expected \(40, 24\)"),
         (lambda c: c.config.update(model_type="gemma"), ConfigError, "model_type: expected one of llama"),
-        (lambda c: c.config.update(hidden_act="gelu"), ConfigError, "hidden_act: expected silu"),
-        (lambda c: c.config.update(rope_scaling={"rope_type": "yarn"}), ConfigError, "rope_scaling.*'yarn'"),
+        (lambda c: c.config.update(hidden_act="gelu"), ConfigError, "hidden_act: expected 'silu'"),
+        (lambda c: c.config.update(rope_scaling={"rope_type": "dynamic"}), ConfigError, "'dynamic'"),
         (lambda c: c.config.update(num_key_value_heads=4), ConfigError, "key heads that divide 6"),
         (lambda c: c.config.pop("hidden_size"), ConfigError, "config: expected hidden_size, got none"),
     ],
@@ -366,8 +404,12 @@ def test_more_refusals_of_a_plan():
         llama_plan(case.weights, CONFIG, case.adapters, case.sites, {"lm_head.weight": 0})
     with pytest.raises(ConfigError, match="workers: expected 'auto' or a number"):
         case.plan(workers=0)
-    with pytest.raises(DtypeError, match="expected float32 or narrower"):
-        case.plan({name: value.astype("float64") for name, value in case.weights.items()})
+    mixed = {**case.weights, "model.norm.weight": np.ones(24)}
+    with pytest.raises(DtypeError, match=r"model.norm.weight: expected float32 or narrower"):
+        case.plan(mixed)
+    loose = {**CONFIG, "tie_word_embeddings": False}
+    with pytest.raises(ConfigError, match=r"weights: expected lm_head.weight"):
+        llama_plan(case.weights, loose, case.adapters, case.sites)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,8 @@ class Angles(NamedTuple):
 
 def angles(positions: HostArray, shape: LlamaShape, dtype: str) -> Angles:
     """The rotation of each row, computed in float64."""
-    turns = positions[:, None] * shape.theta ** (-np.arange(0, shape.D, 2) / shape.D)
     kind = "complex64" if dtype == "float32" else "complex128"
-    e = np.exp(1j * turns)
+    e = shape.factor * np.exp(1j * positions[:, None] * np.array(shape.turns))
     return Angles((e * shape.D**-0.5).astype(kind), e.astype(kind))
 
 
@@ -71,27 +70,28 @@ def of_block(flat: HostArray, part: slice, H: int, D: int) -> HostArray:
     return flat[part.start * H * D : part.stop * H * D].reshape(H, part.stop - part.start, D)
 
 
-def keys_of(a: int, part: slice, shape: LlamaShape) -> slice:
+def keys_of(a: int, part: slice, window: int | None) -> slice:
     """The rows of keys that some query of a block may see."""
-    return slice(a if shape.window is None else max(a, part.start - shape.window + 1), part.stop)
+    return slice(a if window is None else max(a, part.start - window + 1), part.stop)
 
 
-def hide(S: HostArray, part: slice, keys: slice, shape: LlamaShape) -> None:
+def hide(S: HostArray, part: slice, keys: slice, window: int | None) -> None:
     """Scores of keys that come after their query, or too long before it, to −∞.  S : (keys, g·height)"""
-    height, g = part.stop - part.start, shape.H // shape.K
+    height = part.stop - part.start
+    g = S.shape[1] // height
     S[part.start - keys.start :] += mask(height, g, S.dtype.name)
-    if shape.window is not None and keys.start + shape.window < part.stop:
-        old = np.arange(part.start, part.stop) - np.arange(keys.start, keys.stop)[:, None] >= shape.window
+    if window is not None and keys.start + window < part.stop:
+        old = np.arange(part.start, part.stop) - np.arange(keys.start, keys.stop)[:, None] >= window
         S[np.tile(old, g)] = -np.inf
 
 
-def forward(kept: Kept, o: HostArray, shape: LlamaShape, run: Run, room: Room) -> None:
+def forward(kept: Kept, o: HostArray, shape: LlamaShape, window: int | None, run: Run, room: Room) -> None:
     """o ← softmax(S)v, and L.  o : (N, d_q).  (training_speed.13), (training_speed.14)"""
     g = shape.H // shape.K
     for a, end, _ in run.sequences():
         for start in range(a, end, HEIGHT):
             part = slice(start, min(start + HEIGHT, end))
-            keys, height = keys_of(a, part, shape), part.stop - start
+            keys, height = keys_of(a, part, window), part.stop - start
             q = of_block(kept.q, part, shape.K, g * shape.D).reshape(shape.K, g * height, shape.D)
             Ls = of_block(kept.L, part, shape.H, 1).reshape(shape.K, g * height)
             out = o[part].reshape(height, shape.K, g, shape.D)
@@ -99,7 +99,7 @@ def forward(kept: Kept, o: HostArray, shape: LlamaShape, run: Run, room: Room) -
                 S = room.take("S", keys.stop - keys.start, g * height)
                 O = room.take("O", g * height, shape.D)
                 gemm(kept.k[j, keys], q[j].T, S)
-                hide(S, part, keys, shape)
+                hide(S, part, keys, window)
                 largest = np.maximum.reduce(S, axis=0)
                 S -= largest
                 np.exp(S, out=S)
@@ -115,6 +115,7 @@ def backward(
     kept: Kept,
     gy: HostArray,
     shape: LlamaShape,
+    window: int | None,
     turn: Angles,
     run: Run,
     room: Room,
@@ -127,7 +128,7 @@ def backward(
     for a, end, _ in run.sequences():
         for start in range(a, end, HEIGHT):
             part = slice(start, min(start + HEIGHT, end))
-            keys, height = keys_of(a, part, shape), part.stop - start
+            keys, height = keys_of(a, part, window), part.stop - start
             q = of_block(kept.q, part, K, g * D).reshape(K, g * height, D)
             Ls = of_block(kept.L, part, shape.H, 1).reshape(K, g * height)
             gO, gQ = room.take("gO", K, g * height, D), room.take("gQ", K, g * height, D)
@@ -138,7 +139,7 @@ def backward(
                 P, gP = (room.take(name, keys.stop - keys.start, g * height) for name in ("S", "gP"))
                 columns = slice(j * D, (j + 1) * D)
                 gemm(kept.k[j, keys], q[j].T, P)
-                hide(P, part, keys, shape)
+                hide(P, part, keys, window)
                 P -= Ls[j]
                 np.exp(P, out=P)
                 gemm(P, gO[j], gv[keys, columns], 1.0, 1.0)

@@ -76,7 +76,8 @@ def group_of(
             adapter = adapters[site]
             r = check(adapter, site, rows.stop - rows.start, product.k, weights.dtype)
             trained = tuple(part for part in PARTS if getattr(adapter, part) is not None)
-            about = float(sites[site].scaling), float(sites[site].p), site_key(site), trained
+            s, p = (float(sites[site].scaling), float(sites[site].p)) if r else (1.0, 0.0)
+            about = s, p, site_key(site), trained
             branches.append(Branch(site, rows, slice(start, start + r), *about))
             start += r
     orders = {site: weights.order(site) for site in product.sites}

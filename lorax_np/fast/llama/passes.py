@@ -105,7 +105,7 @@ class Layer:
     def __init__(self, model: Model, i: int, worker: Worker, run: Run, turn: Angles, slot: str) -> None:
         """slot : the name under which what the backward reads is kept, "" for nowhere."""
         self.s, self.groups, self.turn = model.shape, model.groups[i], turn
-        self.frozen = model.frozen(i, worker.buffers)
+        self.frozen, self.window = model.frozen(i, worker.buffers), model.shape.windows[i]
         self.run, self.room, self.place = run, worker.room, Place(run, worker.room, slot)
         adapted = [name for name in GROUPS if self.groups[name].branches]
         self.last = adapted[0] if i == model.first else ""  # where the backward ends, without gx
@@ -129,7 +129,7 @@ class Layer:
         y = self.room.take("wide", self.run.N, s.d_q + 2 * s.d_kv)
         self._of_norm("qkv", saved.h, saved.rho[0], y, saved)
         attention.rotate(y, s, self.turn, saved.kept, self.run)
-        attention.forward(saved.kept, saved.oz[:, :d_q], s, self.run, self.room)
+        attention.forward(saved.kept, saved.oz[:, :d_q], s, self.window, self.run, self.room)
         saved.h2[...] = saved.h
         self._product("o", saved.oz, saved.h2, 1.0)
 
@@ -171,7 +171,8 @@ class Layer:
             return
         gy = self.room.take("wide", self.run.N, self.s.d_q + 2 * self.s.d_kv)
         go, o = goz[:, : self.s.d_q], saved.oz[:, : self.s.d_q]
-        attention.backward(go, o, saved.kept, gy, self.s, self.turn, self.run, self.room)
+        where = (self.s, self.window, self.turn, self.run, self.room)
+        attention.backward(go, o, saved.kept, gy, *where)
         self._of_norm_back("qkv", saved.h, saved.rho[0], gy, saved, g)
 
     def _mlp_back(self, saved: Saved, g: HostArray) -> HostArray:
@@ -182,7 +183,8 @@ class Layer:
         for part in self.run.blocks(elementwise.GATE_HEIGHT):
             sigma, a = elementwise.swiglu_again(saved.gu[part], y[part], self.room)
             back.rows(part, y[part])
-            elementwise.swiglu_back(gyz[part, :ff], saved.gu[part], sigma, a, ggu[part])
+            if self.last != "down":
+                elementwise.swiglu_back(gyz[part, :ff], saved.gu[part], sigma, a, ggu[part])
         back.end(y)
         return ggu
 

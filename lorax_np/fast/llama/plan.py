@@ -37,7 +37,7 @@ def llama_plan(
 
     weights : arrays by their names in a Hugging Face checkpoint; copied here, stacked. With a method
               into(name, out), which writes one matrix out, the matrices are asked for layer by layer instead
-    config : of its config.json; model_type llama, mistral, or qwen2
+    config : of its config.json, or a Model's; model_type llama, mistral, or qwen2
     adapters, sites : by dotted name, for any of the seven linear layers of any layers. Only parts, shapes and
               dtype are read here, values in each step. All float32 or all float64, which is computed in
     saved : what trains beside adapters; anything there is refused
@@ -241,10 +241,10 @@ def _batch(ids: Any, starts: Any, index: Any, labels: Any, n: int, V: int) -> Ba
 
 
 def _check_sites(adapters: Mapping[str, Adapter], sites: Mapping[str, Any], known: set[str]) -> None:
-    for site in adapters:
+    for site, adapter in adapters.items():
         if site not in known:
             refuse(site, f"one of {', '.join(SITES)} of a layer", "another place")
-        if site not in sites:
+        if site not in sites and getattr(adapter, "A", None) is not None:
             raise ConfigError(f"sites: expected {site}, which adapters has, got none")
 
 
@@ -260,12 +260,13 @@ def _shapes(adapter: Adapter) -> tuple[tuple[int, ...] | None, ...]:
 
 
 def _dtype(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> str:
-    """float32 or float64, as the adapters are; where there are none, as the embeddings are computed in."""
+    """float32 or float64: what the embeddings are computed in, which the adapters have to be in."""
     parts = (getattr(adapter, part, None) for adapter in adapters.values() for part in ("A", "B", "b", "bB"))
     found = sorted({dtype_name(part) for part in parts if part is not None})
-    if len(found) > 1 or not set(found) <= {"float32", "float64"}:
-        refuse("adapters", "float32 or float64 throughout", ", ".join(found))
-    return found[0] if found else compute_dtype(weights[EMBEDDINGS])
+    base = compute_dtype(weights[EMBEDDINGS]) if EMBEDDINGS in weights else "float32"
+    if not set(found) <= {base}:
+        refuse("adapters", f"{base} throughout, as the weights are computed in", ", ".join(found))
+    return base
 
 
 def _room(group: Group, *, zero: bool = False) -> Sums:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ...errors import ConfigError
+from ...ops.rope import rope_frequencies
 
 MODELS = "llama", "mistral", "qwen2"  # of one block, with what differs read off their configs and weights
 SITES = {
@@ -18,6 +19,8 @@ SITES = {
 }  # a linear layer of a block -> the product that it is part of
 GROUPS = "qkv", "o", "gate_up", "down"  # in forward order
 NORMS = "input_layernorm", "post_attention_layernorm"
+ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "partial_rotary_factor": 1.0}
+SIZES = "num_hidden_layers", "intermediate_size", "vocab_size"
 BEYOND = "planned Llama pass"
 
 
@@ -33,8 +36,10 @@ class LlamaShape:
     ff: int
     V: int
     eps: float
-    theta: float
-    window: int | None  # a key s is seen where t − s < window
+    turns: tuple[float, ...]  # angle of one position, of each pair of a head
+    factor: float  # of cosine and sine
+    windows: tuple[int | None, ...]  # of each layer: a key s is seen where t − s < window
+    tied: bool  # whether the head is the embeddings
 
     @property
     def d_q(self) -> int:
@@ -62,42 +67,45 @@ def refuse(what: str, wanted: str, came: object) -> NoReturn:
 
 
 def read_shape(config: Mapping[str, Any]) -> LlamaShape:
-    """The shape that a config.json describes. Raises ConfigError for what the plan does not compute."""
+    """The shape that a config.json describes, as it stands or with its defaults filled in by the models.
+
+    Raises ConfigError for what the plan does not compute.
+    """
     kind = config.get("model_type", "llama")
     if kind not in MODELS:
         refuse("model_type", f"one of {', '.join(MODELS)}", repr(kind))
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "silu", repr(config["hidden_act"]))
+    for name, value in ONLY.items():
+        if config.get(name, value) != value:
+            refuse(name, repr(value), repr(config[name]))
     try:
         d, H = int(config["hidden_size"]), int(config["num_attention_heads"])
-        sizes = {name: int(config[name]) for name in ("num_hidden_layers", "intermediate_size", "vocab_size")}
+        layers, ff, V = (int(config[name]) for name in SIZES)
     except KeyError as error:
         raise ConfigError(f"config: expected {error.args[0]}, got none") from None
     K, D = int(config.get("num_key_value_heads") or H), int(config.get("head_dim") or d // H)
     if H % K or D % 2:
         raise ConfigError(f"config: expected key heads that divide {H} heads, of even size, got {K} of {D}")
-    return LlamaShape(
-        *(sizes["num_hidden_layers"], d, H, K, D, sizes["intermediate_size"], sizes["vocab_size"]),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
-        theta=_theta(config),
-        window=_window(config),
-    )
+    eps, tied = float(config.get("rms_norm_eps", 1e-6)), bool(config.get("tie_word_embeddings", False))
+    return LlamaShape(layers, d, H, K, D, ff, V, eps, *_turns(config, D), _windows(config, layers), tied)
 
 
-def _theta(config: Mapping[str, Any]) -> float:
-    """The base of the rotation's angles; both places where configs have it."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse("rope_scaling", "the default rotation", repr(kind))
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+def _turns(config: Mapping[str, Any], D: int) -> tuple[tuple[float, ...], float]:
+    """Angles of one position, and the factor on cosine and sine; from either place where configs have them."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    found, factor = rope_frequencies(D, theta=theta, scaling=rope)
+    return tuple(found), factor
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
-    width = config.get("sliding_window")
-    if width is None or not config.get("use_sliding_window", config.get("model_type") == "mistral"):
-        return None
-    return int(width)
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """The window of each layer, None where it sees all before it."""
+    if "windows" in config:
+        return tuple(config["windows"])
+    if config.get("model_type") == "qwen2" and config.get("use_sliding_window"):
+        refuse("use_sliding_window", "windows by layer, as the models fill them in", "the flag alone")
+    width = config.get("sliding_window", 4096) if config.get("model_type") == "mistral" else None
+    return (None if width is None else int(width),) * layers
 
 
 def check_names(shape: LlamaShape, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from ...errors import ConfigError, DtypeError, ShapeError
 from .room import fresh
 from .shape import GROUPS, NORMS, SITES, LlamaShape
 
-EMBEDDINGS = "model.embed_tokens.weight"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FOLDED = {"qkv": NORMS[0], "gate_up": NORMS[1]}  # the norm whose weight is folded into what it feeds
 
 
@@ -54,7 +54,7 @@ class Weights:
     """The frozen side of a model, prepared once, or layer by layer where the weights are stored in few bits.
 
     Weights with a method `into(name, out)` are asked to write each matrix out when it is needed, so that one
-    layer of them is there at a time.
+    layer of them is there at a time. Those with a method `release()` are told that they have been copied.
     """
 
     def __init__(self, weights: Mapping[str, Any], shape: LlamaShape, products: Any, dtype: str) -> None:
@@ -64,11 +64,13 @@ class Weights:
             tuple(self.get(f"model.layers.{i}.{norm}.weight") for norm in NORMS) for i in range(shape.layers)
         ]
         self.last_norm, self.E = self.get("model.norm.weight"), self.get(EMBEDDINGS)
-        self.head = self.get("lm_head.weight") if "lm_head.weight" in weights else self.E
-        self.by_layer = hasattr(weights, "into")
-        self._stored = [] if self.by_layer else [self._made(i, None) for i in range(shape.layers)]
+        self.head = self.E if shape.tied and HEAD not in weights else self.get(HEAD)
+        self.by_layer, self._stored = hasattr(weights, "into"), list[dict[str, Frozen]]()
         if not self.by_layer:
-            self._from = {}  # copied: whoever holds the rest may let go of it
+            for i in range(shape.layers):
+                self._stored.append(self._made(i, None))
+                getattr(weights, "release", lambda: None)()  # of what was read for these copies
+            self._from = {}
 
     def get(self, name: str) -> HostArray:
         """One array in the dtype computed in; itself where that changes nothing."""
