@@ -1,11 +1,18 @@
 """A Llama's loss written out plainly, in float64 or complex128: so that a step of 1e-30 i differentiates it."""
 
+from types import SimpleNamespace
+
 import numpy as np
+from checkers import EPS, TINY
 
 from lorax_np import Adapter, dropout_mask
 from lorax_np.config import Site
+from lorax_np.fast.llama import llama_plan
 from lorax_np.random import site_key
 
+LENGTHS = 7, 3, 131, 1, 12  # a block of queries and some more, and a single token
+ROUNDING = 4096  # eps64 of a tensor's largest entry: 1e-12, some hundred roundings through three layers
+DROPOUT = 5, 3  # seed, step
 PARTS = "A", "B", "b", "bB"
 CONFIG = {
     "model_type": "llama", "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -118,3 +125,49 @@ def _sequence(config, weights, adapters, sites, ids, labels, drop):
     kept = labels != -100
     shifted = z[kept] - z[kept].real.max(1, keepdims=True)
     return (np.log(np.exp(shifted).sum(1)) - shifted[np.arange(kept.sum()), labels[kept]]).sum()
+
+
+# ---- a plan beside it --------------------------------------------------------------------------------------
+
+
+class Case:
+    """A model, a batch, and a plan's answer beside the definitions'."""
+
+    def __init__(self, seed=0, *, config=CONFIG, lengths=LENGTHS, dtype="float64", **how):
+        self.config, self.p = config, how.get("p", 0.0)
+        self.weights, self.adapters, self.sites = draw(config, seed, dtype=dtype, **how)
+        self.batch = batch(config, lengths)
+        self.drop = DROPOUT if self.p else None
+
+    def plan(self, weights=None, **how):
+        given = self.weights if weights is None else weights
+        return llama_plan(given, self.config, self.adapters, self.sites, {}, **{"workers": 2, **how})
+
+    def gradients(self, plan=None, **how):
+        *where, n = self.batch
+        given = {"n": n, "dropout": self.drop}
+        return (plan or self.plan(**how)).loss_and_gradients(self.adapters, {}, *where, **given)[:2]
+
+    def plain(self, adapters=None):
+        given = adapters or self.adapters
+        return loss(self.config, self.weights, given, self.sites, *self.batch, self.drop)
+
+    def assert_right(self, found, seed=2):
+        """⟨g, v⟩ of every array along a random v, by a complex step through the definitions."""
+        total, gradients = found
+        want = self.plain()
+        assert abs(total - want) <= ROUNDING * EPS["float64"] * abs(want)
+        assert list(gradients) == list(self.adapters)
+        rng = np.random.default_rng(seed)
+        largest = max(np.abs(g.B).max() for g in gradients.values())
+        for site, adapter in self.adapters.items():
+            for part in PARTS:
+                value, g = getattr(adapter, part), getattr(gradients[site], part)
+                assert (value is None) == (g is None), (site, part)
+                if value is not None:
+                    v = rng.standard_normal(value.shape)
+                    parts = {name: getattr(adapter, name) for name in PARTS} | {part: value + TINY * 1j * v}
+                    slope = self.plain({**self.adapters, site: SimpleNamespace(**parts)}).imag / TINY
+                    size = np.sum(np.abs(g * v)) + 1e-3 * largest
+                    assert g.shape == value.shape
+                    assert abs(np.sum(g * v) - slope) <= ROUNDING * EPS["float64"] * size, (site, part)

@@ -1,7 +1,7 @@
 """What one step's adapters put into the products, and what comes out as their gradients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,16 +44,15 @@ class Branch(NamedTuple):
         return DropoutKey(self.p, seed, step, self.key, 0, index).checked()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
-    """A product and its adapters: A stacked, B for the columns beside the frozen weight."""
+    """A product and its adapters: A stacked here, B in the columns beside the frozen weight."""
 
     product: Product
     branches: tuple[Branch, ...]
     fold: HostArray | None  # (k,)
     orders: dict[str, HostArray | None]  # of each site's rows, as they stand in the product
-    A: HostArray  # (R, k)  each row times the fold
-    sB: list[HostArray] = field(default_factory=list)  # s·B of each branch, rows in the product's order
+    A: HostArray  # (R, k)  each row times the fold; of the step
 
     @property
     def k(self) -> int:
@@ -108,21 +107,20 @@ def check(adapter: Any, site: str, d_out: int, d_in: int, dtype: str) -> int:
 
 
 def fill(group: Group, adapters: Mapping[str, Adapter]) -> None:
-    """Read the factors of a step: A∘fold, and s·B in the product's row order.  (training_speed.1)"""
-    group.sB = []
+    """Stack A∘fold of a step.  (training_speed.1)"""
     for branch in group.branches:
-        adapter, order = adapters[branch.site], group.orders[branch.site]
-        if adapter.A is None or adapter.B is None:
-            group.sB.append(np.zeros((branch.rows.stop - branch.rows.start, 0), group.A.dtype))
-            continue
-        np.multiply(to_host(adapter.A), 1 if group.fold is None else group.fold, out=group.A[branch.ranks])
-        group.sB.append(branch.s * _ordered(to_host(adapter.B), order))
+        A = adapters[branch.site].A
+        if A is not None:
+            np.multiply(to_host(A), 1 if group.fold is None else group.fold, out=group.A[branch.ranks])
 
 
 def placed(group: Group, frozen: Frozen, adapters: Mapping[str, Adapter]) -> Frozen:
-    """The product with s·B beside the frozen weight, and the biases of this step.  (training_speed.1)"""
-    for branch, sB in zip(group.branches, group.sB, strict=True):
-        frozen.W[branch.rows, branch.beside(group.k)] = sB
+    """The product with s·B of a step beside the frozen weight, and its biases.  (training_speed.1)"""
+    for branch in group.branches:
+        B = adapters[branch.site].B
+        if B is not None:
+            sB = branch.s * _ordered(to_host(B), group.orders[branch.site])
+            frozen.W[branch.rows, branch.beside(group.k)] = sB
     if not group.biased:
         return frozen
     b = np.zeros(group.product.n, group.A.dtype) if frozen.b is None else frozen.b.copy()

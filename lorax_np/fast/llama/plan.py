@@ -20,8 +20,6 @@ from .shape import SITES, check_names, read_shape, refuse
 from .threads import in_threads, shares, worker_count
 from .weights import EMBEDDINGS, Frozen, Weights, products_of
 
-ROWS = 512  # rows that a worker has at once, about: products are as quick as with more, and memory is bounded
-
 
 def llama_plan(
     weights: Mapping[str, Any],
@@ -32,6 +30,7 @@ def llama_plan(
     *,
     workers: int | str = "auto",
     checkpoint: bool = False,
+    rows: int = 512,
 ) -> "LlamaPlan":
     """Prepare what is frozen of a Llama for training its adapters, on the CPU.
 
@@ -43,11 +42,14 @@ def llama_plan(
     saved : what trains beside adapters; anything there is refused
     workers : threads, each with whole sequences and a BLAS of one thread; "auto" for one a core
     checkpoint : keep only the residual stream, and do each layer's forward again in the backward: the same bits
+    rows : about how many tokens a worker has at once, whole sequences, the rest one after another: what is kept
+           grows with them; with fewer, products are slower (by 8 % at 256)
 
     Raises ConfigError for whatever the plan does not compute, such as DoRA: the general pass does. ShapeError
     and DtypeError where weights or adapters do not fit the config. Source: specs/training_speed.md.
     """
-    return LlamaPlan(weights, config, adapters, sites, saved or {}, workers=workers, checkpoint=checkpoint)
+    how: Any = {"workers": workers, "checkpoint": checkpoint, "rows": rows}
+    return LlamaPlan(weights, config, adapters, sites, saved or {}, **how)
 
 
 class LlamaPlan:
@@ -63,10 +65,14 @@ class LlamaPlan:
         *,
         workers: int | str,
         checkpoint: bool,
+        rows: int,
     ) -> None:
         """As llama_plan."""
         self.shape, self.workers, self.checkpoint = read_shape(config), workers, checkpoint
         worker_count(workers, 1)
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ConfigError(f"rows: expected a number of at least 1, got {rows!r}")
+        self.rows = rows
         check_names(self.shape, weights)
         _nothing_beside(saved)
         self._parts = {site: _shapes(adapter) for site, adapter in adapters.items()}
@@ -84,7 +90,7 @@ class LlamaPlan:
         adapted = [i for i, layer in enumerate(self.groups) if any(g.branches for g in layer.values())]
         self.first = min(adapted, default=self.shape.layers)
         self._team: list[Worker] = []
-        self._sums: list[list[dict[str, Sums]]] = []
+        self._sums: dict[int, list[dict[str, Sums]]] = {}  # of each worker
 
     def loss_and_gradients(
         self,
@@ -115,11 +121,13 @@ class LlamaPlan:
         model, used = self._model(adapters, saved), list[int]()
 
         def work(who: int, runs: list[Run]) -> float:
-            total = 0.0
+            total, worker = 0.0, self._team[who]
+            if who not in self._sums:
+                self._sums[who] = [{name: _room(g) for name, g in layer.items()} for layer in self.groups]
             for run in runs:
-                rows, sums = batch.rows(run), self._sums[who]
-                where = (self._team[who], model, batch.ids[rows], batch.labels[rows], run, n, sums)
-                total += Worker.loss_and_gradients(*where, fresh=who not in used)
+                rows = batch.rows(run)
+                where = (model, batch.ids[rows], batch.labels[rows], run, n, self._sums[who])
+                total += worker.loss_and_gradients(*where, fresh=who not in used)
                 used.append(who)
             return total
 
@@ -158,13 +166,12 @@ class LlamaPlan:
         count = worker_count(self.workers, len(lengths))
         while len(self._team) < count:
             self._team.append(Worker(self.weights.dtype))
-            self._sums.append([{name: _room(group) for name, group in layer.items()} for layer in self.groups])
         runs = [
             [
                 Run(places, [lengths[i] for i in places], [batch.numbers[i] for i in places], dropout)
                 for places in mine
             ]
-            for mine in shares(lengths, count, ROWS)
+            for mine in shares(lengths, count, self.rows)
         ]
         return float(sum(in_threads(work, runs)))
 
