@@ -73,7 +73,11 @@ class Process:
             [sys.executable, "-m", "bench.training_worker", engine],
             cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
         )  # fmt: skip
-        self.about = self.ask("open", **{"checkpoint": False, **how})["engine"]
+        try:
+            self.about = self.ask("open", **{"checkpoint": False, **how})["engine"]
+        except RuntimeError:
+            self.close()
+            raise
 
     def ask(self, do: str, **how: Any) -> dict[str, Any]:
         """The answer to a command. RuntimeError where there is none."""
@@ -87,7 +91,8 @@ class Process:
         return answer
 
     def close(self) -> None:
-        self.child.stdin.close()
+        with suppress(BrokenPipeError):
+            self.child.stdin.close()
         try:
             self.child.wait(timeout=10)
         except subprocess.TimeoutExpired:
