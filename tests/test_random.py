@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from strategies import LIBRARIES, seeds
 
 from lorax_np.errors import BackendError, ConfigError, DtypeError
-from lorax_np.random import dropout_mask, kept_lanes, philox, site_key, skip, torch_generator, uniform, word
+from lorax_np.random import (
+    DropoutKey,
+    dropout_mask,
+    kept_lanes,
+    philox,
+    site_key,
+    skip,
+    torch_generator,
+    uniform,
+    word,
+)
 
 ONES = 2**64 - 1
 SITE = "model.layers.0.self_attn.q_proj"
@@ -300,3 +310,15 @@ def test_uniform_of_any_other_generator():
     got = uniform(np.random.default_rng(5), (2, 3), 0.3)
     want = ((2 * np.random.default_rng(5).random((2, 3)) - 1) * 0.3).astype("float32")
     assert np.array_equal(got, want)
+
+
+def test_a_generator_used_before_gives_the_same_mask():
+    """Its own numbers are forgotten: words left of a block, halves of words, key and counter."""
+    used = np.random.Philox(key=5, counter=9)
+    for drop in (DropoutKey(0.3, 1, 2, 3, 4, 5), DropoutKey(0.3, 2, 2, 3), DropoutKey(0.6)):
+        want, got = np.empty((5, 7)), np.empty((5, 7))
+        drop.blocks()(want)
+        np.random.Generator(used).integers(0, 9, 3, dtype="uint32")
+        used.random_raw(2)
+        drop.blocks(used)(got)
+        np.testing.assert_array_equal(got, want)

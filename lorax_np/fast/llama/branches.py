@@ -63,7 +63,7 @@ def _masked_down(group: Group, branch: Branch, xz: HostArray, place: Place) -> N
         place.room.take(f"under {k}", HEIGHT, k),
     )
     for drop, parts in _blocks(branch, place.run):
-        fill, factor = drop.blocks(), factor_of(drop, xz)
+        fill, factor = drop.blocks(place.room.stream), factor_of(drop, xz)
         for part in parts:
             flag, under = flags[: part.stop - part.start], unders[: part.stop - part.start]
             fill(flag)

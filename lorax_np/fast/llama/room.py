@@ -16,11 +16,12 @@ def fresh(shape: tuple[int, ...], dtype: str) -> HostArray:
 
 
 class Room:
-    """Memory of one worker. An array's content is arbitrary until it is written."""
+    """Memory of one worker, and a generator. An array's content is arbitrary until it is written."""
 
     def __init__(self, dtype: str) -> None:
         """dtype : of all arrays, but those asked for otherwise."""
         self.dtype, self._flat = dtype, dict[str, HostArray]()
+        self.stream = np.random.Philox(0)  # of masks, one at a time
 
     def take(self, name: str, *shape: int, dtype: str = "") -> HostArray:
         """The array of a name, which whoever took it before no longer uses."""
