@@ -16,6 +16,7 @@ from .shape import GROUPS, LlamaShape
 from .weights import Frozen
 
 Buffers = dict[str, HostArray]
+AGAIN = "again"  # the slot of a layer whose activations are not kept beyond it
 
 
 class Model(NamedTuple):
@@ -70,7 +71,7 @@ class Worker:
         h = self._forward(model, ids, run, turn, keep=True)
         loss = loss_rows(h, labels, model.head, n, self.room, g)
         for i in range(model.shape.layers - 1, model.first - 1, -1):
-            layer = Layer(model, i, self, run, turn, "again" if model.checkpoint else str(i))
+            layer = Layer(model, i, self, run, turn, AGAIN if model.checkpoint else str(i))
             saved = layer.saved(self._stream(i, run, model, kept=True))
             if model.checkpoint:
                 layer.forward(saved, self.room.take("next", run.N, model.shape.d))
@@ -112,7 +113,7 @@ class Layer:
 
     def saved(self, h: HostArray) -> Saved:
         """Room for what the backward reads, h being there already."""
-        s, N, slot, take = self.s, self.run.N, self.place.slot, self.room.take
+        s, N, slot, take = self.s, self.run.N, self.place.slot or AGAIN, self.room.take
         q, L = take(f"q {slot}", N * s.d_q), take(f"L {slot}", N * s.H)
         k, v = take(f"k {slot}", s.K, N, s.D), take(f"v {slot}", s.K, N, s.D)
         R = {name: group.product.R for name, group in self.groups.items()}

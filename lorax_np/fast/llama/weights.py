@@ -61,9 +61,9 @@ class Weights:
         """products : for each layer, the four products by name."""
         self._from, self._shape, self.products, self.dtype = weights, shape, products, dtype
         self.norms = [
-            tuple(self.get(f"model.layers.{i}.{norm}.weight") for norm in NORMS) for i in range(shape.layers)
+            tuple(self._copy(f"model.layers.{i}.{norm}.weight") for norm in NORMS) for i in range(shape.layers)
         ]
-        self.last_norm, self.E = self.get("model.norm.weight"), self.get(EMBEDDINGS)
+        self.last_norm, self.E = self._copy("model.norm.weight"), self.get(EMBEDDINGS)
         self.head = self.E if shape.tied and HEAD not in weights else self.get(HEAD)
         self.by_layer, self._stored = hasattr(weights, "into"), list[dict[str, Frozen]]()
         if not self.by_layer:
@@ -81,6 +81,10 @@ class Weights:
         if dtype_name(found) == "float64" and self.dtype == "float32":
             raise DtypeError(f"{name}: expected float32 or narrower, set by the adapters, got float64")
         return np.asarray(found, self.dtype)
+
+    def _copy(self, name: str) -> HostArray:
+        """A small array of its own: a view would keep the whole file mapped."""
+        return self.get(name).copy()
 
     def layer(self, i: int, buffers: dict[str, HostArray] | None = None) -> dict[str, Frozen]:
         """The matrices of a layer; written into the caller's buffers where they are not kept here."""
