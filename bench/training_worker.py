@@ -2,10 +2,10 @@
 
 python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the products nobody avoids
 
-open {p, checkpoint, workers}    the model, and LoRA of rank 16 on all seven linear layers
-step {ids, labels}               a list of rows each; forward, backward, AdamW: answers {seconds, loss}
-peak                             most bytes resident since the last command but step
-eval {ids, labels}               the loss alone
+open {p, checkpoint, workers, bits}    the model, and LoRA of rank 16 on all seven linear layers
+step {ids, labels}                     a list of rows each; forward, backward, AdamW: {seconds, loss}
+eval {ids, labels}                     the loss alone
+peak                                   most bytes resident since the model was there
 """
 
 import json
@@ -49,15 +49,20 @@ class Ours:
 
     blas = "openblas"
 
-    def open(self, p: float, checkpoint: bool, workers: int | str = "auto") -> dict[str, Any]:
+    def open(self, p: float, checkpoint: bool, workers: int | str = "auto", bits: str = "") -> dict[str, Any]:
         import lorax_np as lx
         from lorax_np.config import Site
         from lorax_np.fast.llama import llama_plan
 
         self.context = lx.fast.blas(self.blas)
         engine = self.context.__enter__()
-        weights = lx.open_checkpoint(model_path())
-        given = start(weights, weights.config["num_hidden_layers"])
+        model = lx.load_model(model_path(), task="CAUSAL_LM")
+        if bits:
+            from lorax_np.models.quantised import quantised
+
+            model = quantised(model, bits)
+        weights = model.weights
+        given = start(weights, model.config["num_hidden_layers"])
         self.flat = np.concatenate([part.ravel() for pair in given.values() for part in pair])
         self.moments, self.t, at, self.adapters = np.zeros((2, self.flat.size), "float32"), 0, 0, {}
         for site, pair in given.items():
@@ -69,7 +74,7 @@ class Ours:
         about = {"kind": "linear", "r": RANK, "alpha": ALPHA, "scaling": ALPHA / RANK, "p": p}
         sites = {site: Site(name=site, weight=f"{site}.weight", **about) for site in given}
         how = {"workers": workers, "checkpoint": checkpoint}
-        self.p, self.plan = p, llama_plan(weights, weights.config, self.adapters, sites, {}, **how)
+        self.p, self.plan = p, llama_plan(weights, model.config, self.adapters, sites, {}, **how)
         return {"engine": f"lorax_np {lx.__version__}, {engine.what}"}
 
     def batch(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
