@@ -57,11 +57,9 @@ def _masked(group: Group, run: Run) -> list[Branch]:
 def _masked_down(group: Group, branch: Branch, xz: HostArray, place: Place) -> None:
     """z of one branch, a mask's block at a time; its bits are kept where there is a backward to come."""
     k, A, z = group.k, group.A[branch.ranks], xz[:, branch.beside(group.k)]
-    kept, at = _bits(branch, k, place), 0
-    flags, unders = (
-        place.room.take(f"flags {k}", HEIGHT, k, dtype="bool"),
-        place.room.take(f"under {k}", HEIGHT, k),
-    )
+    kept, at = _bits(group, branch, place), 0
+    flags = place.room.take(f"flags {k}", HEIGHT, k, dtype="bool")
+    unders = place.room.take(f"under {k}", HEIGHT, k)
     for drop, parts in _blocks(branch, place.run):
         fill, factor = drop.blocks(place.room.stream), factor_of(drop, xz)
         for part in parts:
@@ -88,10 +86,11 @@ def factor_of(drop: DropoutKey, like: HostArray) -> float:
     return float(like.dtype.type(drop.scale))
 
 
-def _bits(branch: Branch, k: int, place: Place) -> HostArray:
+def _bits(group: Group, branch: Branch, place: Place) -> HostArray:
     """Room for the bits of a branch's mask."""
-    size = sum(-(-(part.stop - part.start) * k // 8) for part in place.run.blocks(HEIGHT))
-    return place.room.take(f"bits {place.slot} {branch.site}", size if place.slot else 0, dtype="uint8")
+    size = sum(-(-(part.stop - part.start) * group.k // 8) for part in place.run.blocks(HEIGHT))
+    name = f"bits {place.slot} {group.product.name} {branch.ranks.start}"
+    return place.room.take(name, size if place.slot else 0, dtype="uint8")
 
 
 class Back:
@@ -128,7 +127,9 @@ class Back:
         if sums.b is not None:
             np.add(0 if fresh else sums.b, np.add.reduce(gy, axis=0), out=sums.b)
         masked = _masked(group, place.run)
-        self.masks = [(branch, _bits(branch, k, place)) for branch in masked]
+        self.masks = [
+            (branch, _bits(group, branch, place), factor_of(branch.dropout(0, 0, 0), gxz)) for branch in masked
+        ]
         plain = [branch for branch in group.branches if branch not in masked]
         self.plain = [branch.ranks for branch in plain] if masked else [slice(0, group.product.R)]
         for ranks in self.plain if need_gx and group.product.R else ():
@@ -145,12 +146,11 @@ class Back:
         k, rows = self.group.k, part.stop - part.start
         size = -(-rows * k // 8)
         keep, under = self.place.room.take(f"keep {k}", 2, HEIGHT, k)[:, :rows]
-        for branch, bits in self.masks:
+        for branch, bits, c in self.masks:
             flag = np.unpackbits(bits[self.at : self.at + size], count=rows * k)
             keep[...] = flag.reshape(rows, k)
-            A, c = self.group.A[branch.ranks], factor_of(branch.dropout(0, 0, 0), keep)
             if self.need_gx:
-                gemm(self.gxz[part, branch.beside(k)], A, under, c)
+                gemm(self.gxz[part, branch.beside(k)], self.group.A[branch.ranks], under, c)
                 under *= keep
                 self.gxz[part, :k] += under
             keep *= x
