@@ -47,6 +47,17 @@ def llama_plan(
 
     Raises ConfigError for whatever the plan does not compute, such as DoRA: the general pass does. ShapeError
     and DtypeError where weights or adapters do not fit the config. Source: specs/training_speed.md.
+
+    >>> from lorax_np.fast.llama.shape import NORMS, SITES
+    >>> sizes = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "num_hidden_layers": 1}
+    >>> wide = {"mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4), "mlp.down_proj": (4, 6)}
+    >>> weights = {f"model.layers.0.{site}.weight": np.ones(wide.get(site, (4, 4))) for site in SITES}
+    >>> weights |= {f"model.layers.0.{norm}.weight": np.ones(4) for norm in NORMS}
+    >>> weights |= {"model.norm.weight": np.ones(4), "model.embed_tokens.weight": np.ones((5, 4))}
+    >>> plan = llama_plan(weights, {**sizes, "vocab_size": 5, "tie_word_embeddings": True}, {}, {})
+    >>> loss = plan.loss({}, {}, [1, 2, 3], [0, 3], [0], [2, 3, -100], n=2)
+    >>> bool(abs(loss - np.log(5)) < 1e-12)
+    True
     """
     how: Any = {"workers": workers, "checkpoint": checkpoint, "rows": rows}
     return LlamaPlan(weights, config, adapters, sites, saved or {}, **how)
