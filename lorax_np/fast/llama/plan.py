@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 
-from ...backend import HostArray, compute_dtype, dtype_name, on_device, to_host
+from ...backend import HostArray, compute_dtype, dtype_name
 from ...config import Site
 from ...errors import ConfigError, ShapeError
 from ...params import Adapter
 from . import groups as grouped
+from .batch import Batch, batch_of
 from .branches import Sums
 from .groups import Group
-from .head import IGNORED, Head
+from .head import Head
 from .passes import Buffers, Model, Worker
 from .room import Run, fresh
 from .shape import SITES, check_names, read_shape, refuse
@@ -48,6 +48,7 @@ def llama_plan(
     Raises ConfigError for whatever the plan does not compute, such as DoRA: the general pass does. ShapeError
     and DtypeError where weights or adapters do not fit the config. Source: specs/training_speed.md.
 
+    >>> import numpy as np
     >>> from lorax_np.fast.llama.shape import NORMS, SITES
     >>> sizes = {"hidden_size": 4, "intermediate_size": 6, "num_attention_heads": 2, "num_hidden_layers": 1}
     >>> wide = {"mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4), "mlp.down_proj": (4, 6)}
@@ -128,7 +129,7 @@ class LlamaPlan:
         The bits depend on the arguments and the number of workers alone.
         Raises ConfigError and ShapeError for a batch or adapters that do not fit.
         """
-        batch = _batch(ids, starts, index, labels, n, self.shape.V)
+        batch = batch_of(ids, starts, index, labels, n, self.shape.V)
         model, used = self._model(adapters, saved), list[int]()
 
         def work(who: int, runs: list[Run]) -> float:
@@ -157,7 +158,7 @@ class LlamaPlan:
         n: int,
     ) -> float:
         """The loss alone, without dropout; arguments as loss_and_gradients."""
-        batch = _batch(ids, starts, index, labels, n, self.shape.V)
+        batch = batch_of(ids, starts, index, labels, n, self.shape.V)
         model = self._model(adapters, saved)
 
         def work(who: int, runs: list[Run]) -> float:
@@ -171,7 +172,7 @@ class LlamaPlan:
 
     # ---- parts of a step -------------------------------------------------------------------------------------
 
-    def _shared(self, batch: "Batch", dropout: tuple[int, int] | None, work: Any) -> float:
+    def _shared(self, batch: Batch, dropout: tuple[int, int] | None, work: Any) -> float:
         """Σ work(who, runs), by workers in threads."""
         lengths = [b - a for a, b in pairwise(batch.bounds)]
         count = worker_count(self.workers, len(lengths))
@@ -223,39 +224,7 @@ class LlamaPlan:
         return {site: found[site] for site in adapters}
 
 
-class Batch(NamedTuple):
-    """The tokens of a step, on the host."""
-
-    ids: HostArray  # (N,)
-    labels: HostArray  # (N,)
-    bounds: list[int]
-    numbers: list[int]  # of each sequence in the whole step
-
-    def rows(self, run: Run) -> HostArray:
-        """Which rows a run has."""
-        return np.concatenate([np.arange(self.bounds[i], self.bounds[i + 1]) for i in run.places])
-
-
 # ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _batch(ids: Any, starts: Any, index: Any, labels: Any, n: int, V: int) -> Batch:
-    ids, labels = (to_host(x) if on_device(x) else np.asarray(x) for x in (ids, labels))
-    bounds, numbers = [int(at) for at in starts], [int(i) for i in index]
-    if ids.ndim != 1 or ids.shape != labels.shape:
-        raise ShapeError(f"labels: expected {ids.shape}, set by ids, got {labels.shape}")
-    if not bounds or bounds[0] != 0 or bounds[-1] != len(ids) or sorted(bounds) != bounds:
-        raise ShapeError(f"starts: expected bounds from 0 to {len(ids)}, set by ids, got {bounds[:8]}")
-    if len(numbers) != len(bounds) - 1:
-        raise ShapeError(f"index: expected {len(bounds) - 1} numbers, set by starts, got {len(numbers)}")
-    if isinstance(n, bool) or not n >= 1:
-        raise ConfigError(f"n: expected at least one label that counts, got {n}")
-    for name, values in (("ids", ids), ("labels", labels[labels != IGNORED])):
-        if len(values) and not (values.min() >= 0 and values.max() < V):
-            raise ConfigError(
-                f"{name}: expected tokens from 0 to {V - 1}, got {values.min()} to {values.max()}"
-            )
-    return Batch(ids, labels, bounds, numbers)
 
 
 def _check_sites(adapters: Mapping[str, Adapter], sites: Mapping[str, Any], known: set[str]) -> None:
