@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-
 from ...backend import HostArray, compute_dtype, dtype_name
 from ...config import Site
 from ...errors import ConfigError, ShapeError
