@@ -127,12 +127,15 @@ def dequantise_nf4(q: NF4, out: HostArray | None = None, *, dtype: str | None = 
     _part("absmax", absmax, (-(-n // block),), "float32")
     out = _buffer(q.shape, out, dtype)
     flat, piece = out.reshape(-1), np.empty(min(PIECE, n + n % 2), np.float32)
+    plain = flat.dtype == np.float32
     for at in range(0, n, PIECE):
         end = min(at + PIECE, n)
-        values = piece[: end - at + (end - at) % 2]
+        even = plain and (end - at) % 2 == 0
+        values = flat[at:end] if even else piece[: end - at + (end - at) % 2]  # a byte is two of them
         np.take(PAIRS, q.codes[at // 2 : -(-end // 2)], axis=0, out=values.reshape(-1, 2), mode="clip")
         _scale(values[: end - at], absmax[at // block : -(-end // block)], block)  # (quant.4)
-        flat[at:end] = cast(values[: end - at], dtype_name(out))
+        if not even:
+            flat[at:end] = cast(values[: end - at], dtype_name(out))
     return out
 
 
@@ -239,11 +242,15 @@ def dequantise_int8(q: Int8, out: HostArray | None = None, *, dtype: str | None 
     out = _buffer(shape, out, dtype)
     flat, step = out.reshape(-1), max(1, PIECE // wide) * wide
     codes = np.ascontiguousarray(q.codes).reshape(-1)
+    plain = flat.dtype == np.float32
     for at in range(0, n, step):
-        values = codes[at : at + step].astype(np.float32)
-        _scale(values, q.absmax[at // wide : -(-(at + values.size) // wide)], wide)
+        end = min(at + step, n)
+        values = flat[at:end] if plain else np.empty(end - at, np.float32)
+        values[...] = codes[at:end]
+        _scale(values, q.absmax[at // wide : -(-end // wide)], wide)
         values *= np.float32(1 / 127)  # (quant.10)
-        flat[at : at + step] = cast(values, dtype_name(out))
+        if not plain:
+            flat[at:end] = cast(values, dtype_name(out))
     return out
 
 
