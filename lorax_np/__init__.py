@@ -79,6 +79,7 @@ from .layers.vera import (
 )
 from .merge import merge, row_norms, unmerge
 from .models.load import load_model
+from .models.quantised import quantised
 from .models.records import Model
 from .models.upcycle import upcycle
 from .ops.experts import experts_delta_backward, experts_delta_forward, join_experts, split_experts
@@ -201,6 +202,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "plan",
     "quantise_int8",
     "quantise_nf4",
+    "quantised",
     "row_norms",
     "save_adapter",
     "saved_tensors",
