@@ -77,6 +77,12 @@ class Checkpoint(Mapping[str, Array]):
         """One tensor, read-only. Raises KeyError, and FormatError as the files' readers do."""
         return self.shard(name)[name] if self.shards else self._arrays[name]
 
+    def release(self) -> None:
+        """Have the system take back the files' pages that were read. Arrays stay valid: they are read again."""
+        for file in (*self.shards.values(), self._arrays):
+            if callable(release := getattr(file, "release", None)):
+                release()
+
     def __contains__(self, name: object) -> bool:
         return name in self._where or name in self._arrays
 

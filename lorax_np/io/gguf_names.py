@@ -151,6 +151,10 @@ class HfWeights(Mapping[str, HostArray]):
             array.flags.writeable = False
         return array
 
+    def release(self) -> None:
+        """Have the system take back the file's pages that were read, as GgufFile does."""
+        self.file.release()
+
     def __contains__(self, name: object) -> bool:
         return name in self._sources
 

@@ -114,6 +114,11 @@ class SafetensorsFile(Mapping[str, HostArray]):
         array.flags.writeable = False  # also where a big-endian host had to copy BF16
         return array.reshape(shape)
 
+    def release(self) -> None:
+        """Have the system take back the file's pages that were read. Arrays stay valid: they are read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

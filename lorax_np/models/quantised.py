@@ -160,7 +160,7 @@ def linear_sites(model: Model, skip: Iterable[str] = ()) -> dict[str, Site]:
 
 
 def let_go(weights: Any) -> None:
-    """Have whoever holds copies of a checkpoint's tensors let go of them."""
+    """Have whoever holds copies of a checkpoint's tensors, or pages of its files, let go of them."""
     while weights is not None:
         if callable(release := getattr(weights, "release", None)):
             release()

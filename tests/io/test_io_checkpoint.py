@@ -1,12 +1,15 @@
 """Checkpoints opened whole: files, directories, shards behind an index, and what an index may not say."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lorax_np.errors import FormatError
 from lorax_np.io.checkpoint import open_checkpoint
+from lorax_np.io.gguf_writer import write_gguf
 from lorax_np.io.writer import write_safetensors
 
 A, B, C = (np.arange(n, dtype=np.float32).reshape(n // 2, 2) for n in (2, 4, 6))
@@ -175,3 +178,48 @@ def test_a_config_that_is_no_object(tmp_path):
 def test_a_missing_path_is_the_systems_own_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_checkpoint(tmp_path / "no")
+
+
+# ---- pages that are let go of ------------------------------------------------------------------------------
+
+
+def resident(path):
+    """Bytes of a file's pages that this process has, as the system counts them; None where it does not say."""
+    about = Path("/proc/self/smaps")
+    if not about.is_file():
+        return None
+    found = re.findall(
+        rf"^\S+ \S+ \S+ \S+ \S+ +{re.escape(str(path))}\n(?:\w+: .*\n)*?Rss: +(\d+)", about.read_text(), re.M
+    )
+    return 1024 * sum(map(int, found))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_pages_that_were_read_are_let_go_of_and_read_again(tmp_path, kind):
+    W = np.arange(2**20, dtype=np.float32).reshape(1024, 1024)
+    path = tmp_path / f"model.{kind}"
+    if kind == "gguf":
+        sizes = (
+            "embedding_length",
+            "feed_forward_length",
+            "block_count",
+            "context_length",
+            "attention.head_count",
+        )
+        about = {f"llama.{size}": ("uint32", 4) for size in sizes} | {
+            "general.architecture": ("string", "llama")
+        }
+        about["llama.attention.layer_norm_rms_epsilon"] = ("float32", 1e-5)
+        write_gguf(path, about, {"blk.0.ffn_up.weight": W})
+        name = "model.layers.0.mlp.up_proj.weight"
+    else:
+        write_safetensors(path, {"w": W})
+        name = "w"
+    found = open_checkpoint(path)
+    array = found[name]
+    assert array.sum(dtype="float64") == W.sum(dtype="float64")
+    before = resident(path)
+    found.release()
+    after = resident(path)
+    assert before is None or (before >= W.nbytes and after < W.nbytes // 8)
+    assert np.array_equal(array, W)
