@@ -30,7 +30,7 @@ WAYS = "nf4", "int8", "bf16"
 
 
 class Code(NamedTuple):
-    """A weight of a linear layer in few bits.
+    """A weight of a linear layer, or of experts, in few bits.
 
     held : of the weight as (d_out, d_in), so that 8 bits have one scale for each output
     transposed : bool  whether a checkpoint has it as (d_in, d_out), and so do those who ask for it
@@ -65,7 +65,7 @@ class Code(NamedTuple):
 def encode(W: Array, way: str, *, transposed: bool = False, block: int = 64, double: bool = False) -> Code:
     """A weight in few bits, in W's library.
 
-    W : as it is stored, floating and finite;  way : nf4, int8 or bf16
+    W : (..., d) as it is stored, floating and finite;  way : nf4, int8 or bf16
     block, double : of nf4, how many entries share one absmax, and whether absmax have 8 bits themselves
 
     Raises ConfigError for another way or block, and as quantise_nf4 does.
@@ -182,7 +182,8 @@ def _on_device(q: NF4 | Int8) -> Array:
     """The numbers in float32, by the roundings of quant.py."""
     xp = namespace_of(codes=q.codes)
     if isinstance(q, Int8):
-        return cast(q.codes, "float32") * q.absmax[:, None] * (1 / 127)  # (quant.10)
+        rows = xp.reshape(cast(q.codes, "float32"), (-1, q.codes.shape[-1]))
+        return xp.reshape(rows * q.absmax[:, None] * (1 / 127), q.codes.shape)  # type: ignore[no-any-return]
     absmax: Any = q.absmax
     if isinstance(absmax, Absmax):
         spread = _scaled(absmax.table, absmax.codes, absmax.absmax, NESTED) + absmax.offset  # (quant.6)

@@ -13,7 +13,7 @@ from ..backend import Array, HostArray
 from ..config import LoraConfig, Plan, Site
 from ..config.fields import RESIDUAL, start_name
 from ..errors import ConfigError
-from ..inject import plan, started
+from ..inject import Overlay, plan, started
 from ..params import AnyAdapter
 from .codes import WAYS, Code, check_way, code_bytes, decode, encode
 from .families import FAMILIES
@@ -109,8 +109,8 @@ def quantised(
     if isinstance(model.weights, Quantised):
         raise ConfigError("model: expected weights as they are stored, got some in few bits already")
     codes: dict[str, Code] = {}
-    for name, site in linear_sites(model, skip).items():
-        codes[name] = _code(name, model.weights[name], site, way, block, double)
+    for name, transposed in coded_names(model, skip).items():
+        codes[name] = _code(name, model.weights[name], transposed, way, block, double)
         let_go(model.weights)
     return replace(model, weights=Quantised(model.weights, codes, model.config))
 
@@ -134,29 +134,41 @@ def quantised_start(
 
     Returns the model, the adapters and the sites by name, and the plan. Raises as quantised and inject do.
     """
-    found = plan(model.weights, config)
-    base = quantised(model, way, block=block, double=double, skip=found.saved)
-    weights: Any = base.weights
-    codes, sites, adapters = dict(weights.codes), dict[str, Site](), dict[str, AnyAdapter]()
+    kind = model.config.get("model_type")
+    found = plan(model.weights, config, model_type=kind)
+    weights: Any = quantised(model, way, block=block, double=double, skip=found.saved).weights
+    codes, rests = dict(weights.codes), dict[str, Array]()
+    sites, adapters = dict[str, Site](), dict[str, AnyAdapter]()
     leaves = start_name(config.init_lora_weights) in (*RESIDUAL, "loftq")
-    for name, site, adapter, rest in started(model.weights if leaves else weights, config, rng):
+    for name, site, adapter, rest in started(
+        model.weights if leaves else weights, config, rng, model_type=kind
+    ):
         adapters[name] = adapter
-        if site is None:
-            continue
-        sites[name] = site
-        if rest is not None:
-            codes[site.weight] = _code(site.weight, rest, site, way, block, double)
+        if site is not None:
+            sites[name] = site
+        if site is not None and rest is not None and site.weight in codes:
+            codes[site.weight] = _code(site.weight, rest, codes[site.weight].transposed, way, block, double)
+        elif site is not None and rest is not None:
+            rests[site.weight] = rest
         if leaves:
             let_go(model.weights)
-    return replace(model, weights=Quantised(model.weights, codes, model.config)), adapters, sites, found
+    under = Overlay(model.weights, rests) if rests else model.weights
+    return replace(model, weights=Quantised(under, codes, model.config)), adapters, sites, found
 
 
-def linear_sites(model: Model, skip: Iterable[str] = ()) -> dict[str, Site]:
-    """The weights of linear layers by name, but for those of heads and those to skip; no tensor is read."""
-    heads = {name for head in FAMILIES[model.family].heads.values() for name in head.shapes(model.config, 1)}
-    found = plan(model.weights, LoraConfig(r=1, target_modules="all-linear"))
+def coded_names(model: Model, skip: Iterable[str] = ()) -> dict[str, bool]:
+    """The weights that are held in few bits, by name, and whether each is stored as (d_in, d_out).
+
+    Those of linear layers, but for heads and routers, and experts fused into one tensor; but for those to skip.
+    No tensor is read.
+    """
+    family = FAMILIES[model.family]
+    heads = {name for head in family.heads.values() for name in head.shapes(model.config, 1)}
+    config, kind = LoraConfig(r=1, target_modules="all-linear"), model.config.get("model_type")
+    found = {s.weight: s.transposed for s in plan(model.weights, config, model_type=kind).sites.values()}
+    found |= {name: False for name, shape in family.shapes(model.config).items() if len(shape) == 3}
     left = heads | set(skip)
-    return {site.weight: site for site in found.sites.values() if site.weight not in left}
+    return {name: transposed for name, transposed in found.items() if name not in left}
 
 
 def let_go(weights: Any) -> None:
@@ -167,8 +179,8 @@ def let_go(weights: Any) -> None:
         weights = getattr(weights, "under", None)
 
 
-def _code(name: str, W: Array, site: Site, way: str, block: int, double: bool) -> Code:
+def _code(name: str, W: Array, transposed: bool, way: str, block: int, double: bool) -> Code:
     try:
-        return encode(W, way, transposed=site.transposed, block=block, double=double)
+        return encode(W, way, transposed=transposed, block=block, double=double)
     except ConfigError as refused:
         raise ConfigError(f"{name}: {refused}") from None

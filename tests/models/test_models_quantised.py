@@ -12,6 +12,11 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
+import test_models_bert
+import test_models_gpt2
+import test_models_moe
+import test_models_t5
+import whole
 
 import lorax_np as lx
 from lorax_np.errors import ConfigError, DtypeError, ShapeError
@@ -19,7 +24,7 @@ from lorax_np.inject import plan
 from lorax_np.io.writer import write_safetensors
 from lorax_np.models.codes import code_bytes, decode, encode
 from lorax_np.models.load import load_model
-from lorax_np.models.quantised import linear_sites, quantised, quantised_start
+from lorax_np.models.quantised import coded_names, quantised, quantised_start
 from lorax_np.models.tasks import count, loss, loss_and_gradients
 from lorax_np.quant import (
     compress_absmax,
@@ -187,6 +192,45 @@ def test_many_threads_write_out_at_once():
     assert not wrong
 
 
+# ---- other families ----------------------------------------------------------------------------------------
+
+NEXT = np.array([4, 7, -100, -100, 1, 9, 0, 3, -100])
+GATES = {f"model.layers.{i}.mlp.gate" for i in (0, 1)}
+T5_LEFT = {f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias" for stack in ("encoder", "decoder")}
+FAMILIES = {  # config, task, batch, modules whose matrices stay as they are
+    "bert": (test_models_bert.CONFIG, "TOKEN_CLS", None, {"classifier"}),
+    "gpt2": (test_models_gpt2.CONFIG, "CAUSAL_LM", None, {"lm_head"}),
+    "t5": (test_models_t5.GATED, "SEQ_2_SEQ_LM", test_models_t5.batch_of(), {"lm_head", "shared", *T5_LEFT}),
+    "moe": (
+        test_models_moe.CONFIG,
+        "CAUSAL_LM",
+        None,
+        {"lm_head", *GATES},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["nf4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_have_the_gradients_of_a_dense_base(family, way):
+    """Conv1D among them, which is held the other way round, and experts fused into one tensor."""
+    config, task, batch, left = FAMILIES[family]
+    stored = whole.model_of(config, task)
+    few = quantised(stored, way)
+    matrices = {name for name, W in stored.weights.items() if W.ndim > 1 and "embed" not in name}
+    tables = {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert set(few.weights.codes) == matrices - tables - {f"{name}.weight" for name in left}
+    dense = replace(stored, weights={name: np.array(W) for name, W in few.weights.items()})
+    assert all(code.transposed == (family == "gpt2") for code in few.weights.codes.values())
+    parameters = {"target_parameters": ["experts.gate_up_proj"]} if family == "moe" else {}
+    trained, sites = whole.adapted(stored, targets="all-linear", **parameters)
+    batch = batch or whole.batch_of(11, NEXT % 3 if family == "bert" else NEXT, types=2 * (family == "bert"))
+    how = {"task": task, "n": 6, "dropout": tiny.DROPOUT}
+    want = loss_and_gradients(dense, sites, trained, batch, **how)
+    same(loss_and_gradients(few, sites, trained, batch, **how, checkpoint=True), want)
+    assert bits(loss(stored, sites, trained, batch, task=task, n=6)) != bits(want[0])
+
+
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +257,9 @@ def test_memory_is_that_of_the_codes_and_one_tensor(tmp_path):
     assert few.weights.nbytes <= held <= few.weights.nbytes + 40_000
     # beside the largest tensor, what one is quantised by: pieces of 65,536 entries
     assert peak <= few.weights.nbytes + largest + 40_000 + 32 * 65_536
+    assert "0 held" in repr(model.weights)
+    config = lx.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="olora")
+    quantised_start(model, config, np.random.default_rng(0))
     assert "0 held" in repr(model.weights)
 
 
@@ -276,13 +323,23 @@ def test_the_rest_that_pissa_leaves_is_what_is_held():
         assert bits(few.weights[site.weight]) == bits(codec(weights[site.weight], "nf4", False)[0])
 
 
+def test_a_rest_that_is_left_in_a_head_stays_dense():
+    dense = tiny.model(dtype="float32")
+    config = lx.LoraConfig(r=2, target_modules=["lm_head", "o_proj"], init_lora_weights="pissa")
+    weights, _, _ = lx.inject(dense.weights, config)
+    few, _, _, _ = quantised_start(dense, config, way="int8")
+    assert "lm_head.weight" not in few.weights.codes
+    assert bits(few.weights["lm_head.weight"]) == bits(weights["lm_head.weight"])
+    assert few.weights["model.norm.weight"] is dense.weights["model.norm.weight"]
+
+
 # ---- other libraries ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", [lib for lib in LIBRARIES if lib.name != "numpy"], ids=lambda lib: lib.name)
 @pytest.mark.parametrize(("way", "double"), KINDS[:3], ids=IDS[:3])
 def test_codes_that_lie_on_a_device_stand_for_the_same_bits(library, way, double):
-    for shape in ((7, 9), (3, 64), (130, 129)):
+    for shape in ((7, 9), (3, 64), (130, 129), (3, 5, 7)):
         W = np.random.default_rng(0).standard_normal(shape).astype("float32")
         code = encode(library.place(W), way, double=double)
         found = decode(code)
@@ -337,4 +394,4 @@ def test_what_is_refused():
         weights.into(name, np.empty((14, 10), "int32"))
     with pytest.raises(ShapeError, match=r"^out: expected \(14, 10\), set by the weight, got \(10, 14\)$"):
         weights.into(name, np.empty((10, 14), "float32"))
-    assert linear_sites(dense, [name]).keys() == linear_sites(dense).keys() - {name}
+    assert coded_names(dense, [name]).keys() == coded_names(dense).keys() - {name}
