@@ -10,7 +10,7 @@
 ((2, 5), (4, 5), (5, 4))
 """
 
-from . import fast
+from . import fast, ops
 from .backend import backend_info
 from .combine import CombinedSet, combine, combine_sets
 from .config import LoraConfig, Plan, Site
@@ -195,6 +195,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "open_checkpoint",
     "open_gguf",
     "open_safetensors",
+    "ops",
     "pack",
     "param_count",
     "plain",
