@@ -14,10 +14,10 @@ from .. import ConfigError
 from .batteries import suited
 from .batteries.grades import graded
 from .batteries.schedule import infer_schedule
-from .batteries.tensors import Absent, Crash, chosen
+from .batteries.tensors import Absent, Crash, chosen, layered
 from .cases import PROFILES
 from .conventions import Spec, spec_of, stated
-from .report import Report
+from .report import Check, Report
 from .subjects import load
 from .subjects.declared import declared
 
@@ -72,7 +72,7 @@ def verify(
     with opened(subject, isolation) as found:
         judged = declared(found, conventions)
         spec = spec_of(judged)
-        report = Report(title, profile, seed, stated(spec))
+        report = Report(title, profile, seed, stated(spec) if layered(judged) else "")
         _judge(judged, report, level, weights, case, progress)
         if weights is None and report.count("fail") + report.count("crash"):
             from .diagnosis.diagnose import diagnose
@@ -119,7 +119,10 @@ def _judge(
 ) -> None:
     """Fill a report with the checks of every battery that suits its profile."""
     profile, seed = report.profile, report.seed
-    batteries = suited(profile, case.partition("/")[0])
+    batteries = suited(profile, case.partition("/")[0], layered=layered(subject))
+    if not layered(subject) and not case:
+        reason = "the subject has neither run nor forward"
+        report.checks.append(Check("layer", "layer", "", "a linear layer, all of it", "not run", note=reason))
     if weights is not None:
         from .batteries.weights import battery_weights
 
@@ -131,6 +134,6 @@ def _judge(
                 if progress is not None:
                     progress(name, len(report.checks), report.count("fail") + report.count("crash"))
         report.notes += graded(report.checks, profile)
-        if weights is None and not case and PROFILES[profile] in ("float16", "bfloat16"):
+        if layered(subject) and weights is None and not case and PROFILES[profile] in ("float16", "bfloat16"):
             with suppress(Absent, Crash):  # which the batteries have said
                 report.notes.append(f"y in 16 bits, by its bits: {infer_schedule(subject, profile, seed)}")

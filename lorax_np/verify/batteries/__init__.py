@@ -20,6 +20,8 @@ from . import (
     generic,
     grades,
     lattice,
+    op_laws,
+    ops,
     packed,
     probes,
     related,
@@ -95,20 +97,35 @@ BATTERIES: dict[str, Battery] = {
     # vera_forward, vera_backward, and likewise adalora and tokens
     "related": related.battery_related,
     "related laws": related.battery_related_laws,
+    # rms_norm, rope, attention and the other ops of a model
+    "ops": ops.battery_ops,
+    "op differences": ops.battery_op_differences,
+    "op laws": op_laws.battery_op_laws,
 }
 HALVES: dict[str, Battery] = {"grades": grades.battery_grades}  # of merges into weights of 16 bits
+LAYERED = (  # which ask for a linear layer
+    *("lattice", "generic", "exact", "complex", "secant", "probes", "schedule", "edges", "widened"),
+    *("conduct", "views", "sequence", "training"),
+)
 PROOF = ("exact", "complex")  # of what computes in float64, which then is the truth for narrower profiles
 UNIT_PROFILES = ("fp64", "fp32")  # of one unit roundoff throughout
 # The bounds of the rest know one unit roundoff, or are blind beside three of them, as the secant's are
-ANY_WIDTH = ("lattice", "generic", "probes", "schedule", "conduct", "embedding")
+ANY_WIDTH = ("lattice", "generic", "probes", "schedule", "conduct", "embedding", "ops")
 
 
-def suited(profile: str, asked: str = "") -> dict[str, Battery]:
+def suited(profile: str, asked: str = "", *, layered: bool = True) -> dict[str, Battery]:
     """The batteries that a profile is judged by, and the one that is asked for by name.
+
+    layered : whether there is a linear layer to ask
 
     Exact truths cost the most, and are for what computes in float64; the laws of one width for fp64 and fp32.
     """
+    absent = () if layered else LAYERED
     if profile not in UNIT_PROFILES:
-        return {name: BATTERIES[name] for name in ANY_WIDTH} | HALVES
-    left_out = () if profile == "fp64" else PROOF
-    return {name: battery for name, battery in BATTERIES.items() if name not in left_out or name == asked}
+        return {name: BATTERIES[name] for name in ANY_WIDTH if name not in absent} | HALVES
+    left_out = absent if profile == "fp64" else (*absent, *PROOF)
+    return {
+        name: battery
+        for name, battery in BATTERIES.items()
+        if name not in left_out or (name == asked and name not in absent)
+    }

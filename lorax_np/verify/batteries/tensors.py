@@ -177,6 +177,11 @@ def offers(subject: Any, name: str) -> bool:
     return name == "y" or gradients is None or name in gradients
 
 
+def layered(subject: Any) -> bool:
+    """Whether there is a linear layer to ask, or ops of a model alone."""
+    return hasattr(subject, "run") or hasattr(subject, "forward")
+
+
 def chosen(id: str, only: str) -> bool:
     """Whether a case is on the path that was asked for, or everything was."""
     return not only or id == only or id.startswith(f"{only}/") or only.startswith(f"{id}/")

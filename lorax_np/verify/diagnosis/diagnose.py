@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batteries.tensors import answer
+from ..batteries.tensors import answer, layered
 from ..conventions import DORA, spec_of, spelled
 from ..lines import continued, flat
 from ..pages.digest import again
@@ -212,7 +212,8 @@ def diagnose(
     name = name or type(subject).__name__
     with np.errstate(all="ignore"):
         norms = spec_of(subject).norm_gradient
-        kinds = tuple(kind for kind in KINDS if kind == "lora" or ("full" in kind) in norms)
+        there = layered(subject)
+        kinds = tuple(kind for kind in KINDS if there and (kind == "lora" or ("full" in kind) in norms))
         compared = Comparison(*observe(subject, profile, kinds, ask), without)
         silent = where.part == "crash"  # an exception is no answer to explain
         names = [] if silent else _names(compared)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ..report import TENSORS, Check
 
 BITWISE = ("lattice",)  # batteries that every precision passes
+OPS = ("ops", "op differences", "op laws")
 MERGES, STARTS = ("merge", "unmerge", "merged", "unmerging"), ("start", "pissa")
 LAWS = (  # words of a law, what its failure alone says, and where to look
     (("zero token",), "empty", "only without tokens (N = 0)"),
@@ -73,7 +74,20 @@ def _side(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:
     ):
         if all(check.battery.startswith(words) for check in bad):
             return Branch(part, f"{why}: {len(bad)} checks")
-    return None
+    return _op(bad)
+
+
+def _op(bad: Sequence[Check]) -> Branch | None:
+    """One op of a model, or several of them."""
+    if not all(check.battery in OPS for check in bad):
+        return None
+    found = list(dict.fromkeys(check.kind.partition(",")[0] for check in bad))
+    tensors = dict.fromkeys(check.tensor for check in bad if check.battery == "ops")
+    wrong = ", ".join("y" if t == "y" else t if " " in t else f"the gradient by {t}" for t in tensors)
+    part = found[0] if len(found) == 1 else "ops"
+    return Branch(
+        part, f"only in {', '.join(found)}: {len(bad)} checks" + (f"; wrong is {wrong}" if wrong else "")
+    )
 
 
 def _laws(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:

@@ -7,6 +7,7 @@
 
 from . import (
     adapters,
+    attention,
     blended,
     conduct,
     conv,
@@ -17,7 +18,9 @@ from . import (
     family,
     files,
     gradient,
+    losses,
     merge,
+    ops,
     packed,
     related,
     rounding,
@@ -59,6 +62,9 @@ CATALOGUE: dict[str, Fault] = _by_id(
     conv.FAULTS,
     related.FAULTS,
     blended.FAULTS,
+    ops.FAULTS,
+    losses.FAULTS,
+    attention.FAULTS,
 )
 
 __all__ = ["CATALOGUE", "CONVENTIONS", "KINDS", "Fault", "Faulty", "Kind"]

@@ -29,6 +29,7 @@ Kind = Literal[
     "conv",
     "related",
     "blended",
+    "op",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -56,6 +56,7 @@ SEES: Mapping[
     "blended laws": frozenset(("blended",)),
     "related": frozenset(("related",)),
     "related laws": frozenset(("related",)),
+    **dict.fromkeys(("ops", "op differences", "op laws"), frozenset[Kind](("op",))),
 }
 NAIVE: dict[str, Callable[[Any], str]] = {
     "close at start": close_at_start,

@@ -17,11 +17,14 @@ class NoSubject(LookupError):
 
 
 class Subject(Protocol):
-    """Anything with these methods, or forward alone. Arrays of any library may come back; NumPy arrays go in.
+    """Anything with these methods, or forward alone, or ops of a model alone.
+
+    Arrays of any library may come back; NumPy arrays go in.
 
     Besides, where it has them: spec : Spec;  run(case, gy) -> (y, gradients) instead of the two;
     init(W, config, seed) -> {"A", "B", and "W", "m", "bB" where they apply};  merge(case) -> {"W", and "b"};
-    init_from(W, config, seed, given), as init for the other starts, with "inputs" or "gradient" in given.
+    init_from(W, config, seed, given), as init for the other starts, with "inputs" or "gradient" in given;
+    and an op of a model for each method that is named so, as rms_norm(case, gy) -> (y, {"x", "w"}).
     A method that meets a case it does not cover raises NotImplementedError: that is not run, never passed.
     """
 
@@ -46,7 +49,9 @@ def load(name: str, xp: Any = None) -> Any:
         return peft()
     found = _attribute(name) if ":" in name else _registered(name)
     subject = found() if isinstance(found, type) else found
-    if not hasattr(subject, "run") and not hasattr(subject, "forward"):
+    from ..batteries.op_case import offered
+
+    if not hasattr(subject, "run") and not hasattr(subject, "forward") and not any(offered(subject)):
         raise NoSubject(f"SUBJECT: expected methods forward and backward, or run, got {type(subject).__name__}")
     return subject
 

@@ -54,6 +54,7 @@ from ..batteries.packed import PackedReference
 from ..batteries.related import RelatedCase
 from ..cases import Case
 from ..conventions import Spec
+from .ops import OpsReference
 
 
 class Layer:
@@ -186,7 +187,7 @@ def _tokens(case: RelatedCase) -> tuple[Embedding, TokenRows]:
     return Embedding(case.at["W"], case.padding), TokenRows(case.at["index"], case.at["T"])
 
 
-class Reference(Layer, Related, PackedReference, ExpertsReference):
+class Reference(Layer, Related, PackedReference, ExpertsReference, OpsReference):
     """All that the engine has, judged like a stranger's; several adapters on NumPy."""
 
     def together(self, cases: list[Case], gy: Any) -> tuple[Any, dict[str, Any]]:
