@@ -24,6 +24,7 @@ from lorax_np.verify.mutants.naive import close_at_start, differences
 from lorax_np.verify.mutants.related import Related
 from lorax_np.verify.mutants.several import Mixing
 from lorax_np.verify.subjects import reference
+from lorax_np.verify.subjects.ops import OpsReference
 
 SPECS = Path(__file__).parents[2] / "specs"
 PUBLISHED = (
@@ -37,7 +38,7 @@ PUBLISHED = (
 )
 
 
-class Whole(Filed, Mixing, Routed, Related, Blending, EmbeddingReference, ConvReference):
+class Whole(Filed, Mixing, Routed, Related, Blending, EmbeddingReference, ConvReference, OpsReference):
     """All methods there are, all right."""
 
 

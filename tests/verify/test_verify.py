@@ -284,6 +284,7 @@ OTHER_LAYERS = {
     *("embedding", "embedding laws", "conv", "conv laws", "conv start", "conv spread"),
     *("packed", "unpacked", "together", "apart", "experts", "routed"),
     *("related", "related laws", "blended", "blended exact", "blended laws"),
+    *("ops", "op differences", "op laws"),
 }
 
 

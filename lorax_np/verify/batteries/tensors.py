@@ -14,6 +14,7 @@ from ..pages.heat import shrink
 from ..report import Check, Verdict
 from ..subjects.torch_arrays import to_array
 from ..truths import exact, truth
+from .op_case import offered
 
 EPS = UNIT["float64"]  # of the float64 truths
 NOT_OFFERED = "the subject declares that it gives no such gradient"
@@ -178,8 +179,8 @@ def offers(subject: Any, name: str) -> bool:
 
 
 def layered(subject: Any) -> bool:
-    """Whether there is a linear layer to ask, or ops of a model alone."""
-    return hasattr(subject, "run") or hasattr(subject, "forward")
+    """Whether there is a linear layer to ask; there is none where a subject offers ops of a model alone."""
+    return hasattr(subject, "run") or hasattr(subject, "forward") or not any(offered(subject))
 
 
 def chosen(id: str, only: str) -> bool:

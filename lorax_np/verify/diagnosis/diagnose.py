@@ -24,11 +24,12 @@ from ..pages.digest import again
 from ..precision import PRECISIONS
 from ..report import RIGHT, Check
 from .dictionary import LIMIT, Comparison, Match, faults
+from .op_faults import op_names
 from .pairs import pairs
 from .probe_layers import KINDS, Ask, observe
 from .regression import Finding, explain
 from .smallest import smallest
-from .tree import Branch, branch
+from .tree import Branch, branch, refused_ops
 
 WIDE, LINES = 80, 12
 FILES = {  # where the equations of a spec are computed
@@ -38,6 +39,13 @@ FILES = {  # where the equations of a spec are computed
     "dora": ("ops/dora.py", "layer.py"),
     "init": ("init.py",),
     "merge": ("merge.py",),
+    "norm": ("ops/norm.py",),
+    "rope": ("ops/rope.py",),
+    "attention": ("ops/attention.py", "ops/relative.py"),
+    "activation": ("ops/activation.py", "ops/erf.py"),
+    "loss": ("ops/loss.py",),
+    "embedding": ("ops/embedding.py", "layers/embedding.py"),
+    "router": ("ops/router.py",),
 }
 
 
@@ -47,6 +55,7 @@ class Name:
 
     ids, titles : of every member of the class, "S4" or "S4 + D1";  z : of the nearest replay from the answer
     line : the equation that is broken, as "lora.8";  file : where the reference computes it, and at which line
+    unit : of z
     """
 
     ids: tuple[str, ...]
@@ -54,6 +63,7 @@ class Name:
     z: float
     line: str
     file: str
+    unit: str = "σ"
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class Diagnosis:
                 out.append(f"cause, one of {', '.join(name.ids)}; their answers are the same")
             out += [f"cause: {id}: {title}" for id, title in list(zip(name.ids, name.titles, strict=True))[:2]]
             if name.line:
-                out.append(f"compare: ({name.line}) in {name.file}; its replay is {name.z:.1f}σ away")
+                out.append(f"compare: ({name.line}) in {name.file}; its replay is {name.z:.1f}{name.unit} away")
         if len(self.names) > 2:
             out.append(f"  and {len(self.names) - 2} more explanations")
         if not self.names and self.asked and self.branch.part != "crash":
@@ -216,9 +226,10 @@ def diagnose(
         kinds = tuple(kind for kind in KINDS if there and (kind == "lora" or ("full" in kind) in norms))
         compared = Comparison(*observe(subject, profile, kinds, ask), without)
         silent = where.part == "crash"  # an exception is no answer to explain
-        names = [] if silent else _names(compared)
+        ops = [] if silent else refused_ops(checks)
+        names = [] if silent or ops else _names(compared)
         right = compared.is_right
-        near = None if names or right or silent else compared.nearest()
+        near = None if names or right or silent or ops else compared.nearest()
         findings = [] if right or silent else explain(compared)
         case = "" if right else _smallest(subject, compared, profile)
     return Diagnosis(
@@ -226,13 +237,24 @@ def diagnose(
         profile=profile,
         branch=where if where.part != "none" or right else _seen_by_probes(compared),
         only="" if right else _trait(compared),
-        names=tuple(_name(match) for match in names),
+        names=_of_ops(subject, ops, profile) if ops else tuple(_name(match) for match in names),
         nearest=None if near is None else (near.ids[0], near.share),
         findings=tuple(findings),
         case=case,
         reproduce=_reproduce(name, checks, profile, seed),
         asked=len(compared.probes),
     )
+
+
+def _of_ops(subject: Any, ops: Sequence[str], profile: str) -> tuple[Name, ...]:
+    """The known faults of the ops that were refused whose answers are the subject's: one class of names."""
+    from ..mutants import CATALOGUE
+
+    found = op_names(subject, ops, profile)
+    if not found:
+        return ()
+    line, ids = CATALOGUE[found[0][0]].line, tuple(id for id, _ in found)
+    return (Name(ids, tuple(CATALOGUE[id].title for id in ids), found[0][1], line, source(line), " bounds"),)
 
 
 def _names(compared: Comparison) -> list[Match]:

@@ -77,17 +77,22 @@ def _side(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:
     return _op(bad)
 
 
+def refused_ops(checks: Sequence[Check]) -> list[str]:
+    """The ops of a model that were refused, where nothing else was."""
+    bad = [check for check in checks if check.verdict in ("fail", "crash")]
+    alone = all(check.battery in OPS for check in bad)
+    return list(dict.fromkeys(check.kind.partition(",")[0] for check in bad)) if alone else []
+
+
 def _op(bad: Sequence[Check]) -> Branch | None:
     """One op of a model, or several of them."""
-    if not all(check.battery in OPS for check in bad):
+    found = refused_ops(bad)
+    if not found:
         return None
-    found = list(dict.fromkeys(check.kind.partition(",")[0] for check in bad))
     tensors = dict.fromkeys(check.tensor for check in bad if check.battery == "ops")
-    wrong = ", ".join("y" if t == "y" else t if " " in t else f"the gradient by {t}" for t in tensors)
-    part = found[0] if len(found) == 1 else "ops"
-    return Branch(
-        part, f"only in {', '.join(found)}: {len(bad)} checks" + (f"; wrong is {wrong}" if wrong else "")
-    )
+    wrong = ", ".join(t if t == "y" or " " in t else f"the gradient by {t}" for t in tensors)
+    why = f"only in {', '.join(found)}: {len(bad)} checks"
+    return Branch(found[0] if len(found) == 1 else "ops", f"{why}; wrong is {wrong}" if wrong else why)
 
 
 def _laws(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:

@@ -143,7 +143,7 @@ def _tree(value: Any, arrays: list[HostArray], limit: int) -> Any:
         return None
     if isinstance(value, dict):
         return {"dict": [[str(name), _tree(part, arrays, limit)] for name, part in value.items()]}
-    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], dict):
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], dict | None):
         return {"pair": [_tree(part, arrays, limit) for part in value]}
     size = _size(value)
     taken = sum(array.nbytes for array in arrays)
