@@ -433,3 +433,19 @@ def test_a_case_is_data():
     assert case.under(scale=3.0).scale == 3.0
     assert case.scale == 1.0
     assert set(case.arrays()) == {"q", "k", "v", "R", "gy"}
+
+
+def test_reports_of_ops_alone_are_whole(tmp_path):
+    report = lx.verify.verify(FAULTS["O4"].subject(), "fp32", "quick", case="ops")
+    alone = lx.verify.verify(OneNorm(), "fp32", "quick")
+    for one in (report, alone):
+        one.to_json(tmp_path / "report.json")
+        one.to_html(tmp_path / "report.html")
+        one.to_junit(tmp_path / "report.xml")
+        assert one.to_markdown()
+        assert all(len(line) <= 80 for line in str(one).splitlines())
+    text = str(report)
+    assert "cause: O4: RMSNorm: gx without its part along the row" in text
+    assert "its replay is" in text
+    assert alone.conventions == ""
+    assert "y = xWᵀ" not in str(alone)

@@ -111,8 +111,9 @@ def op_answer(subject: Any, case: OpCase) -> Named:
 
 def both_bounds(case: OpCase) -> Named:
     """What roundings of the subject explain, and those of a float64 truth.  (modelops.3)"""
-    own, of_truth = op_bounds(case, UNIT[case.dtype]), op_bounds(case, UNIT["float64"])
-    return {name: value + of_truth[name] for name, value in own.items()}
+    u = UNIT[case.dtype]
+    more = 1 + UNIT["float64"] / u  # to first order they are as u is, and never less
+    return {name: more * value for name, value in op_bounds(case, u).items()}
 
 
 def fitting(subject: Any, case: OpCase) -> Named:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..batteries import BATTERIES, Battery
+from ..batteries import BATTERIES, Battery, ops
+from ..batteries.op_case import OpCase
 from ..cases import Case
 from ..truths import exact, truth
+from ..truths import ops as definitions
 from . import CATALOGUE, KINDS, Fault, Kind
 from .naive import close_at_start, differences
 
@@ -249,6 +251,7 @@ def remembered(memory: Memory | None = None) -> Iterator[None]:
     """Within, the costly truths are computed once for each case, since they do not depend on who is judged."""
     known: Memory = {} if memory is None else memory
     places = [(exact, "truth"), (exact, "merged"), (truth, "gradients"), (truth, "dense"), (truth, "derived")]
+    places += [(definitions, "truth"), (ops, "op_bounds")]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name, function in before:
         setattr(module, name, _remembering(name, function, known))
@@ -259,19 +262,21 @@ def remembered(memory: Memory | None = None) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def _remembering(name: str, function: Callable[[Case], Any], known: Memory) -> Callable[[Case], Any]:
+def _remembering(name: str, function: Callable[..., Any], known: Memory) -> Callable[..., Any]:
     @wraps(function)
-    def remember(case: Case) -> Any:
-        key = (name, *_key(case))
+    def remember(case: Case | OpCase, *more: float) -> Any:
+        key = (name, *more, *_key(case))
         if key not in known:
-            known[key] = function(case)
+            known[key] = function(case, *more)
         found = known[key]
         return dict(found) if isinstance(found, dict) else found
 
     return remember
 
 
-def _key(case: Case) -> tuple[Any, ...]:
+def _key(case: Case | OpCase) -> tuple[Any, ...]:
     """All that a truth depends on."""
     arrays = tuple((name, v.shape, v.dtype.name, v.tobytes()) for name, v in case.arrays().items())
+    if isinstance(case, OpCase):
+        return case.op, tuple(case.options.items()), arrays
     return case.scaling, case.norm_gradient, case.train_b, case.dora, case.dropout, arrays
