@@ -63,7 +63,7 @@ def _balanced(subject: Any, case: OpCase) -> str | None:
     if "z" not in got:
         return None
     wrong = nothing("Σ gz", got["z"].sum(axis=1), bound["z"].sum(axis=1))
-    twice = OpCase("", case.kind, case.op, case.at, -2 * case.gy, case.options)
+    twice = OpCase("", case.kind, case.op, case.at, np.asarray(-2 * case.gy), case.options)
     return wrong or off("gz", fitting(subject, twice)["z"], -2 * got["z"], 4 * bound["z"])
 
 

@@ -251,11 +251,14 @@ def _kept(z: HostArray, k: int) -> HostArray:
 ROUTER: Table = {
     "kept": lambda t: _kept(t.case.z, t.k),
     "e": lambda t: np.exp(t.z - largest(t.z)),
-    "among": lambda t: t.kept if t.normalised else np.full(t.kept.shape, True),
-    "P": lambda t: t.e * t.among / (t.e * t.among).sum(axis=-1, keepdims=True),
-    "y": lambda t: t.P * t.kept,
-    "along": lambda t: (t.gy * t.y).sum(axis=-1, keepdims=True),
-    "gz": lambda t: t.P * (t.gy * t.kept - t.along),
+    "P": lambda t: t.e / t.e.sum(axis=-1, keepdims=True),  # of all, also where shares of the kept are wanted
+    "whole": lambda t: (
+        (t.P * t.kept).sum(axis=-1, keepdims=True) if t.normalised else np.ones((), t.case.dtype)
+    ),
+    "y": lambda t: t.P * t.kept / t.whole,
+    "along": lambda t: (t.gy * t.y).sum(axis=-1, keepdims=True) if t.normalised else np.zeros((), t.case.dtype),
+    "gP": lambda t: t.kept * (t.gy - t.along) / t.whole,
+    "gz": lambda t: t.P * (t.gP - (t.gP * t.P).sum(axis=-1, keepdims=True)),
 }
 STEPS: dict[str, Table] = {
     "rms_norm": RMS_NORM,

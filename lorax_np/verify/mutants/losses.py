@@ -128,10 +128,22 @@ def _fewer(t: Any) -> HostArray:
     return kept
 
 
+def _one(t: Any) -> HostArray:
+    return np.ones((), t.z.dtype)
+
+
+def _zero(t: Any) -> HostArray:
+    return np.zeros((), t.z.dtype)
+
+
+def _of_the_kept(t: Any) -> HostArray:
+    return np.asarray(t.P * (t.gP - (t.gP * t.P).sum(axis=-1, keepdims=True)) * t.kept)
+
+
 def _through_all(t: Any) -> HostArray:
-    """As if the kept ones had been taken from the softmax of all."""
-    P = t.e / t.e.sum(axis=-1, keepdims=True)
-    return np.asarray(P * (t.gy * t.kept - (t.gy * t.kept * P).sum(axis=-1, keepdims=True)))
+    """As if the kept ones had been taken from the softmax of all as they are."""
+    g = t.gy * t.kept
+    return np.asarray(t.P * (g - (g * t.P).sum(axis=-1, keepdims=True)))
 
 
 _lookup, _router = partial(op_fault, "lookup"), partial(op_fault, "router")
@@ -146,20 +158,12 @@ ROWS = (
     ),
     _lookup("O50", "lookup: gW divided by how often an id comes", "embedding.4", gW=_by_count),
     _lookup("O51", "lookup: ids counted from 1", "embedding.1", y=lambda t: t.W[(t.ids + 1) % len(t.W)]),
-    _router("O52", "router: the gradient without the softmax's own term", "router.3", along=lambda t: 0),
-    _router(
-        "O53",
-        "router: weights of all, not shares of the kept",
-        "router.2",
-        among=lambda t: np.full(t.kept.shape, True),
-    ),
+    _router("O52", "router: the gradient without the softmax's own term", "router.3", gz=lambda t: t.y * t.gy),
+    _router("O53", "router: weights of all, not shares of the kept", "router.2", whole=_one, along=_zero),
     _router("O54", "router: of equal logits the last", "router.1", kept=_last_tied),
     _router("O55", "router: one expert too few", "router.1", kept=_fewer),
     _router(
-        "O56",
-        "router: a gradient in the kept logits alone, where all have one",
-        "router.10",
-        gz=lambda t: t.P * (t.gy * t.kept - t.along) * t.kept,
+        "O56", "router: a gradient in the kept logits alone, where all have one", "router.10", gz=_of_the_kept
     ),
     _router("O57", "router: shares of the kept differentiated as weights of all", "router.3", gz=_through_all),
 )
