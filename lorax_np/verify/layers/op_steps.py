@@ -183,7 +183,7 @@ ATTENTION: Table = {
 # ---- activations -------------------------------------------------------------------------------------------
 
 SWIGLU: Table = {
-    "s": lambda t: 1 / (1 + np.exp(-t.u)),
+    "s": lambda t: 0.5 * (1 + np.tanh(0.5 * t.u)),  # off by u of 1, not of itself, as kernels' may be
     "silu": lambda t: t.u * t.s,
     "y": lambda t: t.silu * t.w,
     "slope": lambda t: t.s + t.u * t.s * (1 - t.s),
