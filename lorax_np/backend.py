@@ -175,6 +175,14 @@ def backend_info() -> dict[str, str]:
     }
 
 
+LAUNCHERS = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"  # set by mpiexec for each process it starts
+
+
+def launched_ranks() -> int:
+    """Return as one of how many ranks MPI's launcher started this process; 1 without a launcher."""
+    return max(int(word) if (word := os.environ.get(name, "")).isdecimal() else 1 for name in LAUNCHERS)
+
+
 # ---- between the host and a library ------------------------------------------------------------------------
 
 
