@@ -1,0 +1,130 @@
+"""What is looked at before the first step, and where a step that came out wrong went wrong."""
+
+import hashlib
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from ..backend import FLOATS, Array, HostArray, all_finite, dtype_name, quiet, to_host
+from ..errors import ConfigError, FormatError
+from ..models import tasks
+from ..models.passes import PAIRS, Pass
+from ..models.records import Batch, Dropout, Model, Rows, Trained
+from ..text.examples import Example
+from .passes import Passes
+from .step import number, parameters
+
+EDGE = 16  # numbers at either end of a tensor that a fingerprint reads
+LONGEST = "max_position_embeddings"
+
+
+def check_start(model: Model, trained: Trained, examples: Sequence[Example], task: str) -> None:
+    """Raise FormatError or ConfigError for what would only come out wrong in a step.
+
+    That is a number of the base, or of what trains, that is not finite; a token that the model has no row for;
+    a sequence longer than the positions that it has; and data in which no label counts.
+    """
+    for name, value in (*model.weights.items(), *parameters(trained).items()):
+        if dtype_name(value) in FLOATS and not all_finite(value):
+            where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
+            raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
+    vocab, longest = model.config.get("vocab_size"), model.config.get(LONGEST)
+    for example in examples:
+        ids = [sequence.ids for sequence in example.sequences]
+        ids += [] if example.decoder is None else [example.decoder]
+        for part in ids:
+            if len(part) and vocab and not 0 <= int(part.min()) <= int(part.max()) < vocab:
+                wrong = int(part.min()) if part.min() < 0 else int(part.max())
+                raise ConfigError(
+                    f"{example.where}: expected tokens below {vocab}, the vocabulary, got {wrong}"
+                )
+            if longest and len(part) > longest:
+                wanted = f"at most {longest} tokens, the model's {LONGEST}"
+                raise ConfigError(f"{example.where}: expected {wanted}, got {len(part)}; lower max_seq_length")
+    if examples and not any(example.kept for example in examples):
+        came = f"none in {len(examples)} rows, first {examples[0].where}"
+        raise ConfigError(f"data: expected a label that counts in some row of {task}, got {came}")
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of a base: names, shapes, dtypes, and the first and last numbers of every tensor."""
+    digest = hashlib.sha256(model.family.encode())
+    for name in sorted(model.weights):
+        value: Any = model.weights[name]
+        digest.update(f"{name} {tuple(value.shape)} {dtype_name(value)}".encode())
+        flat = (
+            to_host(value[(slice(None, EDGE),) * value.ndim]),
+            to_host(value[(slice(-EDGE, None),) * value.ndim]),
+        )
+        for part in flat:
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of what is learned from: token ids and labels of every example, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = [*(sequence.ids for sequence in example.sequences), example.decoder, example.labels]
+        for part in parts:
+            found: HostArray = np.asarray([] if part is None else part)
+            digest.update(f"{found.shape} {found.dtype}".encode() + np.ascontiguousarray(found).tobytes())
+    return digest.hexdigest()
+
+
+# ---- where a step went wrong -------------------------------------------------------------------------------
+
+
+class Bad(Exception):
+    """Carries the name of a module whose output is not finite."""
+
+
+class Watched(Pass):
+    """A pass that stops at the first module, in forward order, whose output is not finite."""
+
+    def linear(
+        self, name: str, x: Array, rows: Rows | None, *, transposed: bool = False, mask: Array | None = None
+    ) -> tuple[Array, Any]:
+        """As Pass.linear; raises Bad."""
+        return self._look(name, super().linear(name, x, rows, transposed=transposed, mask=mask))
+
+    def rms_norm(self, name: str, x: Array, eps: float) -> tuple[Array, Any]:
+        """As Pass.rms_norm; raises Bad."""
+        return self._look(name, super().rms_norm(name, x, eps))
+
+    def layer_norm(self, name: str, x: Array, eps: float) -> tuple[Array, Any]:
+        """As Pass.layer_norm; raises Bad."""
+        return self._look(name, super().layer_norm(name, x, eps))
+
+    def embedding(self, name: str, ids: Array) -> tuple[Array, Any]:
+        """As Pass.embedding; raises Bad."""
+        return self._look(name, super().embedding(name, ids))
+
+    def _look(self, name: str, found: tuple[Array, Any]) -> tuple[Array, Any]:
+        if not all_finite(found[0]):
+            raise Bad(name)
+        return found
+
+
+def first_bad(passes: Passes, trained: Trained, batches: Sequence[Batch], dropout: Dropout | None) -> str:
+    """The first module, in forward order, whose output is not finite in these batches; else whose gradient."""
+    family, pair = tasks.family_of(passes.model), PAIRS[passes.config.engine]
+    batches = [batch for batch in batches if batch.starts[-1]]
+    with quiet():
+        for batch in batches:
+            args = passes.model, passes.sites, trained
+            at = Watched(*args, pair=pair, dropout=dropout, tokens=passes.tokens)
+            try:
+                family.forward(at, batch, "nothing")
+            except Bad as bad:
+                return f"{bad}, forward"
+        for batch in batches:
+            loss, found = passes.gradients(trained, batch, n=1, dropout=dropout)
+            if not isfinite(number(loss)):
+                return "loss"
+            for name, g in parameters(found).items():
+                if not all_finite(g):
+                    return f"{name.partition('.')[2]}, gradient"
+    return "the sum of the gradients"

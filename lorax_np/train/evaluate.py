@@ -1,0 +1,60 @@
+"""How good a model is on examples: the loss, and the scores by which people compare a task."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+
+from ..backend import HostArray, quiet, to_host
+from ..config import Site
+from ..models.records import Batch, Model, Trained
+from ..models.tasks import count
+from ..text.batches import Feed, Position
+from ..text.examples import Example
+from ..text.labels import Labels
+from ..text.scoring import likelihood_of, outputs_by_example, scores
+from .passes import Passes
+
+Metrics = dict[str, float]
+WRITTEN = "CAUSAL_LM", "SEQ_2_SEQ_LM"  # tasks whose outputs are a distribution over words
+
+
+def evaluate(
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    data: Sequence[Example],
+    task: str,
+    *,
+    labels: Labels | None = None,
+    batch_size: int = 4,
+    passes: Passes | None = None,
+) -> Metrics:
+    """Return a model's figures on examples, without dropout.
+
+    data   : examples of load_data, at least one
+    labels : the classes by name, for tasks that have classes
+    passes : what computes the model; chosen anew where none is given
+
+    Always loss, the mean over the labels that count, rows, and labels, how many; where the loss is finite, what
+    text/scoring.py gives for the task. Source: specs/training.md.
+    """
+    passes = passes or Passes(model, sites, trained, task=task)
+    total, kept, outputs = 0.0, 0, list[HostArray]()
+    with quiet():
+        for batch in batches_of(data, task, batch_size):
+            n = count(task, batch.labels, batch.starts)
+            total, kept = total + (n * passes.loss(trained, batch, n=n) if n else 0.0), kept + n  # (training.7)
+            if task not in WRITTEN:
+                outputs += outputs_by_example(task, batch, to_host(passes.outputs(trained, batch)))
+    found: Metrics = {"loss": total / max(kept, 1), "rows": len(data), "labels": kept}
+    if not isfinite(total) or not kept:
+        return found
+    return found | (likelihood_of(data, total) if task in WRITTEN else scores(task, data, outputs, labels))
+
+
+def batches_of(data: Sequence[Example], task: str, size: int) -> Iterator[Batch]:
+    """Examples as they stand, so many at a time."""
+    feed, used = Feed(data, task, batch_size=size, shuffle=False), 0
+    while used < len(data):
+        step = feed.step(Position(0, used))
+        yield step.batches[0]
+        used += len(step.examples)

@@ -1,0 +1,139 @@
+"""What a person reads of a run: its first lines, and one line for each thing that happens."""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+from ..backend import backend_info
+from ..optim import group_table
+from ..text.showing import shown
+from .estimate import Work, alternatives, estimated
+from .loop import groups_of
+from .prepare import Prepared
+from .step import parameters
+
+
+def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
+    """Where it runs, what it learns from, what trains."""
+    info, model = backend_info(), run.model
+    found = [
+        f"backend {info['backend']} ({info['why']}), BLAS {info['blas']}, NumPy {info['numpy']}",
+        f"model {model.path}: {model.config.get('model_type', model.family)}, {len(model.weights)} tensors",
+    ]
+    for split, data in run.data.items():
+        found += [f"{split}: {line}" for line in data.report.lines()] if split in ("train", "valid") else []
+    first = run.data["train"].examples[0]
+    found += shown(first, run.tokenizer, task=run.task, labels=run.labels, colour=colour).splitlines()
+    found += [f"note: {note}" for note in run.notes]
+    nbytes = sum(4 * prod(value.shape) for value in parameters(run.trained).values())
+    found.append(f"{run.plan} || {size(nbytes)}")
+    found += group_table(groups_of(run.trained, run.config, run.sites)).splitlines()
+    return found + site_table(run)
+
+
+def site_table(run: Prepared) -> list[str]:
+    """The adapted places, those of one last name and shape in a line."""
+    rows: dict[tuple[str, str, str], int] = {}
+    for name, site in run.sites.items():
+        adapter = run.trained.adapters[name]
+        shapes = (
+            "" if adapter.A is None or adapter.B is None else f"{adapter.A.shape[1]} → {adapter.B.shape[0]}"
+        )
+        key = name.rpartition(".")[2], shapes, f"r {site.r}, s {site.scaling:.4g}, p {site.p:.4g}"
+        rows[key] = rows.get(key, 0) + 1
+    table = [("site", "count", "shape", "adapter")] + [(n, str(k), s, a) for (n, s, a), k in rows.items()]
+    wide = [max(len(row[i]) for row in table) for i in range(3)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, wide, strict=False)), row[3]]) for row in table]
+
+
+class Lines:
+    """A callback that says what happens."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """say : what is done with a line."""
+        self.say, self.before = say, (0, 0.0)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Say one thing."""
+        event = record["event"]
+        if event == "train":
+            self.say(self.step_line(record))
+        elif event == "eval":
+            figures = [f"{name} {_figure(value)}" for name, value in record.items() if name not in PLACE]
+            self.say(
+                f"eval at step {record['step']}, {record['rows']} rows of {record['on']}: {', '.join(figures)}"
+            )
+        elif event == "start":
+            self.say(
+                f"{record['pass']}; {record['steps']} steps on {record['rows']} rows, {record['ranks']} ranks"
+            )
+        elif event == "resume":
+            self.say(f"goes on after step {record['step']}")
+        elif event == "bad":
+            came = f"{record['came']}, first at {record['first']}"
+            self.say(f"step {record['step']} passed over: {came}; rows {', '.join(record['rows'][:4])}")
+
+    def step_line(self, record: Mapping[str, Any]) -> str:
+        """The line of a report: step 2/6  loss 1.8342  lr 1.9e-04  |g| 0.61  311 tok/s  1.4 GB  ETA 9s."""
+        step, steps, seconds = record["step"], record["steps"], record["seconds"]
+        each = (seconds - self.before[1]) / max(step - self.before[0], 1)
+        if not self.before[0] and step > 0:
+            each = seconds / step
+        self.before = step, seconds
+        loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        return "  ".join(
+            (
+                f"step {step}/{steps}",
+                loss,
+                f"lr {record['lr']:.1e}",
+                f"|g| {record['grad_norm']:.2f}",
+                f"{record['tokens_per_second']:.0f} tok/s",
+                size(record["peak_bytes"]),
+                f"ETA {clock(each * (steps - step))}",
+            )
+        )
+
+
+PLACE = "event", "step", "on", "rows", "labels"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def size(count: float) -> str:
+    """Bytes in words, in powers of 1000.
+
+    >>> size(1_400_000_000), size(19_500_000), size(900)
+    ('1.4 GB', '19.5 MB', '0.9 kB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def clock(seconds: float) -> str:
+    """A time in words.
+
+    >>> clock(9), clock(760), clock(7260)
+    ('9s', '12m40s', '2h01m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02}s" if whole < 3600 else f"{whole // 3600}h{whole // 60 % 60:02}m"
+
+
+def estimate_lines(run: Prepared, work: Work, ranks: int) -> list[str]:
+    """What the run is expected to take, and what would change it."""
+    found = estimated(work)
+    steps = run.config.steps(run.config.feed(run.data["train"].examples, run.task, ranks=ranks))
+    parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.parts.items())
+    tokens = ranks * found.tokens
+    lines = [
+        f"expected: {found.seconds:.2f} s a step of {tokens:.0f} tokens, {tokens / found.seconds:.0f} tok/s, "
+        f"{steps} steps in {clock(steps * found.seconds)}",
+        f"expected memory: {size(found.nbytes)} ({parts})",
+    ]
+    return lines + [f"with {name}: {size(nbytes)}" for name, nbytes in alternatives(work)]

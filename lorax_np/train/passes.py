@@ -1,0 +1,117 @@
+"""Who computes losses and gradients: a pass planned for speed where there is one, else the general one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from ..backend import Array
+from ..config import Site
+from ..errors import ConfigError, ShapeError
+from ..models import tasks
+from ..models.quantised import let_go
+from ..models.records import Batch, Dropout, Model, Trained
+from .config import TrainConfig
+
+DEFAULT = TrainConfig()
+
+
+class Passes:
+    """The two functions that a run needs of a model on a task; nothing they are given is written to.
+
+    what : the pass that was chosen, and why no other, in words
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sites: Mapping[str, Site],
+        trained: Trained,
+        *,
+        task: str,
+        config: TrainConfig = DEFAULT,
+        tokens: Mapping[str, Sequence[int]] | None = None,
+        checkpoint: bool | None = None,
+    ) -> None:
+        """Choose: the plan of a family is asked first, and what it refuses the general pass computes.
+
+        config : its engine and workers are read, and its grad_checkpoint where checkpoint is None
+        tokens : which rows of embeddings train, by plan, where some do
+        """
+        self.model, self.sites, self.task, self.config, self.tokens = model, sites, task, config, tokens
+        self.checkpoint = config.grad_checkpoint == "on" if checkpoint is None else checkpoint
+        tasks.head_of(model, task)
+        self._plan: Any = None
+        self.what = f"general pass, engine {config.engine}"
+        if config.engine == "fast" and task == "CAUSAL_LM" and model.family == "llama":
+            self._choose(trained)
+
+    def _choose(self, trained: Trained) -> None:
+        from ..fast.llama import llama_plan
+
+        model, adapters, workers = self.model, cast(Any, trained.adapters), self.config.workers
+        try:
+            self._plan = llama_plan(
+                model.weights,
+                model.config,
+                adapters,
+                self.sites,
+                dict(trained.saved),
+                workers=workers,
+                checkpoint=self.checkpoint,
+            )
+            self.what = f"planned Llama pass, workers {workers}"
+        except (ConfigError, ShapeError) as refused:
+            self.what = f"general pass, engine fast, since {refused}"
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan computes it."""
+        return self._plan is not None
+
+    def recompute(self) -> None:
+        """From now on keep only what enters blocks, and compute the rest of them again."""
+        self.checkpoint = True
+        if self.planned:
+            self._plan.checkpoint = True
+        self.what += ", blocks computed again in the backward"
+
+    def settle(self) -> None:
+        """Let go of the base's tensors, where a plan has them in its own form."""
+        if self.planned:
+            let_go(self.model.weights)
+
+    def gradients(
+        self, trained: Trained, batch: Batch, *, n: int, dropout: Dropout | None
+    ) -> tuple[Array | float, Trained]:
+        """The loss of a micro-batch, divided by n, and its gradients, as models/tasks.py has them."""
+        if self._plan is not None:
+            rows = batch.ids, batch.starts, batch.index, batch.labels
+            adapters: Any = trained.adapters
+            loss, found, _ = self._plan.loss_and_gradients(adapters, {}, *rows, n=n, dropout=dropout)
+            return loss, Trained(found, {})
+        return tasks.loss_and_gradients(
+            self.model,
+            self.sites,
+            trained,
+            batch,
+            task=self.task,
+            n=n,
+            dropout=dropout,
+            engine=self.config.engine,
+            checkpoint=self.checkpoint,
+            tokens=self.tokens,
+        )
+
+    def loss(self, trained: Trained, batch: Batch, *, n: int) -> float:
+        """The loss alone, without dropout."""
+        if self._plan is not None:
+            adapters: Any = trained.adapters
+            rows = batch.ids, batch.starts, batch.index, batch.labels
+            return float(self._plan.loss(adapters, {}, *rows, n=n))
+        args = self.model, self.sites, trained, batch
+        found: Any = tasks.loss(*args, task=self.task, n=n, engine=self.config.engine, tokens=self.tokens)
+        return float(found)
+
+    def outputs(self, trained: Trained, batch: Batch) -> Array:
+        """What the task's head gives, without dropout."""
+        args = self.model, self.sites, trained, batch
+        return tasks.outputs(*args, task=self.task, engine=self.config.engine, tokens=self.tokens)

@@ -1,0 +1,190 @@
+"""From settings to a run: the base, the rows as examples, the adapters, and how it goes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import LoraConfig, Plan, Site, start_name
+from ..config.fields import RESIDUAL
+from ..errors import ConfigError
+from ..inject import inject, plan, saved_tensors
+from ..io.peft import load_adapter
+from ..kinds import nearest
+from ..models.load import load_model
+from ..models.new_head import with_head
+from ..models.quantised import WAYS, quantised, quantised_start
+from ..models.records import Model, Trained
+from ..models.tasks import family_of, head_of, trained_of
+from ..random import torch_generator
+from ..text.data import Data, encode_rows, load_data
+from ..text.examples import Settings as RowSettings
+from ..text.labels import Labels, labels_of_config
+from ..text.rows import read_rows, task_name
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from .config import TrainConfig
+from .settings import Settings, train_config
+from .step import widened
+
+ALL = "all-linear"
+NONE = "none"
+HELD = (NONE, *WAYS)  # ways to hold a base
+
+
+class Prepared(NamedTuple):
+    """Everything that a run is made of, nothing of it trained yet."""
+
+    task: str
+    model: Model
+    tokenizer: Tokenizer
+    data: Mapping[str, Data]
+    labels: Labels | None
+    lora: LoraConfig
+    plan: Plan
+    sites: Mapping[str, Site]
+    trained: Trained
+    config: TrainConfig
+    notes: tuple[str, ...]
+
+
+def prepared(settings: Settings) -> Prepared:
+    """Read and check everything that settings name. Raises as what it calls does, one line each."""
+    for name in ("model", "data"):
+        if settings[name] is None:
+            raise ConfigError(f"{name}: expected a path, got nothing")
+    way = settings["quantize"]
+    if way not in HELD:
+        raise ConfigError(f"quantize: expected one of {', '.join(HELD)}, got {way!r}{nearest(way, HELD)}")
+    config, task = train_config(settings), task_name(settings["task"])
+    model = load_model(settings["model"], dtype="float32", xp=settings["backend"])
+    tokenizer = load_tokenizer(settings["model"], vocab_size=model.config.get("vocab_size"))
+    data = rows(settings, config, model, tokenizer, task)
+    labels = data["train"].labels
+    model, notes = headed(model, task, labels, config.seed)
+    make = begun if settings["resume_adapter_file"] is None else continued
+    beside = make(settings, model, task, config.seed)
+    return Prepared(
+        task,
+        beside.model,
+        tokenizer,
+        data,
+        labels,
+        beside.lora,
+        beside.plan,
+        beside.sites,
+        widened(beside.trained),
+        config,
+        (*notes, *beside.notes),
+    )
+
+
+def rows(
+    settings: Settings, config: TrainConfig, model: Model, tokenizer: Tokenizer, task: str
+) -> dict[str, Data]:
+    """The rows of each split as examples; those of --valid in place of a directory's own."""
+    longest = config.max_seq_length
+    how = RowSettings(
+        longest,
+        mask_prompt=settings["mask_prompt"],
+        stride=min(128, longest // 2),
+        decoder_start=model.config.get("decoder_start_token_id"),
+    )
+    there = labels_of_config(model.config) if has_head(model, task) else None
+    data = load_data(settings["data"], tokenizer, task=task, settings=how, labels=there)
+    if settings["valid"] is not None:
+        labels = data["train"].labels
+        read = read_rows(settings["valid"], task)
+        data["valid"] = encode_rows(read, tokenizer, task=task, settings=how, labels=labels)
+    return data
+
+
+def has_head(model: Model, task: str) -> bool:
+    """Whether the checkpoint brings the tensors of the task's head."""
+    heads = family_of(model).heads
+    head = heads[task] if task in heads else head_of(model, task)  # which refuses it
+    return all(name in model.weights for name in head.shapes(model.config, 1))
+
+
+def headed(model: Model, task: str, labels: Labels | None, seed: int) -> tuple[Model, tuple[str, ...]]:
+    """The model with a head for the task, a new one where it has none; and what is to be said of it."""
+    if has_head(model, task):
+        return model, ()
+    count = 2 if labels is None else labels.count
+    made = with_head(model, task, count, np.random.default_rng(seed))
+    return made, (f"a new head for {task}, {count} outputs, drawn from the seed; it trains whole",)
+
+
+class Beside(NamedTuple):
+    """A base as it is held, and what is to train beside it."""
+
+    model: Model
+    lora: LoraConfig
+    plan: Plan
+    sites: Mapping[str, Site]
+    trained: Trained
+    notes: tuple[str, ...] = ()
+
+
+def begun(settings: Settings, model: Model, task: str, seed: int) -> Beside:
+    """Adapters started as the settings say, on the model whose weights such a start leaves."""
+    lora, rng = lora_config(settings, model, task), torch_generator(seed)
+    if settings["quantize"] != NONE:
+        base, adapters, sites, found = quantised_start(model, lora, rng, way=settings["quantize"])
+        note = f"linear layers of the base as {settings['quantize']}: {_bits(base)} bytes"
+    else:
+        found, note = plan(model.weights, lora), ""
+        weights, adapters, sites = inject(model.weights, lora, rng)
+        base = replace(model, weights=weights)
+    saved = saved_tensors(model.weights, found)
+    return Beside(base, lora, found, sites, Trained(adapters, saved), (note,) if note else ())
+
+
+def _bits(model: Model) -> str:
+    return f"{getattr(model.weights, 'nbytes', 0):,}"
+
+
+def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
+    """The adapters' config: PEFT's names, and mlx-lm's num_layers as layers_to_transform."""
+    last, named = settings["num_layers"], settings["layers_to_transform"]
+    if last is not None and named is not None:
+        raise ConfigError(f"num_layers: expected None beside layers_to_transform, got {last}")
+    if last is not None:
+        L = int(model.config.get("num_hidden_layers", 0))
+        if not 0 < last <= L:
+            raise ConfigError(f"num_layers: expected 1 to {L}, the model's layers, got {last}")
+        named = list(range(L - last, L))
+    targets = settings["target_modules"]
+    if targets == ALL and named is not None:  # PEFT takes layers beside names alone
+        everywhere = plan(model.weights, LoraConfig(target_modules=ALL, task_type=task))
+        targets = sorted({name.rpartition(".")[2] for name in everywhere.sites})
+    alpha = 2 * settings["r"] if settings["lora_alpha"] is None else settings["lora_alpha"]
+    same = (
+        *("r", "lora_dropout", "exclude_modules", "modules_to_save", "init_lora_weights"),
+        *("bias", "use_dora", "use_rslora"),
+    )
+    return LoraConfig.from_dict(
+        {name: settings[name] for name in same}
+        | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        | {"target_modules": targets, "layers_to_transform": named, "task_type": task}
+        | {"base_model_name_or_path": str(settings["model"])}
+        | {"adapter_dtype": None if settings["lora_dtype"] == "float32" else settings["lora_dtype"]}
+    )
+
+
+def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:
+    """Adapters of a directory, to train on; its config stands in for the settings."""
+    files = load_adapter(settings["resume_adapter_file"], weights=model.weights)
+    lora = files.config
+    if start_name(lora.init_lora_weights) in RESIDUAL:
+        wanted = "an adapter for the original base: convert it to a plain one first"
+        raise ConfigError(
+            f"resume_adapter_file: expected {wanted}, got init_lora_weights={lora.init_lora_weights!r}"
+        )
+    if lora.task_type not in (None, task):
+        raise ConfigError(f"task: expected {lora.task_type}, set by the adapter, got {task}")
+    lora = replace(lora, task_type=task, base_model_name_or_path=str(settings["model"]))
+    found, way = plan(model.weights, lora), settings["quantize"]
+    base = model if way == NONE else quantised(model, way, skip=found.saved)
+    note = "r, α and targets are those of the adapter to train on"
+    return Beside(base, lora, found, files.sites, trained_of(files), (note,))

@@ -1,0 +1,221 @@
+"""What a run is told: by flags, by a file, by the run that it goes on with; names with their kinds, checked."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import BackendError, FormatError
+from ..io.checkpoint import read_json
+from ..kinds import nearest, refuse, shown
+from .config import TrainConfig
+
+Settings = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """One name: what it may be, what it is where nothing is said, and a line for --help."""
+
+    read: Callable[[Any], Any]
+    default: Any
+    about: str
+    flag: bool = False  # given without a value on a command line
+
+
+def text(value: Any) -> str:
+    """A word."""
+    if not isinstance(value, str):
+        raise ValueError("a word")
+    return value
+
+
+def integer(value: Any) -> int:
+    """A whole number, or the digits of one."""
+    if isinstance(value, str) and value.lstrip("-").isdecimal():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a whole number")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number, or how one is written."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("a number")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("a number") from None
+
+
+def flag(value: Any) -> bool:
+    """True or False, or the word for it."""
+    known = {"true": True, "yes": True, "false": False, "no": False}
+    found = known.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError("true or false")
+    return found
+
+
+def names(value: Any) -> Any:
+    """A list of names, or names with commas between; one alone stays a word, which may be an expression."""
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        return parts[0] if len(parts) == 1 else parts
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value) and value:
+        return list(value)
+    raise ValueError("names with commas between")
+
+
+def several(value: Any) -> list[str]:
+    """A list of names in every case."""
+    found = names(value)
+    return [found] if isinstance(found, str) else found
+
+
+def layers(value: Any) -> list[int]:
+    """Numbers of layers: 3, or 3,5,7, or 20-29, or a list."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, (list, tuple)) and value:
+        return [layer for item in value for layer in layers(item)]
+    found: list[int] = []
+    for part in value.split(",") if isinstance(value, str) else ():
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError("layers as in 3,5,7 or 20-29")
+        found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError("layers as in 3,5,7 or 20-29")
+    return found
+
+
+def beginning(value: Any) -> bool | str:
+    """true, false, or the name of a start."""
+    try:
+        return flag(value)
+    except ValueError:
+        return text(value)
+
+
+def _type(name: str) -> str:
+    """The type of a field of TrainConfig, in words: int, float | None."""
+    found = TrainConfig.__dataclass_fields__[name].type
+    return found.__name__ if isinstance(found, type) else str(found)
+
+
+def _trained(name: str) -> Callable[[Any], Any]:
+    """How a field of TrainConfig is read; its own checks follow."""
+    kind = _type(name)
+    if kind == "int | str":
+        return lambda value: integer(value) if str(value).isdecimal() else text(value)
+    for word, read in (("bool", flag), ("float", number), ("int", integer)):
+        if kind.startswith(word):
+            return read
+    return text
+
+
+RUN: Mapping[str, Setting] = {
+    "model": Setting(text, None, "the base: a Hugging Face directory or a .gguf file"),
+    "data": Setting(text, None, "rows: a .jsonl file, or a directory of train, valid and test.jsonl"),
+    "task": Setting(text, "causal-lm", "what is learned"),
+    "valid": Setting(text, None, "rows to evaluate on (default: valid.jsonl beside train.jsonl)"),
+    "adapter_path": Setting(text, "adapters", "where the adapter and its record are written"),
+    "resume_adapter_file": Setting(text, None, "an adapter to train on, PEFT's or ours"),
+    "mask_prompt": Setting(flag, True, "whether prompts carry no labels", flag=True),
+    "quantize": Setting(text, "none", "how the base is held: nf4, int8, bf16 or none"),
+    "lora_dtype": Setting(text, "float32", "what the adapter is saved in; it trains in float32"),
+    "backend": Setting(text, None, "numpy, cupy or auto"),
+}
+LORA: Mapping[str, Setting] = {
+    "r": Setting(integer, 16, "rank"),
+    "lora_alpha": Setting(number, None, "α (default: twice r)"),
+    "lora_dropout": Setting(number, 0.05, "probability of dropping an input of A"),
+    "target_modules": Setting(names, "all-linear", "ends of modules' names, or all-linear"),
+    "exclude_modules": Setting(names, None, "ends of modules' names that are left alone"),
+    "modules_to_save": Setting(several, None, "modules that train whole"),
+    "layers_to_transform": Setting(layers, None, "layers that get adapters, as in 20-29"),
+    "num_layers": Setting(integer, None, "the last so many layers get adapters"),
+    "init_lora_weights": Setting(beginning, True, "true, gaussian, pissa, olora, orthogonal, ..."),
+    "bias": Setting(text, "none", "biases that train: none, all, lora_only"),
+    "use_dora": Setting(flag, False, "with a magnitude a row", flag=True),
+    "use_rslora": Setting(flag, False, "s = α/√r", flag=True),
+}
+TRAIN: Mapping[str, Setting] = {
+    f.name: Setting(_trained(f.name), f.default, f.metadata["about"], flag=_type(f.name) == "bool")
+    for f in fields(TrainConfig)
+}
+SETTINGS: Mapping[str, Setting] = {**RUN, **LORA, **TRAIN}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings of a JSON file, or a YAML one where PyYAML is there. Raises FormatError, BackendError."""
+    if path.suffix == ".json":
+        return read_json(path)
+    try:
+        yaml: Any = import_module("yaml")
+    except ImportError:
+        wanted = "PyYAML for a file that is not .json"
+        raise BackendError(f"{path}: expected {wanted}, got none; pip install 'lorax-np[yaml]'") from None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(f"{path}: expected YAML in UTF-8, got {reason}") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected names with values, got {shown(found)}")
+    return found
+
+
+def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
+    """Return every setting: of several sources, each with what it is called, the last that says something.
+
+    Names may have hyphens or underscores. Raises ConfigError, one line, for names that there are not, with the
+    nearest, and for values of another kind.
+
+    >>> resolved(("FILE", {"r": 4}), ("the command line", {"r": "8"}))["r"]
+    8
+    >>> resolved(("FILE", {"rank": 4}))
+    Traceback (most recent call last):
+    lorax_np.errors.ConfigError: FILE: expected a known name, got 'rank'
+    """
+    found: Settings = {name: setting.default for name, setting in SETTINGS.items()}
+    for where, given in said:
+        problems = []
+        for name, value in given.items():
+            own = str(name).replace("-", "_")
+            if own not in SETTINGS:
+                problems.append(f"{where}: expected a known name, got {name!r}{nearest(own, SETTINGS)}")
+            elif value is None:
+                found[own] = SETTINGS[own].default
+            else:
+                try:
+                    found[own] = SETTINGS[own].read(value)
+                except ValueError as wanted:
+                    problems.append(f"{where}: {name}: expected {wanted}, got {shown(value)}")
+        refuse(problems)
+    return found
+
+
+def train_config(settings: Settings) -> TrainConfig:
+    """The part that says how the run goes."""
+    return TrainConfig(**{name: settings[name] for name in TRAIN})
+
+
+def changed(before: Settings, now: Settings, but: Iterable[str]) -> None:
+    """Raise ConfigError, by names, where a run that goes on is told otherwise than it began."""
+    free = set(but)
+    refuse(
+        [
+            f"{name}: expected {before.get(name)!r}, as the run began, got {now[name]!r}"
+            for name in (*RUN, *LORA)
+            if name not in free and before.get(name, SETTINGS[name].default) != now[name]
+        ]
+    )
+
+
+def stored(settings: Settings) -> bytes:
+    """Settings as a file that read_file reads."""
+    return (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode()
