@@ -1,0 +1,187 @@
+"""lorax-np train: adapters trained on a real model, into a PEFT directory."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .common import Parsers
+
+CODES = {"done": 0, "interrupted": 130, "not finite": 1}
+RUN_FILE, LABELS_FILE = "run.json", "labels.json"
+ABOUT = (
+    "Train adapters beside a model on rows of text, and save them as a PEFT directory, with the record of the "
+    "run. Names are those of PEFT and mlx-lm; each may stand in a file too, which flags override."
+)
+
+
+class Strict(argparse.ArgumentParser):
+    """Refuses a flag that there is not, with the nearest."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, where nothing unknown is left."""
+        from ..kinds import nearest
+
+        found, rest = super().parse_known_args(args, namespace)
+        if wrong := [word for word in rest if word.startswith("-")]:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"{wrong[0]}: expected a known flag{nearest(wrong[0].partition('=')[0], known)}")
+        return found, rest
+
+
+def add(commands: Parsers) -> None:
+    """Declare the command and its arguments; what they may hold is checked where files are, by their names."""
+    from ..train.settings import LORA, RUN, TRAIN
+
+    parser = commands.add_parser(
+        "train", help="train adapters beside a real model", description=ABOUT, allow_abbrev=False
+    )
+    parser.__class__ = Strict
+    for title, settings in (("what", RUN), ("adapters", LORA), ("training", TRAIN)):
+        group = parser.add_argument_group(title)
+        for name, setting in settings.items():
+            action = {"action": argparse.BooleanOptionalAction} if setting.flag else {"metavar": "VALUE"}
+            default = "" if setting.default in (None, False) else f" (default: {setting.default})"
+            about = f"{setting.about}{default}".replace("%", "%%")
+            group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about, **action)
+    parser.add_argument("-c", "--config", metavar="FILE", help="names and values in YAML or JSON")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --adapter-path")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and train nothing")
+    parser.add_argument("--json", metavar="-", choices=("-",), help="print what it came to as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no lines but errors")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, and say how it goes."""
+    from ..parallel import world
+
+    ranks = world()
+    try:
+        return _run(arguments, ranks)
+    except BaseException as error:
+        if ranks.size > 1:  # the others wait for this one
+            print(f"lorax-np: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            ranks.abort(2)
+        raise
+
+
+def _run(arguments: argparse.Namespace, ranks: Any) -> int:
+    from .. import ConfigError, train
+    from ..train import Passes
+    from ..train.estimate import decide, work_of
+    from ..train.lines import Lines, estimate_lines, first_lines
+    from ..train.prepare import prepared
+    from ..train.settings import SETTINGS, changed, read_file, resolved, stored
+
+    given = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
+    said = [] if arguments.config is None else [(arguments.config, read_file(Path(arguments.config)))]
+    said.append(("the command line", given))
+    out = Path(resolved(*said)["adapter_path"])
+    if arguments.resume:
+        if not out.is_dir():
+            raise ConfigError(f"--resume: expected the directory of a run as --adapter-path, got {out}")
+        if (out / RUN_FILE).is_file():
+            before = resolved((RUN_FILE, read_file(out / RUN_FILE)))
+            said.insert(0, (RUN_FILE, before))
+            changed(before, resolved(*said), but=("adapter_path", "backend", "valid"))
+    settings = resolved(*said)
+    say = _printer(arguments, ranks.rank)
+    work = prepared(settings)
+    for line in first_lines(work, colour=sys.stdout.isatty()):
+        say(line)
+    passes = Passes(
+        work.model, work.sites, work.trained, task=work.task, config=work.config, tokens=work.plan.tokens
+    )
+    size = work_of(passes, work.trained, work.data["train"].examples)
+    if decide(size):
+        say("blocks are computed again in the backward, since memory would be short")
+    for line in estimate_lines(work, size, ranks.size):
+        say(line)
+    if arguments.dry_run:
+        return 0
+
+    def keep(record: Mapping[str, Any]) -> None:
+        """What the directory has to tell a run that goes on, and whoever evaluates."""
+        if record["event"] == "start":
+            (out / RUN_FILE).write_bytes(stored(settings))
+            if work.labels is not None:
+                (out / LABELS_FILE).write_text(
+                    json.dumps(work.labels.to_config(), indent=1) + "\n", encoding="utf-8"
+                )
+
+    found = train(
+        work.model,
+        work.trained,
+        work.data["train"].examples,
+        work.config,
+        sites=work.sites,
+        task=work.task,
+        valid=work.data["valid"].examples if "valid" in work.data else (),
+        labels=work.labels,
+        lora=work.lora,
+        out=out,
+        resume=arguments.resume,
+        ranks=ranks,
+        callbacks=[keep, Lines(say)],
+        tables=_tables(settings),
+        tokens=work.plan.tokens,
+        passes=passes,
+    )
+    if ranks.rank == 0:
+        _told(found, settings, out, arguments, say)
+    return CODES[found.ended]
+
+
+def _printer(arguments: argparse.Namespace, rank: int) -> Any:
+    """What is done with a line: printed, on standard error where JSON goes to standard output, or nothing."""
+    if arguments.quiet or rank:
+        return lambda line: None
+    file = sys.stderr if arguments.json else sys.stdout
+    return lambda line: print(line, file=file, flush=True)
+
+
+def _tables(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the card says besides: where things came from, and which programs made it."""
+    from .. import __version__, backend_info
+
+    info = backend_info()
+    names = "model", "data", "valid", "resume_adapter_file", "quantize", "mask_prompt"
+    return {
+        "Base and data": {name: settings[name] for name in names if settings[name] is not None},
+        "Versions": {
+            "lorax-np": __version__,
+            "Python": info["python"],
+            "NumPy": info["numpy"],
+            "BLAS": info["blas"],
+        },
+        "Command": {"as typed": " ".join(["lorax-np", *map(_quoted, sys.argv[1:])])},
+    }
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _told(found: Any, settings: Mapping[str, Any], out: Path, arguments: argparse.Namespace, say: Any) -> None:
+    """The last lines: what it came to, and what comes next."""
+    if arguments.json:
+        content = {"out": str(out), "ended": found.ended, "step": found.step}
+        print(json.dumps(content | {"before": found.before, "after": found.after}))
+    if found.ended == "done":
+        shared = [name for name in found.before if name in found.after and name not in ("rows", "labels")]
+        for name in shared:
+            say(f"{name}: {found.before[name]:.4f} before, {found.after[name]:.4f} after")
+        say(f"saved at {out}")
+        where = {name: settings[name] for name in ("model", "data", "task")} | {"adapter-path": str(out)}
+        say("next: lorax-np evaluate " + " ".join(f"--{name} {_quoted(word)}" for name, word in where.items()))
+    elif found.ended == "interrupted":
+        say(f"stopped after step {found.step}, saved at {out}")
+        say(f"next: lorax-np train --resume --adapter-path {_quoted(str(out))}")
+    else:
+        say(f"three steps in a row were not finite: stopped after step {found.step}")
+        say(f"see {out / 'bad-batch.jsonl'}")
