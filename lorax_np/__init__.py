@@ -97,6 +97,7 @@ from .quant import (
 )
 from .random import dropout_mask, site_key, torch_generator
 from .starts import Moments, eva_ranks, input_moments
+from .train import TrainConfig, evaluate, train
 
 __version__ = "0.1.0"
 
@@ -133,6 +134,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "ShapeError",
     "Site",
     "TokenRows",
+    "TrainConfig",
     "VeraAdapter",
     "VeraShared",
     "adalora_linear_backward",
@@ -152,6 +154,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "detect",
     "dropout_mask",
     "eva_ranks",
+    "evaluate",
     "experts_delta_backward",
     "experts_delta_forward",
     "fast",
@@ -214,6 +217,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "token_rows_merge",
     "token_rows_start",
     "torch_generator",
+    "train",
     "unmerge",
     "unpack",
     "upcycle",

@@ -35,7 +35,7 @@ FLOORS = (
     ("inject.py", "io/", "parallel.py"),
     ("models/",),
     ("text/",),
-    ("stream/", "audit/", "train.py"),
+    ("stream/", "audit/", "train/"),
     ("__init__.py",),
     ("verify/",),
     ("commands/",),
@@ -44,7 +44,10 @@ FLOORS = (
 )
 FACE_ONLY = "verify/", "commands/", "cli.py", "__main__.py"  # these see the public face, and what stands here
 SEEN_BESIDES = {
-    "commands/": {"backend.py", "verify/", "io/", "stream/", "audit/", "inject.py", "spectra.py"},
+    "commands/": {
+        *("backend.py", "verify/", "io/", "stream/", "audit/", "inject.py", "spectra.py"),
+        *("kinds.py", "parallel.py", "train/"),
+    },
     "cli.py": {"commands/"},
     "__main__.py": {"cli.py"},
 }
