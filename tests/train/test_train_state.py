@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +273,36 @@ def test_the_first_signal_ends_after_the_step(tmp_path, number):
     assert last[:2] == ["ended", "interrupted"]
     assert load_state(tmp_path / "run" / "state").step == int(last[2])
     assert "stopping after this step" in errors
+
+
+def test_the_second_signal_ends_at_once(tmp_path):
+    """In the middle of whatever it is, here a callback that would take a minute; the last save is whole."""
+    code = CHILD.format(
+        paths=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], out=repr(str(tmp_path / "run"))
+    )
+    code = code.replace("save_every=4000", "save_every=2").replace(
+        'say = lambda record: print(record["event"], record["step"], flush=True)',
+        "import time\n"
+        "def say(record):\n"
+        '    print(record["event"], record["step"], flush=True)\n'
+        '    if (record["event"], record["step"]) == ("train", 3): time.sleep(60)',
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in child.stdout:
+        if line == "train 3\n":
+            began = time.monotonic()
+            os.kill(child.pid, signal.SIGINT)
+            time.sleep(0.3)
+            assert child.poll() is None  # the first one waits for the step, and for who is told of it
+            os.kill(child.pid, signal.SIGINT)
+            break
+    _, errors = child.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert "KeyboardInterrupt" in errors
+    assert load_state(tmp_path / "run" / "state").step == 2
+    assert run(tmp_path / "run", resume=True, iters=4000, stop=4, save_every=2).step == 4
 
 
 def killed_at(folder, k):
