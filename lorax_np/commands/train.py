@@ -73,6 +73,7 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     from ..train import Passes
     from ..train.estimate import decide, work_of
     from ..train.lines import Lines, estimate_lines, first_lines
+    from ..train.output import check_free
     from ..train.prepare import prepared
     from ..train.settings import SETTINGS, changed, read_file, resolved, stored
 
@@ -88,6 +89,8 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
             said.insert(0, (RUN_FILE, before))
             changed(before, resolved(*said), but=("adapter_path", "backend", "valid"))
     settings = resolved(*said)
+    if not arguments.resume and not arguments.dry_run and ranks.rank == 0:
+        check_free(out)
     say = _printer(arguments, ranks.rank)
     work = prepared(settings)
     for line in first_lines(work, colour=sys.stdout.isatty()):
@@ -169,11 +172,13 @@ def _quoted(word: str) -> str:
 
 def _told(found: Any, settings: Mapping[str, Any], out: Path, arguments: argparse.Namespace, say: Any) -> None:
     """The last lines: what it came to, and what comes next."""
+    from ..train.lines import PLACE
+
     if arguments.json:
         content = {"out": str(out), "ended": found.ended, "step": found.step}
         print(json.dumps(content | {"before": found.before, "after": found.after}))
     if found.ended == "done":
-        shared = [name for name in found.before if name in found.after and name not in ("rows", "labels")]
+        shared = [name for name in found.before if name in found.after and name not in PLACE]
         for name in shared:
             say(f"{name}: {found.before[name]:.4f} before, {found.after[name]:.4f} after")
         say(f"saved at {out}")

@@ -94,7 +94,7 @@ class Lines:
         )
 
 
-PLACE = "event", "step", "on", "rows", "labels"
+PLACE = "event", "step", "on", "rows", "labels", "nll per token"  # not said, or said already
 
 
 def _figure(value: Any) -> str:
