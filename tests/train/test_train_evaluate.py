@@ -97,3 +97,25 @@ def test_classes():
     )
     assert (z.argmax(axis=1) == [r.labels for r in rows[:5]]).all()
     assert not np.array_equal(done.trained.saved["score.weight"], trained.saved["score.weight"])
+
+
+def test_another_library_trains_as_numpy_does(tmp_path):
+    """A model held in an array-standard library: the same losses and adapters, saved and gone on with."""
+    import array_api_strict as strict
+
+    from lorax_np.backend import from_host, to_host
+
+    base, adapters, sites, config = started(dtype="float64")
+    there = model_of(weights(0, "float64"), CONFIG, path="tiny", xp=strict)
+    moved = {
+        name: replace(a, A=from_host(a.A, strict), B=from_host(a.B, strict)) for name, a in adapters.items()
+    }
+    how = settings(iters=3)
+    want = train(base, adapters, examples(), how, sites=sites)
+    args = {"sites": sites, "lora": config, "out": tmp_path / "run"}
+    train(there, moved, examples(), how, callbacks=[lambda r: r["event"] == "train"], **args)
+    found = train(there, moved, examples(), how, resume=True, **args)
+    assert (found.step, found.before["loss"]) == (3, pytest.approx(want.before["loss"], rel=1e-12))
+    for name, adapter in found.trained.adapters.items():
+        assert type(adapter.A) is type(moved[name].A)
+        np.testing.assert_allclose(to_host(adapter.B), want.trained.adapters[name].B, rtol=1e-9, atol=1e-12)
