@@ -2,8 +2,9 @@
 
 from .config import TrainConfig
 from .evaluate import evaluate
-from .loop import Result, train
+from .loop import train
 from .passes import Passes
+from .run import Result
 from .step import Outcome, train_step
 
 __all__ = ["Outcome", "Passes", "Result", "TrainConfig", "evaluate", "train", "train_step"]

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..fast.gemm import engine
-from ..fast.llama.threads import in_threads, worker_count
 from ..models.records import Dropout, Model, Trained
 from ..models.tasks import kept_numbers
 from ..text.examples import Example
@@ -239,11 +238,20 @@ def _first(trained: Trained, L: int) -> int:
     return min(numbers, default=L)
 
 
+def worker_count(workers: int | str, sequences: int) -> int:
+    """How many threads the planned pass has."""
+    from ..fast.llama.threads import worker_count as counted
+
+    return counted(workers, sequences)
+
+
 def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, float]:
     """Seconds a row of x Wᵀ for W of each shape, with so many at work at once; timed for a third of a second.
 
     Of a W with more than 4096 rows so many are timed.
     """
+    from ..fast.llama.threads import in_threads
+
     multiply, each = engine().multiply, BUDGET / max(len(shapes), 1)
 
     def times(_: int, given: list[Shape]) -> list[float]:

@@ -8,8 +8,8 @@ from ..backend import backend_info
 from ..optim import group_table
 from ..text.showing import shown
 from .estimate import Work, alternatives, estimated
-from .loop import groups_of
 from .prepare import Prepared
+from .run import groups_of
 from .step import parameters
 
 

@@ -24,7 +24,7 @@ from .log import records
 from .state import write_whole
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .run import Run
 
 METRICS, CURVE, PICTURE, STATE, BAD = "metrics.jsonl", "loss.csv", "loss.png", "state", "bad-batch.jsonl"
 COLUMNS = "step", "train_loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"

@@ -21,7 +21,7 @@ from .state import ABOUT, load_state
 from .step import Outcome, parameters, with_parameters
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .run import Run
 
 MASKS = "philox4x64-10 by sequence"  # the version of dropout masks: a run goes on with those that it began with
 FREE = "iters", "epochs", "steps_per_report", "steps_per_eval", "eval_rows", "save_every", "workers"

@@ -95,20 +95,20 @@ def test_ranks_by_allreduce_are_within_rounding():
 
 def test_ranks_that_part_are_found(monkeypatch):
     """A parameter that differs on one rank ends the run at the next comparison."""
-    from lorax_np.train import loop
+    from lorax_np.train import run as running
 
-    monkeypatch.setattr(loop, "COMPARED", 2)
-    step = loop.train_step
+    monkeypatch.setattr(running, "COMPARED", 2)
+    step = running.train_step
 
     def wrong(*args, ranks, **more):
         trained, state, outcome = step(*args, ranks=ranks, **more)
         if ranks.rank == 1 and more["step"] == 1:
             params = {name: value + 0 for name, value in parameters(trained).items()}
             next(iter(params.values())).flat[0] += np.float32(1e-6)
-            trained = loop.with_parameters(trained, params)
+            trained = running.with_parameters(trained, params)
         return trained, state, outcome
 
-    monkeypatch.setattr(loop, "train_step", wrong)
+    monkeypatch.setattr(running, "train_step", wrong)
     with pytest.raises(ConfigError, match="step 2: expected the same parameters on every rank"):
         on_all(2, run)
 

@@ -15,7 +15,7 @@ from lorax_np.models.tasks import count
 from lorax_np.optim import adamw_start, adamw_step, clip
 from lorax_np.text.batches import START
 from lorax_np.train import Passes, train_step
-from lorax_np.train.loop import groups_of
+from lorax_np.train.run import groups_of
 from lorax_np.train.step import packed, parameters, start, widened, with_parameters
 from lorax_np.tree import layout, unflatten
 
