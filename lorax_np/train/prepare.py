@@ -166,10 +166,17 @@ def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
     return LoraConfig.from_dict(
         {name: settings[name] for name in same}
         | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        | {"loftq_config": _loftq(settings)}
         | {"target_modules": targets, "layers_to_transform": named, "task_type": task}
         | {"base_model_name_or_path": str(settings["model"])}
         | {"adapter_dtype": None if settings["lora_dtype"] == "float32" else settings["lora_dtype"]}
     )
+
+
+def _loftq(settings: Settings) -> dict[str, int]:
+    """LoftQ's settings, for the bits that the base is held in."""
+    bits = 8 if settings["quantize"] == "int8" else 4
+    return {"loftq_bits": bits, "loftq_iter": 1} if settings["init_lora_weights"] == "loftq" else {}
 
 
 def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:

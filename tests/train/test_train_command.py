@@ -191,6 +191,22 @@ def test_an_adapter_is_trained_on(place, tmp_path, capsys):
     assert json.loads((second / "adapter_config.json").read_text())["use_rslora"] is True
 
 
+@pytest.mark.parametrize(
+    "more", [["--quantize", "int8"], ["--quantize", "nf4", "--init-lora-weights", "loftq"]]
+)
+def test_a_base_in_few_bits(place, tmp_path, capsys, more):
+    """It trains beside the numbers that the codes stand for; the same again gives the same bytes."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(flags(place, whole, *more, "--learning-rate", "1e-2", "--save-every", "2")) == 0
+    said = capsys.readouterr().out
+    assert f"note: linear layers of the base as {more[1]}: " in said
+    losses = [r["loss"] for r in records(whole / "metrics.jsonl") if r["event"] == "eval"]
+    assert losses[-1] < losses[0]
+    assert main(flags(place, parts, *more, "--learning-rate", "1e-2", "--save-every", "2", "--quiet")) == 0
+    for name in ("adapter_model.safetensors", "state/step-4/tensors.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
 def test_a_dry_run_writes_nothing(place, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(flags(place, out, "--dry-run")) == 0
