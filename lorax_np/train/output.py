@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 METRICS, CURVE, PICTURE, STATE, BAD = "metrics.jsonl", "loss.csv", "loss.png", "state", "bad-batch.jsonl"
+LOFTQ = "loftq"  # leaves a base of codes, which no adapter beside the original one gives exactly
 COLUMNS = "step", "train_loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"
 
 
@@ -50,19 +51,20 @@ def write_adapter(
     """Save what was trained as a PEFT directory that is right beside the original base.
 
     initial : what the run began with. Where a start took s·BA out of the weights, as PiSSA's, the adapter is
-        saved as a plain one of twice the rank; under DoRA, which has no such form, with the weights it is for
+        saved as a plain one of twice the rank; under DoRA and after LoftQ, which have no such form, with the
+        weights it is for
     Numbers are rounded to config's adapter_dtype, where it names one.
     """
     dtype, config = config.adapter_dtype, replace(config, adapter_dtype=None)
     adapters: dict[str, AnyAdapter] = dict(trained.adapters)
     saved: dict[str, Array] = dict(trained.saved)
-    if start_name(config.init_lora_weights) in RESIDUAL:
-        if config.use_dora:
-            saved |= {site.weight: model.weights[site.weight] for site in sites.values()}
-        else:
-            adapters = {name: plain(a, initial.adapters[name]) for name, a in adapters.items()}  # type: ignore[type-var]
-            sites = {name: doubled(site) for name, site in sites.items()}
-            config = plain_config(config)
+    start = start_name(config.init_lora_weights)
+    if start == LOFTQ or (start in RESIDUAL and config.use_dora):
+        saved |= {site.weight: model.weights[site.weight] for site in sites.values()}
+    elif start in RESIDUAL:
+        adapters = {name: plain(a, initial.adapters[name]) for name, a in adapters.items()}  # type: ignore[type-var]
+        sites = {name: doubled(site) for name, site in sites.items()}
+        config = plain_config(config)
     if dtype not in (None, "base"):
         adapters = {name: _narrow(adapter, dtype) for name, adapter in adapters.items()}
     part = out / ".adapter.tmp"
