@@ -1,0 +1,6 @@
+"""Texts that a model writes: decoding with kept keys, choices by a seeded draw, streams.  specs/generation.md."""
+
+from .sampling import Sampling
+from .write import Written, generate, token_stream
+
+__all__ = ["Sampling", "Written", "generate", "token_stream"]
