@@ -15,6 +15,7 @@ from .backend import backend_info
 from .combine import CombinedSet, combine, combine_sets
 from .config import LoraConfig, Plan, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
+from .generation import Sampling, Written, generate
 from .init import init_adapter
 from .inject import inject, plan, saved_tensors
 from .io.checkpoint import Checkpoint, open_checkpoint
@@ -131,12 +132,14 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "Plan",
     "SafetensorsFile",
     "SafetensorsWriter",
+    "Sampling",
     "ShapeError",
     "Site",
     "TokenRows",
     "TrainConfig",
     "VeraAdapter",
     "VeraShared",
+    "Written",
     "adalora_linear_backward",
     "adalora_linear_forward",
     "adalora_penalty",
@@ -158,6 +161,7 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
     "experts_delta_backward",
     "experts_delta_forward",
     "fast",
+    "generate",
     "hf_weights",
     "init_adapter",
     "init_conv_adapter",

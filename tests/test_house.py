@@ -35,7 +35,7 @@ FLOORS = (
     ("inject.py", "io/", "parallel.py"),
     ("models/",),
     ("text/",),
-    ("stream/", "audit/", "train/"),
+    ("stream/", "audit/", "train/", "generation/"),
     ("__init__.py",),
     ("verify/",),
     ("commands/",),
@@ -46,7 +46,7 @@ FACE_ONLY = "verify/", "commands/", "cli.py", "__main__.py"  # these see the pub
 SEEN_BESIDES = {
     "commands/": {
         *("backend.py", "verify/", "io/", "stream/", "audit/", "inject.py", "spectra.py"),
-        *("kinds.py", "parallel.py", "train/"),
+        *("kinds.py", "parallel.py", "train/", "generation/", "models/", "text/"),
     },
     "cli.py": {"commands/"},
     "__main__.py": {"cli.py"},
