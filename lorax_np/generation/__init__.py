@@ -1,4 +1,4 @@
-"""Texts that a model writes: decoding with kept keys, choices by a seeded draw, streams.  specs/generation.md."""
+"""Texts that a model writes: decoding with kept keys, and tokens by a draw.  specs/generation.md."""
 
 from .sampling import Sampling
 from .write import Written, generate, token_stream

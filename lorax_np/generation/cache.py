@@ -19,14 +19,10 @@ class Cache:
         self.count = 0
         self._held: dict[int, list[Any]] = {}  # by block: k, v : (room, K, D)
 
-    def bounds(self, new: int) -> dict[str, tuple[int, int]]:
-        """The row bounds of so many new queries, and of all keys they look among, as attention takes them."""
-        return {"starts": (0, new), "key_starts": (0, self.count + new)}
-
     def extend(self, block: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Put keys and values of new tokens, k : (n, K, D), v : (n, K, E), behind a block's; return all of them.
+        """Put keys and values of new tokens, k : (n, K, D), v : (n, K, E), behind a block's; give all of them.
 
-        How many there are is counted by advance, so that every block of a pass finds the same.  (generation.2)
+        How many there were is counted by advance, so that every block of a pass finds the same.  (generation.2)
         """
         stop = self.count + k.shape[0]
         if block not in self._held:

@@ -74,9 +74,14 @@ def _llama_attention(at: Pass, i: int, a: Array, rows: Rows, turn: Turn, cache: 
             x[part], _ = at.rms_norm(f"{name}.{part}_norm", x[part], c["rms_norm_eps"])
         x[part] = rope_forward(x[part], *turn)
     k, v = cache.extend(i, x["k"], x["v"])
-    rule = {"scale": c["head_dim"] ** -0.5, "causal": True, "window": c["windows"][i]}
-    o, _ = attention_forward(x["q"], k, v, **cache.bounds(rows.count), **rule)
+    o = _looked(x["q"], k, v, scale=c["head_dim"] ** -0.5, window=c["windows"][i])
     return at.linear(f"{name}.o_proj", join_heads(o), rows)[0]
+
+
+def _looked(q: Array, k: Array, v: Array, *, scale: float, window: int | None = None) -> Array:
+    """What new tokens see of all: the last query stands beside the last key.  (attention.1) to (attention.6)"""
+    bounds: dict[str, Any] = {"starts": (0, q.shape[0]), "key_starts": (0, k.shape[0])}
+    return attention_forward(q, k, v, **bounds, scale=scale, causal=True, window=window)[0]
 
 
 def _turn(at: Pass, first: int, new: int) -> Turn:
@@ -106,8 +111,7 @@ def gpt2_rows(at: Pass, ids: Any, cache: Cache) -> Array:
         w = linear(f"{name}.attn.c_attn", n)  # (n, 3d)
         q, k, v = (split_heads(w[:, j * d : (j + 1) * d], form.heads) for j in range(3))
         k, v = cache.extend(i, k, v)
-        o, _ = attention_forward(q, k, v, **cache.bounds(new), scale=scale, causal=True)
-        h = h + linear(f"{name}.attn.c_proj", join_heads(o))
+        h = h + linear(f"{name}.attn.c_proj", join_heads(_looked(q, k, v, scale=scale)))
         n, _ = at.layer_norm(f"{name}.ln_2", h, form.eps)
         h = h + linear(f"{name}.mlp.c_proj", form.act.forward(linear(f"{name}.mlp.c_fc", n)))
     cache.advance(new)

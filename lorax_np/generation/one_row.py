@@ -21,7 +21,7 @@ class OneRow:
     def __init__(self, engine: str) -> None:
         """engine : of PAIRS"""
         self._many = PAIRS[engine].forward
-        self._norms: dict[int, tuple[Adapter, Array]] = {}  # by the adapter, which is held as long as its number
+        self._norms: dict[int, tuple[Adapter, Array]] = {}  # by id of the adapter, which is held as well
 
     def pair(self) -> Pair:
         """As a Pass takes it."""

@@ -69,12 +69,12 @@ def probabilities(z: HostArray, how: Sampling) -> HostArray:
     if how.top_p < 1:
         before = np.cumsum(p[falling]) - p[falling]
         p[falling[before >= how.top_p * p.sum()]] = 0.0  # (generation.6)
-    p /= p.sum()
-    return p
+    found: HostArray = p / p.sum()
+    return found
 
 
 def draw(seed: int, t: int) -> float:
-    """A number from 0 to below 1, of its arguments alone: the first 53 bits of a word of Philox.  (generation.7)
+    """A number from 0 to below 1, of its arguments alone: 53 bits of a word of Philox.  (generation.7)
 
     >>> draw(0, 0) == draw(0, 0), draw(0, 0) != draw(0, 1), draw(0, 0) != draw(1, 0)
     (True, True, True)

@@ -96,7 +96,8 @@ def _room(model: Model, prompt: Sequence[int], most: int) -> int:
     if longest is None:
         return most
     if len(prompt) > longest:
-        raise ConfigError(f"prompt: expected at most {longest} tokens, the model's positions, got {len(prompt)}")
+        wanted = f"at most {longest} tokens, as many as the model has positions for"
+        raise ConfigError(f"prompt: expected {wanted}, got {len(prompt)}")
     return min(most, longest - len(prompt) + 1)  # the last one is not read
 
 

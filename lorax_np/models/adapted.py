@@ -1,4 +1,4 @@
-"""A model with an adapter that lies in a directory beside it, for whoever only computes.  See specs/models.md."""
+"""A model under an adapter of a directory, for whoever only computes.  See specs/models.md."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,8 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
         raise ConfigError(f"{path}: task_type: expected {task}, got {files.config.task_type}")
     if start_name(files.config.init_lora_weights) in RESIDUAL:
         wanted = "an adapter for the original base: convert it to a plain one first"
-        raise ConfigError(f"{path}: expected {wanted}, got init_lora_weights={files.config.init_lora_weights!r}")
+        came = f"init_lora_weights={files.config.init_lora_weights!r}"
+        raise ConfigError(f"{path}: expected {wanted}, got {came}")
     model = _headed(model, files, task, str(path))
     files = load_adapter(path, weights=model.weights)
     dtype = compute_dtype(model.weights[next(iter(model.weights))])
