@@ -223,7 +223,7 @@ def test_a_draw_is_a_word_of_philox():
 
 
 def test_frequencies_of_draws_are_p():
-    """Of 1,000 draws each count is within five standard deviations; ids are gone through in order, (generation.8)."""
+    """Each count is within five standard deviations; ids are gone through in their order, (generation.8)."""
     z, n = np.log(np.array([0.1, 0.4, 1e-9, 0.2, 0.3])), 1000
     how = Sampling(1.0, seed=11)
     found = [choose(z, how, t) for t in range(n)]
