@@ -5,6 +5,7 @@ block's operations, with keys and values of earlier tokens from the cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,14 @@ from ..backend import Array, cast, to_host
 from ..errors import ConfigError
 from ..models.gpt2 import PLACES, WORDS, gpt2_of
 from ..models.llama import EMBEDDING, NORM, Turn
+from ..models.moe import mixture_forward
 from ..models.parts import join_heads, split_heads
 from ..models.passes import Pass
 from ..models.records import Batch, Model, Rows
+from ..models.t5 import stack_forward
+from ..models.t5_block import READ, Memory
+from ..models.t5_greedy import start as t5_start
+from ..models.t5_greedy import step as t5_next
 from ..models.tasks import head_of
 from ..ops.activation import swiglu_forward
 from ..ops.attention import attention_forward
@@ -35,21 +41,23 @@ class Writer(NamedTuple):
     begin : (model, at, ids) -> the logits of the first token that is written after ids, or in answer to them
     step  : (model, at, id, going) -> the logits of the token after id
     limit : config -> how many tokens a text may have, its prompt among them; None for any number
+    apart : whether the prompt is a text of its own, which an encoder reads, and not the beginning of what is written
     """
 
     task: str
     begin: Callable[[Model, Pass, Sequence[int]], Step]
     step: Callable[[Model, Pass, int, Any], Step]
     limit: Callable[[Mapping[str, Any]], int | None]
+    apart: bool = False
 
 
 # ---- llama -------------------------------------------------------------------------------------------------
 
 
-def llama_rows(at: Pass, ids: Any, cache: Cache) -> Array:
+def llama_rows(at: Pass, ids: Any, cache: Cache, *, experts: bool = False) -> Array:
     """h : (n, d) of new tokens, which stand behind those of the cache; they are in it afterwards.
 
-    Row for row what llama_forward gives of all tokens.  (generation.1)
+    Row for row what llama_forward gives of all tokens, or moe_forward.  (generation.1)
     """
     c, new = at.config, len(ids)
     eps, rows, turn = c["rms_norm_eps"], Rows((0, new), (0,)), _turn(at, cache.count, new)
@@ -58,11 +66,16 @@ def llama_rows(at: Pass, ids: Any, cache: Cache) -> Array:
         name = f"model.layers.{i}"
         a, _ = at.rms_norm(f"{name}.input_layernorm", h, eps)
         h = h + _llama_attention(at, i, a, rows, turn, cache)
-        b, _ = at.rms_norm(f"{name}.post_attention_layernorm", h, eps)
-        u, w = (at.linear(f"{name}.mlp.{part}_proj", b, rows)[0] for part in ("gate", "up"))
-        h = h + at.linear(f"{name}.mlp.down_proj", swiglu_forward(u, w)[0], rows)[0]
+        h = mixture_forward(at, i, h, rows)[0] if experts else _llama_gated(at, i, h, rows)
     cache.advance(new)
     return at.rms_norm(NORM, h, eps)[0]
+
+
+def _llama_gated(at: Pass, i: int, h: Array, rows: Rows) -> Array:
+    name = f"model.layers.{i}"
+    b, _ = at.rms_norm(f"{name}.post_attention_layernorm", h, at.config["rms_norm_eps"])
+    u, w = (at.linear(f"{name}.mlp.{part}_proj", b, rows)[0] for part in ("gate", "up"))
+    return h + at.linear(f"{name}.mlp.down_proj", swiglu_forward(u, w)[0], rows)[0]
 
 
 def _llama_attention(at: Pass, i: int, a: Array, rows: Rows, turn: Turn, cache: Cache) -> Array:
@@ -118,6 +131,21 @@ def gpt2_rows(at: Pass, ids: Any, cache: Cache) -> Array:
     return at.layer_norm("transformer.ln_f", h, form.eps)[0]
 
 
+# ---- t5 ----------------------------------------------------------------------------------------------------
+
+
+def _t5_begin(model: Model, at: Pass, ids: Sequence[int]) -> Step:
+    """The encoder reads the prompt once; the decoder begins with its start token."""
+    rows = Rows((0, len(ids)), (0,))
+    m, _ = stack_forward(at, READ, np.array(ids, dtype="int64"), rows, "nothing")
+    return _t5_step(model, at, at.config["decoder_start_token_id"], t5_start(at, Memory(m, rows)))
+
+
+def _t5_step(model: Model, at: Pass, token: int, seen: Any) -> Step:
+    z, seen = t5_next(at, np.array([token], dtype="int64"), (0,), seen)
+    return to_host(z)[0], seen
+
+
 # ---- the families ------------------------------------------------------------------------------------------
 
 
@@ -148,7 +176,9 @@ def _logits(model: Model, at: Pass, h: Array) -> Any:
 
 WRITERS: Mapping[str, Writer] = {
     "llama": _decoder(llama_rows, LONGEST),
+    "moe": _decoder(partial(llama_rows, experts=True), LONGEST),
     "gpt2": _decoder(gpt2_rows, "n_positions"),
+    "t5": Writer("SEQ_2_SEQ_LM", _t5_begin, _t5_step, lambda config: None, apart=True),
 }
 
 

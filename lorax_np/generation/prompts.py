@@ -13,10 +13,11 @@ UNKNOWN = "\ufffd"  # what a decoder puts for bytes that are no whole character,
 AROUND = 8  # tokens of the prompt beside which new ones are decoded, since a first word's space depends on them
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool, apart: bool = False) -> list[int]:
     """The ids that a model reads: start tokens, where they are missing, and the prompt.
 
     chat : bool   the prompt is what a user says, written as the model's template has it, up to where it answers
+    apart : bool  the prompt is a whole text, and ends as texts do
     Raises ConfigError for chat without a template, and for a prompt without a token.
     """
     if chat and tokenizer.chat is None:
@@ -25,6 +26,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
         prompt = tokenizer.chat.render([{"role": "user", "content": prompt}], generation=True).text
     ids, start = tokenizer.encode(prompt).ids, list(tokenizer.template.start)
     found = ids if ids[: len(start)] == start else start + ids
+    if apart:
+        found = tokenizer.template.one(ids)
     if not found:
         raise ConfigError("prompt: expected a text of one token at least, got none")
     return found

@@ -124,9 +124,10 @@ def generate(
     Else as token_stream, which it calls. Source: specs/generation.md.
     """
     chat = has_template(tokenizer) if chat is None else chat
-    ids, stop = prompt_ids(tokenizer, prompt, chat=chat), end_ids(model, tokenizer, chat=chat)
+    apart = writer_of(model).apart
+    ids, stop = prompt_ids(tokenizer, prompt, chat=chat, apart=apart), end_ids(model, tokenizer, chat=chat)
     how = {"sites": sites, "trained": trained, "sampling": sampling, "tokens": tokens, "engine": engine}
-    told, found, say = Told(tokenizer, ids), list[int](), on_text or (lambda piece: None)
+    told, found, say = Told(tokenizer, () if apart else ids), list[int](), on_text or (lambda piece: None)
     began = first = time.perf_counter()
     ended = "length"
     for token in token_stream(model, ids, most=most, stop=stop, **how):  # type: ignore[arg-type]
