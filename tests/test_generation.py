@@ -203,6 +203,21 @@ def test_of_equal_logits_the_first_is_taken_and_the_lower_id_kept():
     assert choose(z.astype("float32"), Sampling(1e-3, top_k=1), 3) == 1
 
 
+def test_cuts_and_draws_at_their_very_edges(monkeypatch):
+    """Quarters are exact: of two that are a half no third is kept, and u = ¼ is past the first."""
+    z = np.zeros(4)
+    assert probabilities(z, Sampling(1.0, top_p=0.5)).tolist() == [0.5, 0.5, 0.0, 0.0]
+    for u, chosen in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
+        monkeypatch.setattr("lorax_np.generation.sampling.draw", lambda seed, t, u=u: u)
+        assert choose(z, Sampling(1.0), 0) == chosen
+    monkeypatch.setattr("lorax_np.generation.sampling.draw", lambda seed, t: 0.0)
+    assert choose(np.array([0.0, 1.0]), Sampling(1.0, top_k=1), 0) == 1
+
+
+def test_a_temperature_next_to_nothing_is_greedy():
+    assert choose(np.array([0.0, 3.0, 2.9, -1e4]), Sampling(5e-324), 0) == 1
+
+
 def test_logits_far_apart_neither_overflow_nor_vanish():
     z = np.array([1e4, -1e4, 1e4 - 1.0])
     assert probabilities(z, Sampling(0.5)).round(4).tolist() == [0.8808, 0.0, 0.1192]
@@ -249,6 +264,8 @@ def test_one_seed_writes_one_text():
     assert text(1) != text(2)
     assert text(1)[:5] == list(token_stream(base, PROMPT, most=5, sampling=Sampling(1.5, seed=1)))
     assert text(1, top_k=1) == list(token_stream(base, PROMPT, most=12))
+    logits = kept(base, [*PROMPT, *text(1)[:-1]], len(PROMPT))
+    assert text(1) == [choose(z, Sampling(1.5, seed=1), t) for t, z in enumerate(logits)]
 
 
 @pytest.mark.parametrize(

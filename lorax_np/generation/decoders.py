@@ -41,7 +41,7 @@ class Writer(NamedTuple):
     begin : (model, at, ids) -> the logits of the first token that is written after ids, or in answer to them
     step  : (model, at, id, going) -> the logits of the token after id
     limit : config -> how many tokens a text may have, its prompt among them; None for any number
-    apart : whether the prompt is a text of its own, which an encoder reads, and not the beginning of what is written
+    apart : whether the prompt is a text of its own, which an encoder reads, not the beginning of what follows
     """
 
     task: str

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backend import HostArray
+from ..backend import HostArray, quiet
 from ..errors import ConfigError
+from ..kinds import finite
 from ..random import philox, site_key, word
 
 KEY = site_key("generation")  # beside the seed, so that draws are none of those of dropout masks
@@ -28,9 +29,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a number that has no meaning."""
-        if not _number(self.temperature) or not 0 <= self.temperature < float("inf"):
+        if not finite(self.temperature) or self.temperature < 0:
             raise ConfigError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+        if not finite(self.top_p) or not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ConfigError(f"top_k: expected how many tokens, 0 for all, got {self.top_k!r}")
@@ -61,7 +62,8 @@ def probabilities(z: HostArray, how: Sampling) -> HostArray:
     [0.571, 0.0, 0.429]
     """
     wide = np.asarray(z, dtype=np.float64)
-    e: HostArray = np.exp((wide - wide.max()) / how.temperature)
+    with quiet():  # a small temperature: differences that are −∞
+        e: HostArray = np.exp((wide - wide.max()) / how.temperature)
     p = e / e.sum()  # (V,)  (generation.4)
     falling = np.argsort(-p, kind="stable")  # likeliest first, of equals the lowest id
     if how.top_k:
@@ -81,7 +83,3 @@ def draw(seed: int, t: int) -> float:
     """
     counter = [np.array([n], dtype=np.uint64) for n in (t, 0, 0, 0)]
     return float(philox(counter, (seed, KEY))[0][0] >> np.uint64(11)) * 2.0**-53
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
