@@ -3,23 +3,27 @@
 from fractions import Fraction
 from hashlib import sha256
 
+import array_api_strict
 import numpy as np
 import pytest
 import writers
 from writers import CONFIGS, VOCAB, adapted, directory, model
 
-from lorax_np import ConfigError, FormatError, Sampling, ShapeError, generate, lora_linear_forward
+from lorax_np import ConfigError, FormatError, Sampling, ShapeError, generate, load_model, lora_linear_forward
+from lorax_np.backend import dtype_name, from_host
 from lorax_np.generation import decoders, token_stream, write
 from lorax_np.generation.cache import FIRST, Cache
 from lorax_np.generation.one_row import OneRow
 from lorax_np.generation.prompts import Told, end_ids, prompt_ids
 from lorax_np.generation.sampling import choose, draw, probabilities
+from lorax_np.models.adapted import with_adapter
 from lorax_np.models.load import model_of
 from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Batch, Trained
 from lorax_np.models.tasks import outputs
 from lorax_np.params import Adapter, Linear
 from lorax_np.text.tokenizer import load_tokenizer
+from lorax_np.tree import leaves, tree_map
 
 NOTHING = Trained({}, {})
 PROMPT = [40, 7, 101, 33, 250, 12, 12, 90]
@@ -96,6 +100,34 @@ def test_greedy_tokens_are_those_of_the_whole_text(kind):
         text.append(token)
     assert len(found) == 12
     assert len(set(found)) > 1  # generic, not one letter again and again
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_other_array_libraries_write_the_same(kind, dora):
+    """Logits come back to the host, where tokens are chosen."""
+    base = model(kind)
+    trained, sites, _ = adapted(base, use_dora=dora)
+    strict = model_of(writers.weights(CONFIGS[kind]), CONFIGS[kind], xp=array_api_strict)
+    theirs = tree_map(lambda x: from_host(x, array_api_strict), trained)
+    want = kept(base, TEXT, len(PROMPT), trained, sites)[-1]
+    got = kept(strict, TEXT, len(PROMPT), theirs, sites)[-1]
+    assert isinstance(got, np.ndarray)
+    assert_same(got, want)
+
+
+def test_an_adapter_of_a_directory_is_in_the_model_s_library_and_dtype(tmp_path):
+    folder = directory(tmp_path / "m")
+    adapter = writers.adapter_directory(tmp_path / "a", load_model(folder))
+    for xp in (np, array_api_strict):
+        for dtype in ("float32", "float64"):
+            base = load_model(folder, dtype=dtype, xp=xp)
+            beside = with_adapter(base, adapter, "CAUSAL_LM")
+            for value in leaves(beside.trained).values():
+                assert type(value) is type(base.weights["model.norm.weight"])
+                assert dtype_name(value) == dtype
+            how = {"sites": beside.sites, "trained": beside.trained, "engine": "reference"}
+            assert len(list(token_stream(base, PROMPT, most=2, **how))) == 2
 
 
 def test_nothing_that_is_given_is_written_to():
@@ -397,8 +429,6 @@ def test_prompts_and_ends(place, words):
 
 
 def test_end_tokens_of_the_model_s_files(tmp_path):
-    from lorax_np import load_model
-
     folder = directory(tmp_path / "m", eos_token_id=7)
     (folder / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     assert end_ids(load_model(folder)) == {7, 8, 9}

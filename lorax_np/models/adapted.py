@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backend import cast, compute_dtype
+from ..backend import cast, compute_dtype, from_host
 from ..config import LoraConfig, Site, start_name
 from ..config.fields import RESIDUAL
 from ..errors import ConfigError
@@ -35,7 +35,8 @@ class Adapted(NamedTuple):
 def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -> Adapted:
     """Lay an adapter of a directory over a model, for a task; None is the model alone.
 
-    A head that the model lacks is the one that the adapter brings. What is stored narrow is widened once.
+    A head that the model lacks is the one that the adapter brings. All of it is in the model's library and in
+    the dtype that the model is computed in.
     Raises FormatError where the adapter does not fit the model, ConfigError where it is another task's or the
     task's head is nowhere, or where it fits only the base that its start left; as load_adapter does.
     """
@@ -51,8 +52,8 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
         raise ConfigError(f"{path}: expected {wanted}, got {came}")
     model = _headed(model, files, task, str(path))
     files = load_adapter(path, weights=model.weights)
-    dtype = compute_dtype(model.weights[next(iter(model.weights))])
-    trained = tree_map(lambda value: cast(value, dtype), trained_of(files))
+    like = model.weights[next(iter(model.weights))]
+    trained = tree_map(lambda value: from_host(cast(value, compute_dtype(like)), like), trained_of(files))
     return Adapted(model, files.sites, trained, plan(model.weights, files.config).tokens, files.config)
 
 
