@@ -273,3 +273,19 @@ def test_what_does_not_fit_is_refused(places, refused, tmp_path):
     assert refused(folder, data, "--task", "seq-cls") == (
         "id2label: expected 3 classes, the outputs of the head, got 2"
     )
+
+
+def test_what_training_says_at_its_end_is_what_is_evaluated(places, figures, capsys, tmp_path):
+    """A new head, classes by name, and adapters, all from the directory that training left."""
+    place, folder = places["CAUSAL_LM"], tmp_path / "data"
+    rows = [{"text": text, "label": ("short", "long")[len(text) > 4]} for text in TEXTS]
+    for name in ("train", "valid"):
+        file_of(folder / f"{name}.jsonl", *rows)
+    given = {"model": place, "data": folder, "task": "seq-cls", "adapter-path": tmp_path / "out", "iters": 2}
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["train", *flags, "--r", "2", "--json", "-", "--learning-rate", "0.01"]) == 0
+    after = json.loads(capsys.readouterr().out)["after"]
+    found = figures(place, folder, "--task", "seq-cls", "--adapter-path", tmp_path / "out")
+    assert found["data"] == str(folder / "valid.jsonl")
+    for name, value in found["metrics"].items():
+        assert value == pytest.approx(after[name], rel=1e-5), name
