@@ -10,12 +10,13 @@
 ((2, 5), (4, 5), (5, 4))
 """
 
+from typing import TYPE_CHECKING
+
 from . import fast, ops
 from .backend import backend_info
 from .combine import CombinedSet, combine, combine_sets
 from .config import LoraConfig, Plan, Site
 from .errors import BackendError, ConfigError, DtypeError, FormatError, ShapeError
-from .generation import Sampling, Written, generate
 from .init import init_adapter
 from .inject import inject, plan, saved_tensors
 from .io.checkpoint import Checkpoint, open_checkpoint
@@ -99,6 +100,9 @@ from .quant import (
 from .random import dropout_mask, site_key, torch_generator
 from .starts import Moments, eva_ranks, input_moments
 from .train import TrainConfig, evaluate, train
+
+if TYPE_CHECKING:
+    from .generation import Sampling, Written, generate
 
 __version__ = "0.1.0"
 
@@ -235,10 +239,14 @@ __all__ = [  # noqa: RUF022 - NF4 is a name, not a constant, to sort by
 ]
 
 
+LATER = {"verify": "", "generate": "generation", "Sampling": "generation", "Written": "generation"}
+
+
 def __getattr__(name: str) -> object:
-    """Load the harness when it is first asked for, so that importing the engine stays quick."""
-    if name == "verify":
+    """Load the harness, and what writes, when they are first asked for, so that the import stays quick."""
+    if name in LATER:
         from importlib import import_module
 
-        return import_module(f"{__name__}.verify")
+        found = import_module(f"{__name__}.{LATER[name] or name}")
+        return getattr(found, name) if LATER[name] else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

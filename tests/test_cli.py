@@ -70,6 +70,7 @@ def test_info_as_json(capsys):
         "matplotlib",
         "mpi4py",
         "tokenizers",
+        "PyYAML",
         "jinja2",
         "hypothesis",
     }

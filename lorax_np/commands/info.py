@@ -15,6 +15,7 @@ EXTRAS = {  # module: (extra, what it adds)
     "matplotlib": ("plot", "pictures of lorax-np inspect"),
     "mpi4py": ("mpi", "checkpoints worked on by several machines"),
     "tokenizers": ("text", "tokenizers of models, to train on text"),
+    "PyYAML": ("yaml", "settings of training in a YAML file"),
     "jinja2": ("chat", "chat templates other than ChatML"),
     "hypothesis": ("test", "the property tests"),
 }
