@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     )
     size = work_of(passes, work.trained, work.data["train"].examples)
     if decide(size):
-        say("blocks are computed again in the backward, since memory would be short")
+        say("blocks are computed again in the backward, to save memory (--grad-checkpoint off keeps them)")
     for line in estimate_lines(work, size, ranks.size):
         say(line)
     if arguments.dry_run:
