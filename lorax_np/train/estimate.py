@@ -278,8 +278,8 @@ def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, 
 def decide(work: Work) -> bool:
     """Have blocks computed again in the backward where the estimate is past 60 % of the free memory.
 
-    And where the base is in few bits, which is chosen to save memory. Only where grad_checkpoint is auto. Returns
-    whether it was decided so.
+    And where the base is in few bits, which is chosen to save memory. Only where grad_checkpoint is auto.
+    Returns whether it was decided so.
     """
     if work.passes.config.grad_checkpoint != "auto" or work.passes.checkpoint:
         return False
