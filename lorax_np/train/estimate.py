@@ -119,7 +119,7 @@ def memory_of(work: Work, *, checkpoint: bool | None = None) -> dict[str, int]:
     rows = max(work.mean * work.batch, max(work.lengths))
     found = {"programs": PROGRAMS, "base": _base(work)}
     if work.passes.planned:
-        workers = worker_count(work.passes.config.workers, max(1, round(work.batch)))
+        workers = worker_count(work.passes.workers, max(1, round(work.batch)))
         each = min(max(RUN, max(work.lengths)), rows / workers)
         found["activations"] = round(workers * each * _planned_row(model, work.trained, again))
         found["logits"] = workers * min(HEAD, round(each)) * sizes(model)["V"] * FLOAT
@@ -202,7 +202,7 @@ def available() -> int:
 def seconds_of(work: Work, tokens: float, labels: float) -> float:
     """Seconds of one step: products at the rates of this machine now, passes over arrays.  (training.11)"""
     model, config, s = work.model, work.passes.config, sizes(work.model)
-    workers = worker_count(config.workers, max(1, round(work.batch))) if work.passes.planned else 1
+    workers = worker_count(work.passes.workers, max(1, round(work.batch))) if work.passes.planned else 1
     rows = max(8, round(min(RUN, work.mean * work.batch / workers)))
     shapes = list(linears(model).values())
     times = product_seconds({*shapes, (s["V"], s["d"])}, rows, workers)

@@ -18,6 +18,7 @@ class Passes:
     """The two functions that a run needs of a model on a task; nothing they are given is written to.
 
     what : the pass that was chosen, and why no other, in words
+    workers : threads of a planned pass; one where the base is in few bits and nothing else is asked for
     """
 
     def __init__(
@@ -38,6 +39,9 @@ class Passes:
         """
         self.model, self.sites, self.task, self.config, self.tokens = model, sites, task, config, tokens
         self.checkpoint = config.grad_checkpoint == "on" if checkpoint is None else checkpoint
+        self.workers = config.workers
+        if self.workers == "auto" and hasattr(model.weights, "codes"):
+            self.workers = 1  # each more has a layer written out, and its own rows, where memory is what counts
         tasks.head_of(model, task)
         self._plan: Any = None
         self.what = f"general pass, engine {config.engine}"
@@ -47,7 +51,7 @@ class Passes:
     def _choose(self, trained: Trained) -> None:
         from ..fast.llama import llama_plan
 
-        model, adapters, workers = self.model, cast(Any, trained.adapters), self.config.workers
+        model, adapters, workers = self.model, cast(Any, trained.adapters), self.workers
         try:
             self._plan = llama_plan(
                 model.weights,
