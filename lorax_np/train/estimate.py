@@ -201,7 +201,7 @@ def available() -> int:
 
 def seconds_of(work: Work, tokens: float, labels: float) -> float:
     """Seconds of one step: products at the rates of this machine now, passes over arrays.  (training.11)"""
-    model, config, s = work.model, work.passes.config, sizes(work.model)
+    model, s = work.model, sizes(work.model)
     workers = worker_count(work.passes.workers, max(1, round(work.batch))) if work.passes.planned else 1
     rows = max(8, round(min(RUN, work.mean * work.batch / workers)))
     shapes = list(linears(model).values())
