@@ -347,7 +347,9 @@ def test_codes_that_lie_on_a_device_stand_for_the_same_bits(library, way, double
         assert bits(library.host(found)) == bits(codec(W, way, double)[0])
 
 
-@pytest.mark.parametrize("library", [lib for lib in LIBRARIES if lib.name == "array_api_strict"], ids=str)
+@pytest.mark.parametrize(
+    "library", [lib for lib in LIBRARIES if lib.name == "array_api_strict"], ids=lambda lib: lib.name
+)
 def test_a_pass_over_codes_in_another_library(library):
     dense = tiny.model(dtype="float32", xp=library.xp)
     few = quantised(dense, "nf4", double=True)

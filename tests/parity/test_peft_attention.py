@@ -4,10 +4,8 @@ import copy
 from dataclasses import replace
 
 import numpy as np
-import peft
 import pytest
-import torch
-from torch import nn
+from peft_layers import nn, peft, torch
 
 import lorax_np as lx
 from lorax_np.inject import inject, plan, saved_tensors

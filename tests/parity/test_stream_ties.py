@@ -3,9 +3,8 @@
 import copy
 
 import numpy as np
-import peft
 import pytest
-import torch
+from peft_layers import peft, torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from lorax_np.stream.merge import merge_checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import bpe, loaded, rows_file, t5_like, wordpiece
+from text_samples import bpe, loaded, rows_file, t5_like, wordpiece
 
 from lorax_np.errors import ConfigError
 from lorax_np.models.records import Batch

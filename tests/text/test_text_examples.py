@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, rows_file, t5_like, wordpiece
+from text_samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, rows_file, t5_like, wordpiece
 
 from lorax_np.errors import BackendError, ConfigError, FormatError
 from lorax_np.text.data import encode_rows, load_data

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from samples import bpe, rows_file
+from text_samples import bpe, rows_file
 
 from lorax_np.errors import ConfigError, FormatError
 from lorax_np.text.batches import Feed

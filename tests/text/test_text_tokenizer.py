@@ -8,7 +8,7 @@ import pytest
 import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, saved, t5_like, wordpiece
+from text_samples import CONTROLS, WORDS, bpe, bytes_vocabulary, gguf, loaded, saved, t5_like, wordpiece
 from tokenizers import processors
 
 from lorax_np.errors import BackendError, FormatError
