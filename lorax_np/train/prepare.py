@@ -61,6 +61,8 @@ def prepared(settings: Settings) -> Prepared:
     tokenizer = load_tokenizer(settings["model"], vocab_size=model.config.get("vocab_size"))
     data = rows(settings, config, model, tokenizer, task)
     labels = data["train"].labels
+    if has_head(model, task):
+        model = load_model(settings["model"], dtype="float32", task=task, xp=settings["backend"])
     model, notes = headed(model, task, labels, config.seed)
     make = begun if settings["resume_adapter_file"] is None else continued
     beside = make(settings, model, task, config.seed)

@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 import lorax_np as lx
 from lorax_np.cli import main
+from lorax_np.models.families import FAMILIES
 from lorax_np.train import output
 from lorax_np.train.log import records
 
@@ -285,6 +286,29 @@ def test_classes_get_a_head(place, tmp_path, capsys):
     assert "score.weight" in files.saved
     found = [r for r in records(out / "metrics.jsonl") if r["event"] == "eval"]
     assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_a_pooler_that_a_task_does_not_read_gets_no_adapter(place, tmp_path, capsys):
+    """all-linear is all that the task computes: of a BERT for sentence vectors, not its pooler."""
+    config = {"model_type": "bert", "vocab_size": CONFIG["vocab_size"], "hidden_size": 12}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20}
+    bert, rng = FAMILIES["bert"], np.random.default_rng(0)
+    shapes = bert.shapes(bert.settings(config, "config"))
+    shapes |= {"bert.pooler.dense.weight": (12, 12), "bert.pooler.dense.bias": (12,)}
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    drawn = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    lx.write_safetensors(folder / "model.safetensors", drawn)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((place / name).read_bytes())
+    rows = [{"text": WORDS[i], "text_pair": " ".join(WORDS[i + 1 : i + 3])} for i in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--model", folder, "--data", data, "--task", "feature-extraction"]
+    assert main(flags(place, tmp_path / "run", *more)) == 0
+    assert "recall@1: " in capsys.readouterr().out
+    assert not any("pooler" in site for site in lx.load_adapter(tmp_path / "run").sites)
 
 
 def test_ctrl_c_ends_with_130(place, tmp_path):
