@@ -17,6 +17,7 @@ from ..errors import FormatError
 from ..io.peft import save_adapter
 from ..io.peft.card import CARD, card
 from ..io.writer import sync_folder
+from ..models.file_names import named_for_files
 from ..models.records import Model, Trained
 from ..params import AnyAdapter
 from ..plain import plain, plain_config
@@ -67,10 +68,11 @@ def write_adapter(
         config = plain_config(config)
     if dtype not in (None, "base"):
         adapters = {name: _narrow(adapter, dtype) for name, adapter in adapters.items()}
+    named, both = named_for_files(model, config.task_type or "", sites, Trained(adapters, saved))
     part = out / ".adapter.tmp"
     shutil.rmtree(part, ignore_errors=True)
     try:
-        save_adapter(part / "new", adapters, config, sites=sites, saved=saved)
+        save_adapter(part / "new", both.adapters, config, sites=named, saved=both.saved)
         for file in sorted((part / "new").iterdir()):
             file.replace(out / file.name)  # each at once; the config is the same throughout a run
     except OSError as error:

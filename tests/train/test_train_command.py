@@ -308,7 +308,15 @@ def test_a_pooler_that_a_task_does_not_read_gets_no_adapter(place, tmp_path, cap
     more = ["--model", folder, "--data", data, "--task", "feature-extraction"]
     assert main(flags(place, tmp_path / "run", *more)) == 0
     assert "recall@1: " in capsys.readouterr().out
-    assert not any("pooler" in site for site in lx.load_adapter(tmp_path / "run").sites)
+    sites = lx.load_adapter(tmp_path / "run").sites
+    assert not any("pooler" in site for site in sites)
+    assert "encoder.layer.0.output.dense" in sites  # as it is called in the encoder alone, which PEFT then has
+    again = ["evaluate", "--batch-size", 2, "--model", folder, "--data", data, "--task", "feature-extraction"]
+    assert main([*map(str, again), "--adapter-path", str(tmp_path / "run"), "--json", "-"]) == 0
+    found = [r for r in records(tmp_path / "run" / "metrics.jsonl") if r["event"] == "eval"]
+    told = json.loads(capsys.readouterr().out)["metrics"]
+    assert found[-1]["loss"] != found[0]["loss"]
+    assert abs(told["loss"] - found[-1]["loss"]) < 1e-6
 
 
 def test_ctrl_c_ends_with_130(place, tmp_path):
