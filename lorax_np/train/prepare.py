@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..inject import inject, plan, saved_tensors
 from ..io.peft import load_adapter
 from ..kinds import nearest
+from ..models.file_names import named_for_files
 from ..models.load import load_model
 from ..models.new_head import with_head
 from ..models.quantised import WAYS, quantised, quantised_start
@@ -142,6 +143,10 @@ def begun(settings: Settings, model: Model, task: str, seed: int) -> Beside:
     return Beside(base, lora, found, sites, Trained(adapters, saved), (note,) if note else ())
 
 
+# Where PEFT's all-linear means a head or a pooler too: there each module is named.
+NAMED = "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+
+
 def _bits(model: Model) -> str:
     return f"{getattr(model.weights, 'nbytes', 0):,}"
 
@@ -157,9 +162,10 @@ def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
             raise ConfigError(f"num_layers: expected 1 to {L}, the model's layers, got {last}")
         named = list(range(L - last, L))
     targets = settings["target_modules"]
-    if targets == ALL and named is not None:  # PEFT takes layers beside names alone
-        everywhere = plan(model.weights, LoraConfig(target_modules=ALL, task_type=task))
-        targets = sorted({name.rpartition(".")[2] for name in everywhere.sites})
+    if targets == ALL and (named is not None or task in NAMED):  # PEFT takes layers beside names alone
+        everywhere = plan(model.weights, LoraConfig(target_modules=ALL, task_type=task)).sites
+        names = list(named_for_files(model, task, everywhere, Trained({}, {}))[0])
+        targets = sorted(names if task in NAMED else {name.rpartition(".")[2] for name in names})
     alpha = 2 * settings["r"] if settings["lora_alpha"] is None else settings["lora_alpha"]
     same = (
         *("r", "lora_dropout", "exclude_modules", "modules_to_save", "init_lora_weights"),
