@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `ci` repeats the same examples everywhere, `deep` draws many new ones."""
+"""Hypothesis profiles: `quick` and `ci` repeat the same examples everywhere, `deep` draws many new ones."""
 
 import os
 from importlib.util import find_spec
@@ -12,11 +12,11 @@ for library in ("OPENBLAS", "MKL", "OMP"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=25, suppress_health_check=slow)
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=slow)
 settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=slow)
-settings.load_profile(os.environ.get("LORAX_NP_HYPOTHESIS", "ci"))
-
 THOROUGH = os.environ.get("LORAX_NP_TESTS") == "all"  # as .ci/run sets it; a newcomer has five minutes
+settings.load_profile(os.environ.get("LORAX_NP_HYPOTHESIS", "ci" if THOROUGH else "quick"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

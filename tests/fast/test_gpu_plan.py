@@ -110,7 +110,7 @@ def test_dropout_by_counter_is_the_mask(cupy, dtype, dora, drop):
     assert_close(got, want, SUM)
 
 
-@pytest.mark.parametrize("drop", [None, (0.3, 7, 5, 1)])
+@pytest.mark.parametrize("drop", [pytest.param(None, marks=pytest.mark.thorough), (0.3, 7, 5, 1)])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),

@@ -577,13 +577,13 @@ def strict(text):
         for name in made
     ],
 )
-def test_garbage_never_breaks_the_harness(made, code, only):
-    for profile in PROFILES:
-        report = quick(made, profile, case=only)
-        if code != 1 or profile == "fp32":  # lists become float64 arrays, which are right there
-            assert report.exit_code == code, str(report)
-        assert len(str(report)) > 100
-        assert strict(json.dumps(report.to_dict(), allow_nan=False)) == json.loads(json.dumps(report.to_dict()))
+@pytest.mark.parametrize("profile", ["fp32", pytest.param("fp64", marks=pytest.mark.thorough)])
+def test_garbage_never_breaks_the_harness(made, code, only, profile):
+    report = quick(made, profile, case=only)
+    if code != 1 or profile == "fp32":  # lists become float64 arrays, which are right there
+        assert report.exit_code == code, str(report)
+    assert len(str(report)) > 100
+    assert strict(json.dumps(report.to_dict(), allow_nan=False)) == json.loads(json.dumps(report.to_dict()))
 
 
 @pytest.mark.parametrize(
