@@ -3,10 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import Parsers, seed
 from .streaming import Rate, options
+
+if TYPE_CHECKING:
+    from .. import LoraConfig
 
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # as PEFT's LoftQConfig has them
 
@@ -38,6 +41,9 @@ def add(commands: Parsers) -> None:
     init.add_argument("--bits", type=int, choices=(4, 8), help="of LoftQ's base (default: 4, or the config's)")
     init.add_argument("--inputs", metavar="FILE", help="safetensors of inputs (rows, d_in) by site: eva, corda")
     init.add_argument("--gradients", metavar="FILE", help="safetensors of gradients like W by site: lora_ga")
+    init.add_argument("--data", metavar="FILE", help="rows of JSONL to take inputs or gradients from, instead")
+    init.add_argument("--task", default="causal-lm", help="what the rows are for (default: causal-lm)")
+    init.add_argument("--limit", type=int, default=64, help="how many of the rows (default: 64)")
     init.add_argument("--seed", type=seed, default=0, help="of every draw (default: 0)")
     options(init, files=False)
     init.set_defaults(run=run)
@@ -69,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = LoraConfig.from_dict(said | {name: value for name, value in given.items() if value is not None})
     if arguments.seed >= 1 << 32:
         raise ConfigError(f"--seed: expected less than 2**32, got {arguments.seed}")
+    seen = _seen(arguments, config)
     progress = Rate("init", "M numbers", 1e6, quiet=arguments.quiet or arguments.json)
     try:
         found = init_checkpoint(
@@ -79,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
             dry_run=arguments.dry_run,
             resume=arguments.resume,
-            inputs=open_safetensors(arguments.inputs) if arguments.inputs else None,
-            gradients=open_safetensors(arguments.gradients) if arguments.gradients else None,
+            inputs=open_safetensors(arguments.inputs) if arguments.inputs else seen.get("inputs"),
+            gradients=open_safetensors(arguments.gradients) if arguments.gradients else seen.get("gradients"),
         )
     finally:
         progress.done()
@@ -102,3 +109,42 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"started {found.sites} sites as {found.start}{went_on} {done}, at {found.out}{rest}")
         print(f"next: lorax-np check {found.out} --base {found.base or arguments.base}")
     return 0
+
+
+def _seen(arguments: argparse.Namespace, config: "LoraConfig") -> dict[str, Any]:
+    """What the start takes of the rows in --data: inputs, or gradients, by site."""
+    from .. import ConfigError
+
+    if arguments.data is None:
+        return {}
+    takes = {"eva": "inputs", "corda": "inputs", "lora_ga": "gradients"}.get(str(config.init_lora_weights))
+    if takes is None:
+        raise ConfigError(f"--data: expected --start eva, corda or lora_ga, got {config.init_lora_weights}")
+    if arguments.inputs or arguments.gradients:
+        raise ConfigError("--data: expected alone, got it beside --inputs or --gradients")
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit: expected at least 1, got {arguments.limit}")
+    from .. import load_model, open_checkpoint, plan
+    from ..models.families import FAMILIES
+    from ..models.watching import site_gradients, site_inputs
+    from ..text.batches import Feed
+    from ..text.data import encode_rows
+    from ..text.examples import Settings
+    from ..text.rows import read_rows, task_name
+    from ..text.tokenizer import load_tokenizer
+
+    task = task_name(arguments.task)
+    model = load_model(arguments.base, dtype="float32")
+    tokenizer = load_tokenizer(arguments.base, vocab_size=model.config.get("vocab_size"))
+    rows = read_rows(arguments.data, task)
+    rows = rows._replace(rows=rows.rows[: arguments.limit])
+    longest = min(1024, model.config.get("max_position_embeddings") or 1024)
+    examples = encode_rows(rows, tokenizer, task=task, settings=Settings(longest), labels=None).examples
+    batches = [batch for step in Feed(examples, task, shuffle=False).epoch(0) for batch in step.batches]
+    sites = plan(model.weights, config).sites
+    if takes == "inputs":
+        found: dict[str, Any] = dict(site_inputs(model, sites, batches))
+    else:
+        found = dict(site_gradients(model, sites, batches, task=task))
+    own, front = open_checkpoint(arguments.base), FAMILIES[model.family].prefix  # which some files leave out
+    return {takes: {n if f"{n}.weight" in own else n.removeprefix(front): value for n, value in found.items()}}

@@ -36,20 +36,23 @@ def input_moments(inputs: Array | Iterable[Array] | Moments) -> Moments:
     """
     if isinstance(inputs, Moments):
         return inputs
-    count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
+    found: Moments | None = None
     for x in _pieces(inputs):
-        if not count:
-            mean, scatter = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
-        n, centre = len(x), np.mean(x, axis=0)
+        centre = np.mean(x, axis=0)
         x -= centre
-        scatter += x.T @ x
-        shift = centre - mean
-        scatter += (count * n / (count + n)) * np.outer(shift, shift)  # (starts.1)
-        mean += (n / (count + n)) * shift  # (starts.2)
-        count += n
-    if not count:
+        piece = Moments(len(x), centre, x.T @ x)
+        found = piece if found is None else joined(found, piece)
+    if found is None:
         raise ConfigError("inputs: expected at least one row, got none")
-    return Moments(count, mean, scatter)
+    return found
+
+
+def joined(one: Moments, other: Moments) -> Moments:
+    """The moments of the rows of both."""
+    rows, shift = one.rows + other.rows, other.mean - one.mean
+    scatter = one.scatter + other.scatter
+    scatter += (one.rows * other.rows / rows) * np.outer(shift, shift)  # (starts.1)
+    return Moments(rows, one.mean + (other.rows / rows) * shift, scatter)  # (starts.2)
 
 
 def _pieces(inputs: Array | Iterable[Array]) -> Iterator[HostArray]:

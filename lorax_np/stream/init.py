@@ -27,6 +27,7 @@ from ..io.peft import save_adapter
 from ..io.peft.check import RESIDUAL
 from ..io.safetensors import BITS, SafetensorsFile
 from ..random import torch_generator
+from ..starts import Moments
 from .place import Workplace, check_apart
 from .rest import BASE, Rest, Weights
 from .sites import Sites
@@ -160,8 +161,10 @@ def _data(given: Mapping[str, Any] | None) -> Any:
         return str(given.path.resolve()), seen.st_size, seen.st_mtime_ns
     found = {}
     for name, array in (given or {}).items():
-        if not isinstance(array, np.ndarray):
+        parts = (array.mean, array.scatter) if isinstance(array, Moments) else (array,)
+        if not all(isinstance(part, np.ndarray) for part in parts):
             return token_hex(16)
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        found[name] = str(array.dtype), array.shape, sha256(raw.data).hexdigest()
+        raws = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
+        said = [sha256(raw.data).hexdigest() for raw in raws]
+        found[name] = [str(part.dtype) for part in parts], [part.shape for part in parts], said
     return found
