@@ -350,6 +350,7 @@ def test_bad_usage_is_one_line(capsys, tmp_path):
     assert lines[0] == "bench: --engines: expected names that --engines list prints, got 'fats'"
 
 
+@pytest.mark.thorough
 def test_an_interruption_prints_and_writes_what_there_is(tmp_path):
     path = tmp_path / "run.json"
     words = ["scaling", "--quick", "--rounds", "500", "--engines", "numpy base", "--json", str(path)]

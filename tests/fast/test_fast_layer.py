@@ -20,7 +20,8 @@ from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.fast import buffers, cpu_branch, weights
 from lorax_np.fast import gemm as gemms
 
-PROFILES = ("fp64", "fp32", "bf16", "fp16")
+MORE = (pytest.param(name, marks=pytest.mark.thorough) for name in ("fp64", "fp16"))
+PROFILES = ("fp32", "bf16", *MORE)
 MASKED = Kind(True, "trained", "lora+bB")
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 

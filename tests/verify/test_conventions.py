@@ -124,7 +124,7 @@ def cast_to(value, dtype):
 # ---- the verdict -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("profile", [pytest.param("fp64", marks=pytest.mark.thorough), "fp32", "bf16"])
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_a_declared_convention_is_judged_by_its_own_formula(spec, profile):
     report = lx.verify.verify(Follows(spec), profile, level="quick")
