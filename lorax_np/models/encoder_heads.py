@@ -10,7 +10,6 @@ import numpy as np
 
 from ..backend import Array, cast, dtype_name, from_host, namespace_of, to_host
 from ..errors import ShapeError
-from ..ops.loss import span_backward, span_forward
 from ..ops.pooling import (
     contrastive_backward,
     contrastive_forward,
@@ -21,6 +20,7 @@ from ..ops.pooling import (
     unit_backward,
     unit_forward,
 )
+from ..ops.span import span_backward, span_forward
 from .bert import one_row_each, pooler_backward, pooler_forward
 from .family import Head, Shapes
 from .heads import class_loss

@@ -13,7 +13,7 @@ from ..backend import Array, dtype_name, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..io.peft import AdapterFiles
-from ..ops.loss import count_spans
+from ..ops.span import count_spans
 from ..ops.targets import count_kept
 from .families import FAMILIES
 from .family import Family, Head

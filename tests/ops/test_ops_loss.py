@@ -11,15 +11,13 @@ from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.ops.loss import (
     bce_backward,
     bce_forward,
-    count_spans,
     cross_entropy_backward,
     cross_entropy_forward,
     head_cross_entropy,
     mse_backward,
     mse_forward,
-    span_backward,
-    span_forward,
 )
+from lorax_np.ops.span import count_spans, span_backward, span_forward
 from lorax_np.ops.targets import count_kept
 
 libraries = pytest.mark.parametrize("library", LIBRARIES, ids=lambda x: x.name)

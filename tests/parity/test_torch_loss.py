@@ -8,14 +8,11 @@ import pytest
 from lorax_np.ops.loss import (
     bce_backward,
     bce_forward,
-    count_spans,
     cross_entropy_backward,
     cross_entropy_forward,
     head_cross_entropy,
     mse_backward,
     mse_forward,
-    span_backward,
-    span_forward,
 )
 from lorax_np.ops.pooling import (
     contrastive_backward,
@@ -33,6 +30,7 @@ from lorax_np.ops.router import (
     topk_softmax_backward,
     topk_softmax_forward,
 )
+from lorax_np.ops.span import count_spans, span_backward, span_forward
 from lorax_np.ops.targets import count_kept
 
 torch = pytest.importorskip("torch")
