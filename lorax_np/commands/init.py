@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = LoraConfig.from_dict(said | {name: value for name, value in given.items() if value is not None})
     if arguments.seed >= 1 << 32:
         raise ConfigError(f"--seed: expected less than 2**32, got {arguments.seed}")
-    seen = _seen(arguments, config)
+    seen = {} if arguments.dry_run else _seen(arguments, config)
     progress = Rate("init", "M numbers", 1e6, quiet=arguments.quiet or arguments.json)
     try:
         found = init_checkpoint(
@@ -124,6 +125,9 @@ def _seen(arguments: argparse.Namespace, config: "LoraConfig") -> dict[str, Any]
         raise ConfigError("--data: expected alone, got it beside --inputs or --gradients")
     if arguments.limit < 1:
         raise ConfigError(f"--limit: expected at least 1, got {arguments.limit}")
+    from ..stream.place import check_free
+
+    check_free(Path(arguments.dest))  # before a model is asked, which takes a while
     from .. import load_model, open_checkpoint, plan
     from ..models.families import FAMILIES
     from ..models.watching import site_gradients, site_inputs
@@ -142,6 +146,8 @@ def _seen(arguments: argparse.Namespace, config: "LoraConfig") -> dict[str, Any]
     examples = encode_rows(rows, tokenizer, task=task, settings=Settings(longest), labels=None).examples
     batches = [batch for step in Feed(examples, task, shuffle=False).epoch(0) for batch in step.batches]
     sites = plan(model.weights, config).sites
+    if not (arguments.quiet or arguments.json):
+        print(f"init: {takes} of {len(sites)} sites on {len(examples)} rows", file=sys.stderr, flush=True)
     if takes == "inputs":
         found: dict[str, Any] = dict(site_inputs(model, sites, batches))
     else:

@@ -30,10 +30,7 @@ class Workplace:
 
     def __init__(self, out: Path, digest: str, *, resume: bool = True) -> None:
         """Check that the place is free; nothing is written yet."""
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise ConfigError(
-                f"out: expected no such path or an empty directory, got {out}, which holds something"
-            )
+        check_free(out)
         if not out.parent.is_dir():
             raise ConfigError(f"out: expected a folder to make it in, got none at {out.parent}")
         self.out, self.digest, self.resume = out, digest, resume
@@ -112,6 +109,12 @@ def known(path: Path) -> str:
             file.seek(max(0, size - PAGE) * i // (PAGES - 1))
             found.update(file.read(PAGE))
     return found.hexdigest()
+
+
+def check_free(out: Path) -> None:
+    """Raise ConfigError where something is that the new folder would take the place of."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"out: expected no such path or an empty directory, got {out}, which holds something")
 
 
 def check_apart(out: Path, *sources: Path) -> None:

@@ -80,6 +80,24 @@ def test_the_command_starts_from_rows(tmp_path, start):
         assert np.any(np.asarray(adapter.B)) == residual, name
 
 
+def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path, capsys):
+    directory(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    given = ["--start", "eva", "--data", str(tmp_path / "none.jsonl")]
+    assert main(["init", str(tmp_path / "base"), str(tmp_path / "out"), *given]) == 2
+    assert "which holds something" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_a_dry_run_reads_no_rows(tmp_path, capsys):
+    directory(tmp_path / "base")
+    given = ["--start", "eva", "--dry-run", "-r", "2", "--data", str(tmp_path / "none.jsonl")]
+    assert main(["init", str(tmp_path / "base"), str(tmp_path / "out"), *given]) == 0
+    assert "would start" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_without_a_start_that_reads_it_is_refused(tmp_path, capsys):
     directory(tmp_path / "base")
     assert main(["init", str(tmp_path / "base"), str(tmp_path / "out"), "--data", "rows.jsonl"]) == 2
