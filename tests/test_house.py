@@ -61,7 +61,7 @@ CUPY = {
     *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
     *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
     *("any",),  # rows of tokens
-    *("cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
+    *("clip", "cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
     *("argmax", "exp", "log", "log1p", "ones_like", "take_along_axis", "zeros"),  # losses, pooling and routers
     *("broadcast_to",),  # experts that are alike
 }
