@@ -16,6 +16,7 @@ from .bert_config import bert_prefix
 from .parts import (
     ACTIVATIONS,
     Activation,
+    activated,
     check_kept,
     check_types,
     first_block,
@@ -51,7 +52,7 @@ class BlockSaved(NamedTuple):
     dense: Any
     norm: NormSaved
     up: Any
-    u: Array  # (N, d_ff)  before the activation
+    slope: Any  # (N, d_ff)  of the activation at its input
     down: Any
     last: NormSaved
 
@@ -110,7 +111,7 @@ def bert_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Bert
     first = first_block(at, [f"{form.prefix}embeddings"], name, form.layers)
     for i in range(form.layers):
         x = h
-        h, block = block_forward(at, f"{name}.{i}", x, rows, form)
+        h, block = block_forward(at, f"{name}.{i}", x, rows, form, kept=keep == "all" and i >= first)
         blocks.append(to_keep(keep if i >= first else "nothing", x, block))
     return h, BertSaved(rows, words, of_types, places, norm, tuple(blocks), first)
 
@@ -122,7 +123,7 @@ def bert_backward(gh: Array, saved: BertSaved, at: Pass, gradients: Gradients) -
     for i in reversed(range(saved.first, form.layers)):
         name, block = f"{form.prefix}encoder.layer.{i}", saved.blocks[i]
         if not isinstance(block, BlockSaved):
-            _, block = block_forward(at, name, block, saved.rows, form)
+            _, block = block_forward(at, name, block, saved.rows, form, kept=True)
         g = block_backward(at, name, g, block, saved.rows, gradients, form)
     name = f"{form.prefix}embeddings"
     if not at.trains(name):
@@ -133,10 +134,13 @@ def bert_backward(gh: Array, saved: BertSaved, at: Pass, gradients: Gradients) -
     at.embedding_back(f"{name}.position_embeddings", g, saved.places, gradients)  # no token has padding's place
 
 
-def block_forward(at: Pass, name: str, x: Array, rows: Rows, form: Bert) -> tuple[Array, BlockSaved]:
+def block_forward(
+    at: Pass, name: str, x: Array, rows: Rows, form: Bert, *, kept: bool
+) -> tuple[Array, BlockSaved]:
     """One block: attention, then a perceptron, each added to its input and the sum normed.
 
-    x : (N, d) -> y : (N, d), and the saved activations. Source: specs/bert.md, (bert.2) to (bert.5).
+    x : (N, d) -> y : (N, d), and the saved activations, of which a backward reads all if they are kept.
+    Source: specs/bert.md, (bert.2) to (bert.5).
     """
     q, query = at.linear(f"{name}.attention.self.query", x, rows)
     k, key = at.linear(f"{name}.attention.self.key", x, rows)
@@ -149,9 +153,10 @@ def block_forward(at: Pass, name: str, x: Array, rows: Rows, form: Bert) -> tupl
     a, dense = at.linear(f"{name}.attention.output.dense", flat, rows)
     n, norm = at.layer_norm(f"{name}.attention.output.LayerNorm", x + a, form.eps)  # (N, d)  (bert.3)
     u, up = at.linear(f"{name}.intermediate.dense", n, rows)
-    w, down = at.linear(f"{name}.output.dense", form.act.forward(u), rows)  # (N, d)  (bert.4)
+    f, slope = activated(form.act, u, kept=kept)
+    w, down = at.linear(f"{name}.output.dense", f, rows)  # (N, d)  (bert.4)
     y, last = at.layer_norm(f"{name}.output.LayerNorm", n + w, form.eps)  # (N, d)  (bert.5)
-    return y, BlockSaved(query, key, value, attention, dense, norm, up, u, down, last)
+    return y, BlockSaved(query, key, value, attention, dense, norm, up, slope, down, last)
 
 
 def block_backward(
@@ -162,7 +167,7 @@ def block_backward(
     Source: specs/bert.md, (bert.9) to (bert.12).
     """
     g = at.layer_norm_back(f"{name}.output.LayerNorm", gy, saved.last, gradients)  # (N, d)  (bert.9)
-    gu = form.act.backward(at.linear_back(f"{name}.output.dense", g, saved.down, gradients), saved.u)
+    gu = at.linear_back(f"{name}.output.dense", g, saved.down, gradients) * saved.slope
     g = g + at.linear_back(f"{name}.intermediate.dense", gu, saved.up, gradients)  # (N, d)  (bert.10)
     g = at.layer_norm_back(f"{name}.attention.output.LayerNorm", g, saved.norm, gradients)  # (N, d)  (bert.11)
     go = at.linear_back(f"{name}.attention.output.dense", g, saved.dense, gradients)

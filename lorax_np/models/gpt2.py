@@ -11,6 +11,7 @@ from ..ops.norm import NormSaved
 from .parts import (
     ACTIVATIONS,
     Activation,
+    activated,
     check_kept,
     first_block,
     join_heads,
@@ -43,7 +44,7 @@ class BlockSaved(NamedTuple):
     out: Any
     second: NormSaved
     up: Any
-    u: Array  # (N, d_ff)  before the activation
+    slope: Any  # (N, d_ff)  of the activation at its input
     down: Any
 
 
@@ -89,7 +90,8 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
     first, blocks = first_block(at, [WORDS, PLACES], "transformer.h", len(form.scales)), []
     for i, scale in enumerate(form.scales):
         x = h
-        h, block = block_forward(at, f"transformer.h.{i}", x, rows, form, scale=scale)
+        kept = keep == "all" and i >= first
+        h, block = block_forward(at, f"transformer.h.{i}", x, rows, form, scale=scale, kept=kept)
         blocks.append(to_keep(keep if i >= first else "nothing", x, block))
     y, norm = at.layer_norm("transformer.ln_f", h, form.eps)  # (N, d)  (gpt.6)
     return y, Gpt2Saved(rows, words, places, tuple(blocks), first, norm)
@@ -103,18 +105,19 @@ def gpt2_backward(gh: Array, saved: Gpt2Saved, at: Pass, gradients: Gradients) -
     for i, scale in reversed(list(enumerate(form.scales))[saved.first :]):
         name, block = f"transformer.h.{i}", saved.blocks[i]
         if not isinstance(block, BlockSaved):
-            _, block = block_forward(at, name, block, saved.rows, form, scale=scale)
+            _, block = block_forward(at, name, block, saved.rows, form, scale=scale, kept=True)
         g = block_backward(at, name, g, block, saved.rows, gradients, form, scale=scale)
     at.embedding_back(WORDS, g, saved.words, gradients)  # (gpt.12), the same g for both
     at.embedding_back(PLACES, g, saved.places, gradients)
 
 
 def block_forward(
-    at: Pass, name: str, x: Array, rows: Rows, form: Gpt2, *, scale: float
+    at: Pass, name: str, x: Array, rows: Rows, form: Gpt2, *, scale: float, kept: bool
 ) -> tuple[Array, BlockSaved]:
     """One block: attention, then a perceptron, each of a normed input, added to it.
 
-    x : (N, d) -> y : (N, d), and the saved activations. Source: specs/gpt.md, (gpt.2) to (gpt.5).
+    x : (N, d) -> y : (N, d), and the saved activations, of which a backward reads all if they are kept.
+    Source: specs/gpt.md, (gpt.2) to (gpt.5).
     """
     d = x.shape[1]
     n, first = at.layer_norm(f"{name}.ln_1", x, form.eps)
@@ -128,8 +131,9 @@ def block_forward(
     h = x + a  # (N, d)  (gpt.4)
     n, second = at.layer_norm(f"{name}.ln_2", h, form.eps)
     u, up = at.linear(f"{name}.mlp.c_fc", n, rows, transposed=True)
-    w, down = at.linear(f"{name}.mlp.c_proj", form.act.forward(u), rows, transposed=True)
-    return h + w, BlockSaved(first, qkv, attention, out, second, up, u, down)  # (N, d)  (gpt.5)
+    f, slope = activated(form.act, u, kept=kept)
+    w, down = at.linear(f"{name}.mlp.c_proj", f, rows, transposed=True)
+    return h + w, BlockSaved(first, qkv, attention, out, second, up, slope, down)  # (N, d)  (gpt.5)
 
 
 def block_backward(
@@ -151,7 +155,7 @@ def block_backward(
     def back(layer: str, g: Array, what: Any) -> Array:
         return at.linear_back(f"{name}.{layer}", g, what, gradients, transposed=True)
 
-    gu = form.act.backward(back("mlp.c_proj", gy, saved.down), saved.u)  # (N, d_ff)  (gpt.8)
+    gu = back("mlp.c_proj", gy, saved.down) * saved.slope  # (N, d_ff)  (gpt.8)
     gn = back("mlp.c_fc", gu, saved.up)
     g = gy + at.layer_norm_back(f"{name}.ln_2", gn, saved.second, gradients)  # (N, d)  (gpt.9)
     go = split_heads(back("attn.c_proj", g, saved.out), form.heads)

@@ -10,8 +10,10 @@ from ..errors import ConfigError, ShapeError
 from ..ops.activation import (
     gelu_backward,
     gelu_forward,
+    gelu_sloped,
     gelu_tanh_backward,
     gelu_tanh_forward,
+    gelu_tanh_sloped,
     relu_backward,
     relu_forward,
     silu_backward,
@@ -95,18 +97,30 @@ def check_types(types: Any, N: int, count: int) -> None:
 
 
 class Activation(NamedTuple):
-    """An entry-wise function and its adjoint, which reads the function's input."""
+    """An entry-wise function f and its adjoint, which reads f's input, or f's slope."""
 
     forward: Callable[[Array], Array]  # u -> y
     backward: Callable[[Array, Array], Array]  # gy, u -> gu
+    together: Callable[[Array], tuple[Array, Array]] | None = None  # u -> y, f′(u), where that is cheaper
+
+    def sloped(self, u: Array) -> tuple[Array, Array]:
+        """Return y and f′(u), which the backward multiplies by: as large as u, which need not be kept then."""
+        if self.together is not None:
+            return self.together(u)
+        return self.forward(u), self.backward(namespace_of(u=u).ones_like(u), u)
+
+
+def activated(act: Activation, u: Array, *, kept: bool) -> tuple[Array, Array | None]:
+    """y : (N, d_ff), and the slope at u where it is kept for a backward."""
+    return act.sloped(u) if kept else (act.forward(u), None)
 
 
 def _tanh_back(gy: Array, u: Array) -> Array:
     return tanh_backward(gy, tanh_forward(u))
 
 
-_ERF = Activation(gelu_forward, gelu_backward)
-_TANH = Activation(gelu_tanh_forward, gelu_tanh_backward)
+_ERF = Activation(gelu_forward, gelu_backward, gelu_sloped)
+_TANH = Activation(gelu_tanh_forward, gelu_tanh_backward, gelu_tanh_sloped)
 _SILU = Activation(silu_forward, silu_backward)
 
 ACTIVATIONS: Mapping[str, Activation] = {

@@ -4,6 +4,7 @@ from math import pi, sqrt
 from typing import Any, NamedTuple
 
 from ..backend import Array, namespace_of, real
+from ..blocks import by_blocks
 from ..shapes import bind
 from .erf import erf, sign_of
 
@@ -31,6 +32,7 @@ def _sigmoids(u: Array) -> tuple[Any, Any]:
     return (right + left * e) * large, (left + right * e) * large  # (...)  (activation.3)
 
 
+@by_blocks
 def silu_forward(u: Array) -> Array:
     """y = u∘σ(u), of u : (...).
 
@@ -43,6 +45,7 @@ def silu_forward(u: Array) -> Array:
     return u * sigmoid(u)                    # (...)  (activation.4)
 
 
+@by_blocks
 def silu_backward(gy: Array, u: Array) -> Array:
     """Adjoint of silu_forward: gy, u : (...) -> gu : (...)."""
     bind(gy=(gy, "..."), u=(u, "..."))
@@ -81,6 +84,7 @@ def swiglu_backward(gy: Array, saved: SwigluSaved) -> tuple[Array, Array]:
     return gu, gw
 
 
+@by_blocks
 def gelu_forward(u: Array) -> Array:
     """y = uΦ(u) with the normal distribution's Φ(u) = ½(1 + erf(u/√2)), of u : (...): BERT's.
 
@@ -94,13 +98,27 @@ def gelu_forward(u: Array) -> Array:
     return y
 
 
+@by_blocks
 def gelu_backward(gy: Array, u: Array) -> Array:
     """Adjoint of gelu_forward: gy, u : (...) -> gu : (...)."""
     bind(gy=(gy, "..."), u=(u, "..."))
-    xp = namespace_of(u=u)
-    density = (1.0 / sqrt(2.0 * pi)) * xp.exp(-0.5 * (u * u))  # (...)  (activation.11)
-    gu: Array = gy * (_normal(u) + u * density)  # (...)  (activation.12)
+    gu: Array = gy * gelu_sloped(u)[1]       # (...)  (activation.12)
     return gu
+
+
+@by_blocks
+def gelu_sloped(u: Array) -> tuple[Array, Array]:
+    """y = uΦ(u) of gelu_forward and its slope f′(u), of u : (...): erf is taken once for both.
+
+    gelu_backward(gy, u) is gy∘slope. Source: specs/activation.md.
+
+    >>> import numpy as np
+    >>> [each.round(6).tolist() for each in gelu_sloped(np.array([0.0, 1.0, -50.0]))]
+    [[0.0, 0.841345, -0.0], [0.5, 1.083315, 0.0]]
+    """
+    xp, Phi = namespace_of(u=u), _normal(u)
+    density = (1.0 / sqrt(2.0 * pi)) * xp.exp(-0.5 * (u * u))  # (...)  (activation.11)
+    return u * Phi, Phi + u * density        # (...)  (activation.10), (activation.25)
 
 
 def _normal(u: Array) -> Any:
@@ -110,6 +128,7 @@ def _normal(u: Array) -> Any:
 KAPPA, CUBE = sqrt(2.0 / pi), 0.044715
 
 
+@by_blocks
 def gelu_tanh_forward(u: Array) -> Array:
     """y = ½u(1 + tanh κ(u + 0.044715u³)), κ = √(2/π), of u : (...): GPT-2's, within 5e-4 of gelu_forward.
 
@@ -123,13 +142,28 @@ def gelu_tanh_forward(u: Array) -> Array:
     return y
 
 
+@by_blocks
 def gelu_tanh_backward(gy: Array, u: Array) -> Array:
     """Adjoint of gelu_tanh_forward: gy, u : (...) -> gu : (...)."""
     bind(gy=(gy, "..."), u=(u, "..."))
-    t = _inner(u)
-    slope = KAPPA * (3.0 * CUBE * (u * u) + 1.0)  # (...)  (activation.15)
-    gu: Array = gy * (0.5 * (1.0 + t + u * (1.0 - t * t) * slope))  # (...)  (activation.16)
+    gu: Array = gy * gelu_tanh_sloped(u)[1]  # (...)  (activation.16)
     return gu
+
+
+@by_blocks
+def gelu_tanh_sloped(u: Array) -> tuple[Array, Array]:
+    """y of gelu_tanh_forward and its slope f′(u), of u : (...): tanh is taken once for both.
+
+    gelu_tanh_backward(gy, u) is gy∘slope. Source: specs/activation.md.
+
+    >>> import numpy as np
+    >>> [each.round(6).tolist() for each in gelu_tanh_sloped(np.array([0.0, 1.0, -50.0]))]
+    [[0.0, 0.841192, -0.0], [0.5, 1.082964, 0.0]]
+    """
+    t = _inner(u)
+    half = 0.5 * (1.0 + t)
+    rise = (0.5 * KAPPA) * (3.0 * CUBE * (u * u) + 1.0)  # (...)  (activation.15), halved
+    return u * half, half + u * (1.0 - t * t) * rise  # (...)  (activation.14), (activation.26)
 
 
 def _inner(u: Array) -> Any:

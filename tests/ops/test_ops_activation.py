@@ -79,6 +79,39 @@ def test_gradients_are_complex_steps(library, name):
 
 
 @libraries
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_the_slope_comes_with_the_value(library, name):
+    """(activation.12), (activation.16), (activation.25), (activation.26): the same bits as apart."""
+    forward, backward, *_ = PAIRS[name]
+    y, slope = getattr(act, f"{name}_sloped")(library.place(U))
+    assert np.array_equal(library.host(y), library.host(forward(library.place(U))))
+    gu = library.host(backward(library.place(GY), library.place(U)))
+    assert np.array_equal(GY * library.host(slope), gu)
+
+
+@libraries
+@pytest.mark.parametrize("name", PAIRS)
+def test_more_entries_than_a_block(library, name, monkeypatch):
+    """No bit depends on blocks, of which the last is short; arrays may lie in any order."""
+    rng = np.random.default_rng(1)
+    u, gy = rng.standard_normal((2, 7, 3, 11)).transpose(0, 2, 3, 1)  # strided
+    forward, backward, *_ = PAIRS[name]
+    both = getattr(act, f"{name}_sloped", lambda v: (forward(v),))
+    calls = [lambda v, g: (forward(v),), lambda v, g: (backward(g, v),), lambda v, g: both(v)]
+    place, host = library.place, library.host
+    for dtype in UNITS:
+        v, g = place(u.astype(dtype)), place(gy.astype(dtype))
+        whole = [host(x) for call in calls for x in call(v, g)]
+        with monkeypatch.context() as patch:
+            patch.setattr("lorax_np.blocks.BLOCK", 10)
+            parts = [host(x) for call in calls for x in call(v, g)]
+        for one, other in zip(whole, parts, strict=True):
+            assert one.shape == other.shape == (3, 11, 7)
+            assert one.dtype == other.dtype == dtype
+            assert np.array_equal(one, other)
+
+
+@libraries
 def test_the_gated_unit(library):
     """(activation.6) to (activation.8)."""
     rng, place, host = np.random.default_rng(0), library.place, library.host
