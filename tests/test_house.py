@@ -26,7 +26,7 @@ FILES = {
 
 # Floor 0 imports in the order listed. A folder is one room, whose files may import each other.
 FLOORS = (
-    ("errors.py", "kinds.py", "backend.py", "shapes.py", "tree.py", "random.py"),
+    ("errors.py", "kinds.py", "backend.py", "shapes.py", "blocks.py", "tree.py", "random.py"),
     ("ops/", "params.py", "config/", "singular.py", "quant.py"),
     ("starts/",),
     ("init.py", "layer.py", "fast/", "merge.py", "combine/"),
@@ -61,7 +61,7 @@ CUPY = {
     *("abs", "all", "arange", "asarray", "float64", "full_like", "isfinite", "max", "ones", "real", "reshape"),
     *("sqrt", "stack", "sum", "take", "uint64", "where", "zeros_like"),
     *("any",),  # rows of tokens
-    *("clip", "cos", "exp", "log", "ones_like", "sin", "tanh"),  # models
+    *("clip", "cos", "empty_like", "exp", "log", "ones_like", "sin", "tanh"),  # models
     *("argmax", "exp", "log", "log1p", "ones_like", "take_along_axis", "zeros"),  # losses, pooling and routers
     *("broadcast_to",),  # experts that are alike
 }
