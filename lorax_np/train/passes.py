@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from ..backend import Array
+from ..backend import Array, on_device
 from ..config import Site
 from ..errors import ConfigError, ShapeError
 from ..models import tasks
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Trained
+from ..models.shared import added_up, in_shares
+from ..tree import leaves
 from .config import TrainConfig
 
 DEFAULT = TrainConfig()
@@ -18,7 +20,8 @@ class Passes:
     """The two functions that a run needs of a model on a task; nothing they are given is written to.
 
     what : the pass that was chosen, and why no other, in words
-    workers : threads of a planned pass; one where the base is in few bits and nothing else is asked for
+    workers : threads that share a micro-batch's sequences; one where the base is in few bits and nothing else
+        is asked for, and where arrays live on a GPU
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Passes:
         self.workers = config.workers
         if self.workers == "auto" and hasattr(model.weights, "codes"):
             self.workers = 1  # each more has a layer written out, and its own rows, where memory is what counts
+        if any(on_device(value) for value in leaves(trained).values()):
+            self.workers = 1
         tasks.head_of(model, task)
         self._plan: Any = None
         self.what = f"general pass, engine {config.engine}"
@@ -92,18 +97,22 @@ class Passes:
             adapters: Any = trained.adapters
             loss, found, _ = self._plan.loss_and_gradients(adapters, {}, *rows, n=n, dropout=dropout)
             return loss, Trained(found, {})
-        return tasks.loss_and_gradients(
-            self.model,
-            self.sites,
-            trained,
-            batch,
-            task=self.task,
-            n=n,
-            dropout=dropout,
-            engine=self.config.engine,
-            checkpoint=self.checkpoint,
-            tokens=self.tokens,
-        )
+
+        def compute(part: Batch) -> tuple[Array, Trained]:
+            return tasks.loss_and_gradients(
+                self.model,
+                self.sites,
+                trained,
+                part,
+                task=self.task,
+                n=n,
+                dropout=dropout,
+                engine=self.config.engine,
+                checkpoint=self.checkpoint,
+                tokens=self.tokens,
+            )
+
+        return added_up(in_shares(compute, batch, task=self.task, workers=self.workers))
 
     def loss(self, trained: Trained, batch: Batch, *, n: int) -> float:
         """The loss alone, without dropout."""
@@ -111,9 +120,13 @@ class Passes:
             adapters: Any = trained.adapters
             rows = batch.ids, batch.starts, batch.index, batch.labels
             return float(self._plan.loss(adapters, {}, *rows, n=n))
-        args = self.model, self.sites, trained, batch
-        found: Any = tasks.loss(*args, task=self.task, n=n, engine=self.config.engine, tokens=self.tokens)
-        return float(found)
+
+        def compute(part: Batch) -> float:
+            args = self.model, self.sites, trained, part
+            found: Any = tasks.loss(*args, task=self.task, n=n, engine=self.config.engine, tokens=self.tokens)
+            return float(found)
+
+        return sum(in_shares(compute, batch, task=self.task, workers=self.workers))
 
     def outputs(self, trained: Trained, batch: Batch) -> Array:
         """What the task's head gives, without dropout."""
