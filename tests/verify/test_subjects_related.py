@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.batteries import blended, blending, related
+from lorax_np.verify.batteries import blended, blending, related, related_laws
 from lorax_np.verify.batteries.blending import METHODS, Blends
-from lorax_np.verify.batteries.related import GRADIENTS, SHAPES, RelatedReference
+from lorax_np.verify.batteries.related import GRADIENTS
+from lorax_np.verify.batteries.related_case import SHAPES, RelatedReference
 from lorax_np.verify.mutants.blended import FAULTS as BLENDED
 from lorax_np.verify.mutants.related import FAULTS as RELATED
 from lorax_np.verify.subjects import reference
 
 BATTERIES = {
     "related": related.battery_related,
-    "related laws": related.battery_related_laws,
+    "related laws": related_laws.battery_related_laws,
     "blended": blended.battery_blended,
     "blended exact": blended.battery_blended_exact,
     "blended laws": blended.battery_blended_laws,

@@ -25,6 +25,7 @@ from . import (
     packed,
     probes,
     related,
+    related_laws,
     schedule,
     secant,
     several,
@@ -96,7 +97,7 @@ BATTERIES: dict[str, Battery] = {
     "routed": experts.battery_routed,
     # vera_forward, vera_backward, and likewise adalora and tokens
     "related": related.battery_related,
-    "related laws": related.battery_related_laws,
+    "related laws": related_laws.battery_related_laws,
     # rms_norm, rope, attention and the other ops of a model
     "ops": ops.battery_ops,
     "op differences": ops.battery_op_differences,

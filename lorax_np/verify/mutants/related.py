@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..batteries.related import RelatedCase, RelatedReference
+from ..batteries.related_case import RelatedCase, RelatedReference
 from ..cases import HostArray
 from .fault import Fault, Faulty
 

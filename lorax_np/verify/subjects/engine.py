@@ -51,7 +51,7 @@ from ..batteries.conv_case import ConvCase
 from ..batteries.embedding_case import EmbeddingCase
 from ..batteries.experts import ExpertsReference
 from ..batteries.packed import PackedReference
-from ..batteries.related import RelatedCase
+from ..batteries.related_case import RelatedCase
 from ..cases import Case
 from ..conventions import Spec
 from .ops import OpsReference
