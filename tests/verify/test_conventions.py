@@ -33,6 +33,15 @@ def name(spec):
     return f"{spec.dora}-{spec.dropout}"
 
 
+def some(others, often):
+    """Specs with others: each spec and each other is there, what else they make is thorough."""
+    n, found = len(others), []
+    for (i, spec), (j, other) in product(enumerate(SPECS), enumerate(others)):
+        marks = () if (j - i - i // n) % n < often else pytest.mark.thorough
+        found.append(pytest.param(spec, other, marks=marks, id=f"{name(spec)}-{other}"))
+    return found
+
+
 def layers(spec, dtype="float64", seed=3):
     for i, kind in enumerate(KINDS):
         how = {"bias": ("trained", "frozen", "absent")[i % 3], "lora_bias": True}
@@ -104,8 +113,7 @@ def test_lattices_are_exact_under_every_convention(spec):
                 assert np.array_equal(value, item.want[tensor]), (item.case.id, order, tensor)
 
 
-@pytest.mark.parametrize("profile", ["fp32", "tf32", "bf16", "fp16", "bf16-pure"])
-@pytest.mark.parametrize("spec", SPECS, ids=name)
+@pytest.mark.parametrize(("spec", "profile"), some(["fp32", "tf32", "bf16", "fp16", "bf16-pure"], often=2))
 def test_honest_roundings_stay_within_eight_deviations(spec, profile):
     precision = PRECISIONS[profile]
     for seed, order in enumerate(ORDERS):
@@ -124,8 +132,7 @@ def cast_to(value, dtype):
 # ---- the verdict -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", [pytest.param("fp64", marks=pytest.mark.thorough), "fp32", "bf16"])
-@pytest.mark.parametrize("spec", SPECS, ids=name)
+@pytest.mark.parametrize(("spec", "profile"), some(["fp32", "bf16", "fp64"], often=1))
 def test_a_declared_convention_is_judged_by_its_own_formula(spec, profile):
     report = lx.verify.verify(Follows(spec), profile, level="quick")
     assert report.passed, str(report)
@@ -147,8 +154,7 @@ def test_who_is_right_elsewhere_is_told_where(spec):
     assert lx.verify.verify(Follows(own=own), "fp32", level="quick", conventions=again).passed
 
 
-@pytest.mark.parametrize("fault", ["S4", "S5", "R2", "D6", "G3", "R8"])
-@pytest.mark.parametrize("spec", SPECS, ids=name)
+@pytest.mark.parametrize(("spec", "fault"), some(["S4", "S5", "R2", "D6", "G3", "R8"], often=1))
 def test_faults_are_refused_under_every_convention(spec, fault):
     report = lx.verify.verify(Follows(spec, changed=CATALOGUE[fault].steps), "fp32", level="quick")
     seen = fault != "D6" or spec.dropout == "pre"  # with the update dropped, xd is x
@@ -203,9 +209,17 @@ class Turned:
         return self._theirs(self.right.init(W.T if "W" in self.own.transposed else W, config, seed))
 
 
-@pytest.mark.parametrize(
-    "layout", list(product(*LAYOUTS.values()))[1:], ids=lambda l: "-".join(l).replace(" ", "")
-)
+def layouts():
+    """All but ours; two that are turned together are thorough, beside one alone and all three."""
+    found = []
+    for layout in list(product(*LAYOUTS.values()))[1:]:
+        two = sum(one != ours for one, (ours, _) in zip(layout, LAYOUTS.values(), strict=True)) == 2
+        marks = pytest.mark.thorough if two else ()
+        found.append(pytest.param(layout, marks=marks, id="-".join(layout).replace(" ", "")))
+    return found
+
+
+@pytest.mark.parametrize("layout", layouts())
 def test_layouts_are_turned_on_the_way(layout):
     spec = Spec(**dict(zip(LAYOUTS, layout, strict=True)))
     report = lx.verify.verify(Turned(spec), "fp32", level="quick")
