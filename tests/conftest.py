@@ -1,6 +1,7 @@
 """Hypothesis profiles: `quick` and `ci` repeat the same examples everywhere, `deep` draws many new ones."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -32,3 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("peft"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def truths_once() -> Iterator[None]:
+    """Compute the truth of each case once: subject after subject is judged on the same ones."""
+    from lorax_np.verify.mutants.matrix import remembered
+
+    with remembered():
+        yield

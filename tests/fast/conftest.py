@@ -6,6 +6,11 @@ import pytest
 from lorax_np.fast import cpu_branch, cpu_dora, norms, split, weights
 
 
+@pytest.fixture(scope="session", autouse=True)
+def judged_by_known_truths(truths_once):
+    """Plan after plan is judged on the same cases."""
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of the fewest rows and features there may be, so that small layers have several and a tail."""

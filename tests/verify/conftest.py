@@ -1,14 +1,8 @@
 """What all tests of the harness share."""
 
-from collections.abc import Iterator
-
 import pytest
-
-from lorax_np.verify.mutants.matrix import remembered
 
 
 @pytest.fixture(scope="session", autouse=True)
-def truths_once() -> Iterator[None]:
-    """Compute the truth of each case once: subject after subject is judged on the same ones."""
-    with remembered():
-        yield
+def judged_by_known_truths(truths_once: None) -> None:
+    """Subject after subject is judged on the same cases."""

@@ -64,9 +64,10 @@ def test_no_law_is_left_out_of_a_subject_that_has_everything():
     assert seen == set(laws_of(Two(), case, 2.0**-24))
 
 
-def test_300_right_layers_raise_no_alarm():
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 50), marks=pytest.mark.thorough)], ids=str)
+def test_300_right_layers_raise_no_alarm(seeds):
     count = 0
-    for seed in range(50):
+    for seed in seeds:
         for profile in ("fp32", "fp64"):
             checks = run(plain.Plain(), profile, 1000 + seed)
             assert not wrong(checks), wrong(checks)

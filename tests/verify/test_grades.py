@@ -138,11 +138,12 @@ def test_a_grade_says_how_many_and_how_far():
     assert lines.count(" % of entries differ from the correctly rounded sum, worst ") == 4
 
 
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 10), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize("profile", HALVES)
-def test_arithmetic_in_16_bits_is_never_refused(profile):
+def test_arithmetic_in_16_bits_is_never_refused(profile, seeds):
     """The ceiling (merge.12), and the size of the update (merge.13)."""
     worst = 0.0
-    for seed in range(10):
+    for seed in seeds:
         checks = judged(Merging(half), profile, seed + 100)
         assert {check.verdict for check in checks} == {"pass"}, [c.note for c in checks if c.verdict != "pass"]
         worst = max([worst, *(check.ratio for check in checks)])

@@ -56,7 +56,7 @@ def project(tmp_path):
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
         path = os.pathsep.join(map(str, (root, tmp_path / "site")))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+        environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
         found = subprocess.run(
@@ -101,9 +101,9 @@ def test_what_is_right_passes_and_can_be_chosen(project):
     [
         ("lorax_np.verify", (), True),
         ("lorax_np.verify", ("--rootdir=/",), False),
-        ("lorax_np.verify.conformance", (), False),
-        ("lorax_np.verify.conformance", ("-n", "2"), True),
-        ("lorax_np.verify.conformance", ("-k", "lora/1"), False),
+        pytest.param("lorax_np.verify.conformance", (), False, marks=pytest.mark.thorough),
+        pytest.param("lorax_np.verify.conformance", ("-n", "2"), True, marks=pytest.mark.thorough),
+        pytest.param("lorax_np.verify.conformance", ("-k", "lora/1"), False, marks=pytest.mark.thorough),
     ],
 )
 def test_an_editable_install_is_judged_from_any_folder(project, target, more, linked):
