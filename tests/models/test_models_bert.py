@@ -4,14 +4,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from whole import AGREES, LENGTHS, STARTS, Step, adapted, all_whole, batch_of, held, leaves, model_of, worst
+from family_laws import (
+    alone,
+    assert_adds_up,
+    assert_any_library,
+    assert_computed_again,
+    assert_engines_agree,
+    assert_kept_is_counted,
+    bits,
+)
+from whole import AGREES, LENGTHS, STARTS, Step, adapted, all_whole, batch_of, leaves, model_of, worst
 
 from lorax_np.errors import ConfigError, ShapeError
 from lorax_np.models import bert, encoder_heads
 from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Dropout, Gradients, Trained
-from lorax_np.models.tasks import count, kept_numbers, loss, loss_and_gradients, outputs
-from lorax_np.tree import tree_map
+from lorax_np.models.tasks import count, loss, loss_and_gradients, outputs
 from tests.strategies import LIBRARIES
 
 CONFIG = {
@@ -94,24 +102,12 @@ def test_a_number_for_each_sequence():
 # ---- what has to be the same --------------------------------------------------------------------------------
 
 
-def bits(trained):
-    return {leaf: value.tobytes() for leaf, value in leaves(trained).items()}
-
-
 def test_blocks_computed_again_give_the_same_bits_under_dropout():
-    step = step_of("classes", bias="all")
-    (one, kept), (other, again) = step.gradients(), step.gradients(checkpoint=True)
-    assert float(one) == float(other)
-    assert bits(kept) == bits(again)
-    assert bits(step.gradients()[1]) == bits(kept)
+    assert_computed_again(step_of("classes", bias="all"))
 
 
 def test_engines_agree():
-    step = step_of("tokens", bias="lora_only")
-    _, one = step.gradients()
-    _, other = step.gradients(engine="fast")
-    for leaf, want in leaves(one).items():
-        assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max() + 1e-15, leaf
+    assert_engines_agree(step_of("tokens", bias="lora_only"), least=1e-15)
 
 
 @pytest.mark.parametrize("engine", PAIRS)
@@ -125,56 +121,19 @@ def test_what_is_kept_is_what_was_counted(engine, p, targets):
     """(bert.14) and (bert.15), to the number."""
     step = step_of("tokens", p=0.0)
     trained, sites = adapted(step.model, targets=targets, lora_dropout=p)
-    how = {"dropout": step.dropout, "engine": engine}
-    at = Pass(step.model, sites, trained, pair=PAIRS[engine], dropout=step.dropout)
-    _, saved = bert.bert_forward(at, step.batch)
-    assert held(saved) == kept_numbers(step.model, sites, trained, N, **how)
-    _, inputs = bert.bert_forward(at, step.batch, "inputs")
-    again = held(inputs) + max((held(block) for block in saved.blocks), default=0)
-    assert again == kept_numbers(step.model, sites, trained, N, checkpoint=True, **how)
+    assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, bert.bert_forward)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("what", ["classes", "several classes", "spans", "pairs", "scored pairs"])
 def test_any_array_library_computes_it(library, what):
-    """The same numbers, none of them read on the host in between; ids, types and labels may stay there."""
-    step = step_of(what)._replace(dropout=None)  # whose masks are made on the default device
-    _, want = step.gradients()
-    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
-    there = step._replace(
-        model=replace(step.model, weights=weights),
-        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
-    )
-    got = leaves(tree_map(library.host, there.gradients()[1]))
-    for leaf, g in leaves(want).items():
-        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+    assert_any_library(step_of(what), library)
 
 
 @pytest.mark.parametrize("what", ["classes", "tokens", "spans"])
 def test_micro_batches_add_up(what):
-    """Sequences one at a time give the step's loss and gradients, masks and all, since each has its number."""
     step = step_of(what)
-    value, whole = step.gradients()
-    total, sums = 0.0, dict.fromkeys(leaves(whole), 0.0)
-    for i in range(S):
-        a, b = STARTS[i], STARTS[i + 1]
-        labels = step.batch.labels[a:b] if what == "tokens" else step.batch.labels[i : i + 1]
-        one = replace(
-            step.batch,
-            ids=step.batch.ids[a:b],
-            types=step.batch.types[a:b],
-            starts=(0, b - a),
-            labels=labels,
-            index=step.batch.index[i : i + 1],
-        )
-        part, g = loss_and_gradients(
-            step.model, step.sites, step.trained, one, task=step.task, n=step.n, dropout=step.dropout
-        )
-        total += float(part)
-        sums = {leaf: sums[leaf] + value for leaf, value in leaves(g).items()}
-    assert total == pytest.approx(float(value), rel=1e-13)
-    for leaf, want in leaves(whole).items():
-        assert np.abs(sums[leaf] - want).max() <= 1e-13 * np.abs(want).max() + 1e-15, leaf
+    assert_adds_up(step, alone(step.batch, by_row=what == "tokens"))
 
 
 def test_frozen_blocks_below_are_passed_over(monkeypatch):

@@ -1,19 +1,25 @@
 """GPT-2: every gradient against a complex step, its tied head and other tasks' heads.  See specs/gpt.md."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
-from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, held, leaves, model_of, worst
+from family_laws import (
+    alone,
+    assert_adds_up,
+    assert_any_library,
+    assert_computed_again,
+    assert_engines_agree,
+    assert_kept_is_counted,
+)
+from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, model_of, worst
 
 from lorax_np.errors import ConfigError
 from lorax_np.models import gpt2
 from lorax_np.models.families import FAMILIES
 from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Dropout, Model, Trained
-from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
-from lorax_np.tree import tree_map
+from lorax_np.models.tasks import outputs
 from tests.strategies import LIBRARIES
 
 CONFIG = {
@@ -110,22 +116,12 @@ def hidden(step: Step):
     return FAMILIES["gpt2"].forward(at, step.batch, "nothing")[0]
 
 
-def bits(trained):
-    return {leaf: value.tobytes() for leaf, value in leaves(trained).items()}
-
-
 def test_blocks_computed_again_give_the_same_bits_under_dropout():
-    step = step_of("next token", bias="all")
-    (one, kept), (other, again) = step.gradients(), step.gradients(checkpoint=True)
-    assert float(one) == float(other)
-    assert bits(kept) == bits(again)
+    assert_computed_again(step_of("next token", bias="all"))
 
 
 def test_engines_agree():
-    step = step_of("next token")
-    (_, one), (_, other) = step.gradients(), step.gradients(engine="fast")
-    for leaf, want in leaves(one).items():
-        assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max(), leaf
+    assert_engines_agree(step_of("next token"))
 
 
 @pytest.mark.parametrize("engine", PAIRS)
@@ -137,51 +133,18 @@ def test_what_is_kept_is_what_was_counted(engine, p, targets):
     """(bert.14) and (bert.15), to the number."""
     step = step_of("tokens", p=0.0)
     trained, sites = adapted(step.model, targets=targets, lora_dropout=p)
-    how = {"dropout": step.dropout, "engine": engine}
-    at = Pass(step.model, sites, trained, pair=PAIRS[engine], dropout=step.dropout)
-    _, saved = gpt2.gpt2_forward(at, step.batch)
-    assert held(saved) == kept_numbers(step.model, sites, trained, N, **how)
-    _, inputs = gpt2.gpt2_forward(at, step.batch, "inputs")
-    again = held(inputs) + max((held(block) for block in saved.blocks), default=0)
-    assert again == kept_numbers(step.model, sites, trained, N, checkpoint=True, **how)
+    assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, gpt2.gpt2_forward)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("what", ["next token", "classes"])
 def test_any_array_library_computes_it(library, what):
-    """The same numbers, none of them read on the host in between; ids, types and labels may stay there."""
-    step = step_of(what)._replace(dropout=None)  # whose masks are made on the default device
-    _, want = step.gradients()
-    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
-    there = step._replace(
-        model=replace(step.model, weights=weights),
-        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
-    )
-    got = leaves(tree_map(library.host, there.gradients()[1]))
-    for leaf, g in leaves(want).items():
-        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+    assert_any_library(step_of(what), library)
 
 
 def test_micro_batches_add_up_and_no_token_sees_a_later_one():
     step = step_of("next token")
-    value, whole = step.gradients()
-    total, sums = 0.0, dict.fromkeys(leaves(whole), 0.0)
-    for i, (a, b) in enumerate(pairwise(STARTS)):
-        one = replace(
-            step.batch,
-            ids=step.batch.ids[a:b],
-            starts=(0, b - a),
-            labels=step.batch.labels[a:b],
-            index=step.batch.index[i : i + 1],
-        )
-        part, g = loss_and_gradients(
-            step.model, step.sites, step.trained, one, task="CAUSAL_LM", n=step.n, dropout=step.dropout
-        )
-        total += float(part)
-        sums = {leaf: sums[leaf] + found for leaf, found in leaves(g).items()}
-    assert total == pytest.approx(float(value), rel=1e-13)
-    for leaf, want in leaves(whole).items():
-        assert np.abs(sums[leaf] - want).max() <= 1e-13 * np.abs(want).max() + 1e-15, leaf
+    assert_adds_up(step, alone(step.batch, by_row=True))
     h = hidden(step._replace(batch=replace(step.batch, ids=np.array([2, 3, 4, 5, 6, 7, 8, 9, 10]))))
     other = hidden(step._replace(batch=replace(step.batch, ids=np.array([2, 3, 9, 5, 6, 7, 8, 2, 10]))))
     same = np.abs(h - other).max(axis=1) == 0

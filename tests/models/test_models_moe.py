@@ -1,12 +1,19 @@
 """Mixtures of experts: every gradient against a complex step; routing, files, upcycling.  See specs/moe.md."""
 
 from dataclasses import replace
-from itertools import pairwise
 from unittest import mock
 
 import numpy as np
 import pytest
-from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, held, leaves, model_of, worst
+from family_laws import (
+    alone,
+    assert_adds_up,
+    assert_any_library,
+    assert_computed_again,
+    assert_kept_is_counted,
+    bits,
+)
+from whole import AGREES, Step, adapted, all_whole, batch_of, leaves, model_of, worst
 
 import lorax_np as lx
 from lorax_np.models import load, moe
@@ -14,9 +21,8 @@ from lorax_np.models.llama_config import llama_settings, llama_shapes
 from lorax_np.models.moe_config import moe_settings, moe_shapes
 from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Rows, Trained
-from lorax_np.models.tasks import kept_numbers, loss_and_gradients, outputs
+from lorax_np.models.tasks import loss_and_gradients, outputs
 from lorax_np.models.upcycle import upcycle
-from lorax_np.tree import tree_add, tree_map
 from tests.strategies import LIBRARIES
 
 CONFIG = {
@@ -178,32 +184,11 @@ def test_an_expert_without_rows_has_no_gradient():
 
 def test_micro_batches_add_up():
     step = step_of()
-    value, want = step.gradients()
-    total, found = 0.0, None
-    for i, (a, b) in enumerate(pairwise(STARTS)):
-        one = replace(
-            step.batch,
-            ids=step.batch.ids[a:b],
-            starts=(0, b - a),
-            labels=step.batch.labels[a:b],
-            index=step.batch.index[i : i + 1],
-        )
-        part, g = loss_and_gradients(step.model, step.sites, step.trained, one, task=TASK, n=step.n)
-        total, found = total + float(part), g if found is None else tree_add(found, g)
-    assert total == pytest.approx(float(value), rel=1e-13)
-    for leaf, g in leaves(want).items():
-        assert np.abs(leaves(found)[leaf] - g).max() <= 1e-13 * np.abs(g).max() + 1e-15, leaf
-
-
-def bits(trained):
-    return {leaf: value.tobytes() for leaf, value in leaves(trained).items()}
+    assert_adds_up(step, alone(step.batch, by_row=True))
 
 
 def test_blocks_computed_again_give_the_same_bits():
-    step = step_of()
-    (one, kept), (other, again) = step.gradients(), step.gradients(checkpoint=True)
-    assert float(one) == float(other)
-    assert bits(kept) == bits(again)
+    assert_computed_again(step_of())
 
 
 def test_float32_and_a_batch_of_nothing():
@@ -244,16 +229,7 @@ def test_narrow_storage_is_computed_in_float32():
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("kind", ["mixtral", "qwen"])
 def test_any_array_library_computes_it(library, kind):
-    step = step_of(KINDS[kind])
-    _, want = step.gradients()
-    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
-    there = step._replace(
-        model=replace(step.model, weights=weights),
-        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
-    )
-    got = leaves(tree_map(library.host, there.gradients()[1]))
-    for leaf, g in leaves(want).items():
-        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+    assert_any_library(step_of(KINDS[kind]), library)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen"])
@@ -267,14 +243,8 @@ def test_what_is_kept_is_what_was_counted(engine, kind, parameters):
     if parameters is None:
         names = "1.mlp.gate.weight", "0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"
         whole = {f"model.layers.{name}": step.model.weights[f"model.layers.{name}"] for name in names}
-    trained = Trained(step.trained.adapters, whole)
-    at = Pass(step.model, step.sites, trained, pair=PAIRS[engine])
-    _, saved = moe.moe_forward(at, step.batch)
-    N = STARTS[-1]
-    assert held(saved) == kept_numbers(step.model, step.sites, trained, N, engine=engine)
-    _, inputs = moe.moe_forward(at, step.batch, "inputs")
-    again = held(inputs) + max(held(block) for block in saved.blocks)
-    assert again == kept_numbers(step.model, step.sites, trained, N, engine=engine, checkpoint=True)
+    step = step._replace(trained=Trained(step.trained.adapters, whole))
+    assert_kept_is_counted(step, engine, moe.moe_forward)
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from family_laws import assert_adds_up, assert_any_library, assert_computed_again, assert_engines_agree, bits
 from whole import AGREES, STARTS, TINY, Step, adapted, all_whole, held, leaves, model_of, worst
 
 import lorax_np as lx
@@ -18,7 +19,6 @@ from lorax_np.models.t5_config import COPIES, t5_settings, t5_shapes
 from lorax_np.models.t5_greedy import t5_greedy
 from lorax_np.models.t5_kept import t5_kept_of
 from lorax_np.models.tasks import kept_numbers, loss, loss_and_gradients, outputs
-from lorax_np.tree import tree_add, tree_map
 from tests.strategies import LIBRARIES
 
 CONFIG = {
@@ -185,23 +185,12 @@ def test_who_sees_whom():
     assert rows.tolist() == [i >= 12 for i in range(14)]
 
 
-def bits(trained):
-    return {leaf: value.tobytes() for leaf, value in leaves(trained).items()}
-
-
 def test_blocks_computed_again_give_the_same_bits_under_dropout():
-    step = step_of()
-    (one, kept), (other, again) = step.gradients(), step.gradients(checkpoint=True)
-    assert float(one) == float(other)
-    assert bits(kept) == bits(again)
-    assert bits(step.gradients()[1]) == bits(kept)
+    assert_computed_again(step_of())
 
 
 def test_engines_agree():
-    step = step_of()
-    (_, one), (_, other) = step.gradients(), step.gradients(engine="fast")
-    for leaf, want in leaves(one).items():
-        assert np.abs(leaves(other)[leaf] - want).max() <= 1e-12 * np.abs(want).max(), leaf
+    assert_engines_agree(step_of())
 
 
 def test_float32_stays_float32():
@@ -252,24 +241,11 @@ def merged(step: Step, adapters) -> Step:
 
 
 def test_micro_batches_add_up():
-    step = step_of()
-    value, want = step.gradients()
-    total, found = 0.0, None
+    step, parts = step_of(), []
     for i, ((a, b), (c, d)) in enumerate(zip(pairwise(STARTS), pairwise(WRITTEN), strict=True)):
-        one = Batch(
-            step.batch.ids[a:b],
-            (0, b - a),
-            step.batch.labels[c:d],
-            step.batch.index[i : i + 1],
-            decoder_starts=(0, d - c),
-        )
-        part, g = loss_and_gradients(
-            step.model, step.sites, step.trained, one, task=TASK, n=step.n, dropout=step.dropout
-        )
-        total, found = total + float(part), g if found is None else tree_add(found, g)
-    assert total == pytest.approx(float(value), rel=1e-13)
-    for leaf, g in leaves(want).items():
-        assert np.abs(leaves(found)[leaf] - g).max() <= 1e-13 * np.abs(g).max() + 1e-15, leaf
+        ids, labels, index = step.batch.ids[a:b], step.batch.labels[c:d], step.batch.index[i : i + 1]
+        parts.append(Batch(ids, (0, b - a), labels, index, decoder_starts=(0, d - c)))
+    assert_adds_up(step, parts)
 
 
 def test_a_batch_of_nothing():
@@ -300,16 +276,8 @@ def test_narrow_storage_is_computed_in_float32():
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 def test_any_array_library_computes_it(library):
-    step = step_of()._replace(dropout=None)  # whose masks are made on the default device
-    _, want = step.gradients()
-    weights = {name: library.place(np.array(w)) for name, w in step.model.weights.items()}
-    there = step._replace(
-        model=replace(step.model, weights=weights),
-        trained=tree_map(lambda x: library.place(np.array(x)), step.trained),
-    )
-    got = leaves(tree_map(library.host, there.gradients()[1]))
-    for leaf, g in leaves(want).items():
-        assert np.abs(got[leaf] - g).max() <= 1e-13 * np.abs(g).max(), leaf
+    step = step_of()._replace(dropout=None)
+    there = assert_any_library(step, library)
     how = {"most": 4, "engine": "reference"}
     assert t5_greedy(*there[:4], **how) == t5_greedy(*step[:4], **how)
 
