@@ -9,8 +9,8 @@ import numpy as np
 
 import lorax_np as lx
 from lorax_np.verify import Check, Report
-from lorax_np.verify.diagnosis.diagnose import Diagnosis, Name
 from lorax_np.verify.diagnosis.regression import Factor, Finding
+from lorax_np.verify.diagnosis.told import Diagnosis, Name
 from lorax_np.verify.diagnosis.tree import Branch
 from lorax_np.verify.mutants import CATALOGUE
 from lorax_np.verify.pages import heat

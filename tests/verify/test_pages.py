@@ -18,7 +18,7 @@ from screenshots import SETTINGS, Browser, chromium, colours
 
 import lorax_np as lx
 from lorax_np.verify import Report
-from lorax_np.verify.diagnosis.diagnose import Name
+from lorax_np.verify.diagnosis.told import Name
 from lorax_np.verify.pages import heat
 from lorax_np.verify.pages.html import html
 

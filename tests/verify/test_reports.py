@@ -14,7 +14,7 @@ from samples import ALL, NAMES, caused, hostile, judged
 
 from lorax_np.cli import main
 from lorax_np.verify import Check, Report
-from lorax_np.verify.diagnosis.diagnose import Name
+from lorax_np.verify.diagnosis.told import Name
 from lorax_np.verify.diagnosis.tree import Branch
 from lorax_np.verify.lines import visible
 from lorax_np.verify.pages import digest
