@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import FormatError
-from .writer import sync_folder
+from .system import sync_folder
 
 EXCHANGE = 2  # of renameat2 and of renamex_np
 HERE = -100  # AT_FDCWD: paths are as they stand

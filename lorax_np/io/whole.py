@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import FormatError
-from .writer import sync_folder
+from .system import sync_folder
 
 
 @contextmanager

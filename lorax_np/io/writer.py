@@ -4,7 +4,6 @@ The bytes are those of the safetensors library, release 0.8.0: layout.py. What a
 appears at once: specs/checkpoints.md.
 """
 
-import errno
 import math
 import os
 import secrets
@@ -17,11 +16,11 @@ from typing import Any, NamedTuple, Self
 
 from ..backend import Array, to_host
 from ..errors import ConfigError, DtypeError, FormatError, ShapeError
-from .layout import PIECE, Entry, header_of, pieces, place_of, word_of
+from .layout import Entry, header_of, pieces, place_of, word_of
 from .safetensors import BITS, show
+from .system import copy_range, read_at, sync_folder, write_at
 
 PAGE, PAGES = 4096, 4  # of some bytes of a tensor, evenly spread, by which they are known again
-_POSITION = threading.Lock()  # where the system reads and writes at a file's one position only
 
 Buffer = bytes | bytearray | memoryview
 
@@ -240,7 +239,7 @@ class SafetensorsWriter:
         if data.nbytes:
             view = memoryview(data if data.c_contiguous else data.tobytes()).cast("B")
             while len(view):
-                done = _pwrite(self._file, view, offset)
+                done = write_at(self._file, view, offset)
                 view, offset = view[done:], offset + done
         return data.nbytes
 
@@ -264,50 +263,6 @@ class SafetensorsWriter:
         if self._part is not None:
             self._part.unlink(missing_ok=True)
             self._part = None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        except OSError:  # some file systems know no such thing of a folder
-            pass
-        finally:
-            os.close(handle)
-
-
-def copy_range(source: int, target: int, size: int, offset: int, place: int) -> int:
-    """Copy at most `size` bytes from one open file to another; return how many, 0 at the end of the source."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, size, offset, place)
-        except OSError as error:  # two file systems, or one that cannot
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
-                raise
-    data = memoryview(read_at(source, min(size, PIECE), offset))
-    done = 0
-    while done < len(data):
-        done += _pwrite(target, data[done:], place + done)
-    return done
-
-
-def read_at(file: int, size: int, offset: int) -> bytes:
-    """Bytes of an open file from an offset on; fewer at its end."""
-    if hasattr(os, "pread"):
-        return os.pread(file, size, offset)
-    with _POSITION:
-        os.lseek(file, offset, os.SEEK_SET)
-        return os.read(file, size)
-
-
-def _pwrite(file: int, view: memoryview, offset: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(file, view, offset)
-    with _POSITION:
-        os.lseek(file, offset, os.SEEK_SET)
-        return os.write(file, view)
 
 
 def _nbytes(array: Array, slot: _Slot, name: str) -> int:

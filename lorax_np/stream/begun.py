@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from ..io.layout import Entry
-from ..io.writer import SafetensorsWriter, sync_folder
+from ..io.system import sync_folder
+from ..io.writer import SafetensorsWriter
 from .journal import Journal
 
 EVERY = 1.0  # seconds between two marks at least, which is what a kill may cost

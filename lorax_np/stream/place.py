@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ConfigError
-from ..io.writer import sync_folder
+from ..io.system import sync_folder
 from .begun import RECORD
 from .journal import Journal
 

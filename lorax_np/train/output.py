@@ -16,7 +16,7 @@ from ..config.fields import RESIDUAL
 from ..errors import FormatError
 from ..io.peft import save_adapter
 from ..io.peft.card import CARD, card
-from ..io.writer import sync_folder
+from ..io.system import sync_folder
 from ..models.file_names import named_for_files
 from ..models.records import Model, Trained
 from ..params import AnyAdapter

@@ -16,7 +16,8 @@ from ..backend import Array
 from ..errors import FormatError
 from ..io.checkpoint import read_json
 from ..io.safetensors import HostArray, open_safetensors
-from ..io.writer import sync_folder, write_safetensors
+from ..io.system import sync_folder
+from ..io.writer import write_safetensors
 
 TENSORS, ABOUT, LATEST = "tensors.safetensors", "state.json", "latest"
 KEPT = 2  # saves that stay

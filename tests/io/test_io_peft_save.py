@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_pwrite", full)
+    monkeypatch.setattr(writer, "write_at", full)
     with pytest.raises(OSError, match="No space"):
         save_adapter(tmp_path / "a", *one(3))
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
