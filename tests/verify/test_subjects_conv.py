@@ -83,10 +83,11 @@ class Direct(ConvReference):
         return y
 
 
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 3), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("right", [ConvReference, reference, Direct])
-def test_the_right_pass(right, profile):
-    for seed in range(3):
+def test_the_right_pass(right, profile, seeds):
+    for seed in seeds:
         checks = judged(right(), profile, seed=seed)
         assert {check.verdict for check in checks} <= {"pass", "not run"}
         if right is not Direct:

@@ -63,12 +63,13 @@ class Differentiated(EmbeddingReference):
     spec = lx.verify.Spec(norm_gradient=(False, True))
 
 
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 8), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("right", [EmbeddingReference, OneHot, Differentiated, lx.verify.subjects.reference])
-def test_the_right_pass(right, profile):
+def test_the_right_pass(right, profile, seeds):
     if right is OneHot and profile == "fp64":
         return  # it computes in float32
-    for seed in range(8 if profile == "bf16" else 4):
+    for seed in seeds:
         checks = judged(right(), profile, seed=seed)
         assert bad(checks) == set()
         assert max(check.ratio for check in checks if check.ratio is not None) < 0.6

@@ -106,7 +106,8 @@ def test_the_whole_harness_runs_through_the_pipe(start):
     ],
 )
 @POSIX
-def test_what_it_does_is_said(start, name, says):
+def test_what_it_does_is_said(start, name, says, monkeypatch):
+    monkeypatch.setattr(isolate, "LIVES", 2)  # each is a process to start
     subject = start(name, timeout=0.5 if name in ("Loops", "Sleeps") else 30.0)
     subject.ready()
     report = lx.verify.verify(subject, level="quick", case="exact/lora/1")
