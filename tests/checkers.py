@@ -62,6 +62,16 @@ def assert_adjoint(
     assert_close(f"<{name}, v>", pairing(g, v), pairing(gy, jv), STEP * eps * size)
 
 
+def by_complex_steps(f: Callable[[Any], Any], at: Any) -> np.ndarray:
+    """Im f(at + ih·e)/h for every entry e, with f returning a number."""
+    want = np.empty(at.shape)
+    for i in np.ndindex(at.shape):
+        stepped = np.array(at, "complex128")
+        stepped[i] += 1j * TINY
+        want[i] = np.imag(complex(f(stepped))) / TINY
+    return want
+
+
 PRECISION = {"float16": (11, -14), "bfloat16": (8, -126), "float32": (24, -126), "float64": (53, -1022)}
 
 

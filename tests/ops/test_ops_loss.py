@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checkers import assert_close
+from checkers import assert_close, by_complex_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LIBRARIES, normals, seeds
@@ -35,16 +35,6 @@ def labels_of(seed, N, V, share=0.6):
     return labels
 
 
-def complex_step(f, at):
-    """Im f(at + ih·e)/h for every entry e, with f returning a number."""
-    want = np.empty(at.shape)
-    for i in np.ndindex(at.shape):
-        stepped = np.array(at, "complex128")
-        stepped[i] += 1e-30j
-        want[i] = np.imag(complex(f(stepped))) / 1e-30
-    return want
-
-
 def by_loop(z, labels, n, smoothing):
     """The definition, row by row."""
     total = 0.0
@@ -69,7 +59,7 @@ def test_cross_entropy_and_every_entry_of_its_gradient(library, seed, N, V, smoo
     assert (loss.shape, gz.shape, loss.dtype, gz.dtype) == ((), (N, V), at.dtype, at.dtype)
     size = (np.abs(z).max(initial=1) + np.log(V) + 1) * max(N, 1) / n
     assert_close("loss", library.host(loss), by_loop(z, labels, n, smoothing), 64 * EPS * size)
-    want = complex_step(
+    want = by_complex_steps(
         lambda t: library.host(
             cross_entropy_forward(library.place(t), library.place(labels), n=n, smoothing=smoothing)[0]
         ),
@@ -89,7 +79,7 @@ def test_the_checker_refuses_wrong_gradients(seed, V, smoothing):
     z, labels, n = normals(seed)(5, V), np.array([0, -100, 1, -100, 1]), 3
     _, saved = cross_entropy_forward(z, labels, n=n, smoothing=smoothing)
     right = cross_entropy_backward(saved)
-    want = complex_step(lambda t: cross_entropy_forward(t, labels, n=n, smoothing=smoothing)[0], z)
+    want = by_complex_steps(lambda t: cross_entropy_forward(t, labels, n=n, smoothing=smoothing)[0], z)
     wrong = [
         cross_entropy_backward(saved._replace(kept=np.ones(5, bool))),
         cross_entropy_backward(saved._replace(n=1)),
@@ -218,7 +208,7 @@ def test_spans_and_every_entry_of_their_gradient(library, seed, lengths):
                 kept += 1
     assert_close("loss", library.host(loss), want / n, 64 * EPS)
     assert count_spans(spans, starts) == kept
-    step = complex_step(lambda t: span_forward(t, starts, spans, n=n)[0], z)
+    step = by_complex_steps(lambda t: span_forward(t, starts, spans, n=n)[0], z)
     assert_close("gz", gz, step, 64 * EPS / n)
     if kept:
         planted = library.host(span_backward(saved._replace(hit=saved.hit & ~saved.hit)))
@@ -244,7 +234,7 @@ def test_squares_and_sigmoids_and_their_gradients(library, seed, lead):
         loss, saved = forward(library.place(z), library.place(at), n=n)
         assert_close("loss", library.host(loss), want, 256 * EPS)
         gz = library.host(backward(saved))
-        step = complex_step(lambda t, f=forward, at=at: f(t, at, n=n)[0], z)
+        step = by_complex_steps(lambda t, f=forward, at=at: f(t, at, n=n)[0], z)
         bound = 16 * EPS * (np.abs(z) + np.abs(at) + 1)
         assert_close("gz", gz, step, bound)
         if z.size:
@@ -275,8 +265,8 @@ def test_the_chunked_loss_takes_a_complex_step():
     h, E, labels = normals(1)(5, 3), normals(2)(4, 3), np.array([1, -100, 3, 0, 0])
     how = {"n": 4, "rows": 2, "smoothing": 0.1, "scale": 0.7}
     _, gh, gE = head_cross_entropy(h, E, labels, need_gE=True, **how)
-    assert_close("gh", gh, complex_step(lambda t: head_cross_entropy(t, E, labels, **how)[0], h), 64 * EPS)
-    assert_close("gE", gE, complex_step(lambda t: head_cross_entropy(h, t, labels, **how)[0], E), 64 * EPS)
+    assert_close("gh", gh, by_complex_steps(lambda t: head_cross_entropy(t, E, labels, **how)[0], h), 64 * EPS)
+    assert_close("gE", gE, by_complex_steps(lambda t: head_cross_entropy(h, t, labels, **how)[0], E), 64 * EPS)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from checkers import assert_adjoint, assert_close, total
+from checkers import assert_adjoint, assert_close, by_complex_steps, total
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LIBRARIES, normals, seeds
@@ -31,15 +31,6 @@ lengths_of = st.lists(st.integers(1, 6), max_size=5)
 
 def bounds(lengths):
     return np.concatenate([[0], np.cumsum(lengths, dtype="int64")]).astype("int64")
-
-
-def complex_step(f, at):
-    want = np.empty(at.shape)
-    for i in np.ndindex(at.shape):
-        stepped = at.astype("complex128")
-        stepped[i] += 1e-30j
-        want[i] = np.imag(complex(f(stepped))) / 1e-30
-    return want
 
 
 @libraries
@@ -89,7 +80,7 @@ def test_rows_of_length_one_and_their_gradient(library, seed, S, d):
     y, saved = unit_forward(library.place(m))
     gm = library.host(unit_backward(library.place(gy), saved))
     assert_close("‖y‖", np.sum(library.host(y) ** 2, axis=1), np.ones(S), 8 * EPS)
-    want = complex_step(lambda t: np.sum(gy * unit_forward(t)[0]), m)
+    want = by_complex_steps(lambda t: np.sum(gy * unit_forward(t)[0]), m)
     bound = 16 * EPS * np.linalg.norm(gy, axis=1) / np.linalg.norm(m, axis=1)
     assert_close("gm", gm, want, bound[:, None])
     assert_close("<gm, m>", np.sum(gm * m, axis=1), np.zeros(S), 16 * EPS * np.linalg.norm(gy, axis=1))
@@ -113,8 +104,8 @@ def test_losses_of_pairs_and_every_entry_of_their_gradients(library, seed, S, d,
     found = [library.host(g) for g in contrastive_backward(saved)]
     bound = 64 * EPS * scale * scale * S / n
     steps = (
-        complex_step(lambda t: contrastive_forward(t, y2, n=n, scale=scale)[0], y1),
-        complex_step(lambda t: contrastive_forward(y1, t, n=n, scale=scale)[0], y2),
+        by_complex_steps(lambda t: contrastive_forward(t, y2, n=n, scale=scale)[0], y1),
+        by_complex_steps(lambda t: contrastive_forward(y1, t, n=n, scale=scale)[0], y2),
     )
     for name, g, step in zip(("gy1", "gy2"), found, steps, strict=True):
         assert_close(name, g, step, bound)
@@ -125,8 +116,12 @@ def test_losses_of_pairs_and_every_entry_of_their_gradients(library, seed, S, d,
     assert_close("loss", library.host(loss), np.sum((np.sum(y1 * y2, axis=1) - scores) ** 2) / n, 64 * EPS)
     found = [library.host(g) for g in cosine_mse_backward(saved)]
     size = 32 * EPS * (1 + np.abs(scores[:, None])) / n
-    assert_close("gy1", found[0], complex_step(lambda t: cosine_mse_forward(t, y2, scores, n=n)[0], y1), size)
-    assert_close("gy2", found[1], complex_step(lambda t: cosine_mse_forward(y1, t, scores, n=n)[0], y2), size)
+    assert_close(
+        "gy1", found[0], by_complex_steps(lambda t: cosine_mse_forward(t, y2, scores, n=n)[0], y1), size
+    )
+    assert_close(
+        "gy2", found[1], by_complex_steps(lambda t: cosine_mse_forward(y1, t, scores, n=n)[0], y2), size
+    )
 
 
 @libraries

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checkers import assert_close
+from checkers import assert_close, by_complex_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import LIBRARIES, normals, seeds
@@ -22,15 +22,6 @@ EPS = 2.0**-52
 few = settings(max_examples=8)
 
 
-def complex_step(f, at):
-    want = np.empty(at.shape)
-    for i in np.ndindex(at.shape):
-        stepped = at.astype("complex128")
-        stepped[i] += 1e-30j
-        want[i] = np.imag(complex(f(stepped))) / 1e-30
-    return want
-
-
 @libraries
 @few
 @given(seed=seeds, N=st.integers(0, 4), E=st.integers(1, 6), data=st.data())
@@ -45,7 +36,7 @@ def test_softmax_of_the_largest(library, seed, N, E, data):
     assert_close("w", library.host(w), e / e.sum(axis=1, keepdims=True), 16 * EPS)
     gz = library.host(topk_softmax_backward(library.place(gw), saved))
     assert gz.shape == (N, E)
-    step = complex_step(lambda t: np.sum(gw * topk_softmax_forward(t, k)[1]), z)
+    step = by_complex_steps(lambda t: np.sum(gw * topk_softmax_forward(t, k)[1]), z)
     bound = 16 * EPS * np.abs(gw).sum(axis=1, keepdims=True)
     assert_close("gz", gz, step, bound)
     off = np.ones((N, E), bool)
@@ -78,7 +69,7 @@ def test_shares_of_sigmoids(library, seed, N, E, scale, biased, data):
     kept = np.take_along_axis(s, order, axis=1)
     assert_close("w", library.host(w), scale * kept / kept.sum(axis=1, keepdims=True), 16 * EPS * scale)
     gz = library.host(topk_sigmoid_backward(library.place(gw), saved))
-    step = complex_step(
+    step = by_complex_steps(
         lambda t: np.sum(gw * topk_sigmoid_forward(t, k, bias=bias if biased else None, scale=scale)[1]), z
     )
     bound = 32 * EPS * scale * np.abs(gw).sum(axis=1, keepdims=True)
@@ -103,7 +94,7 @@ def test_the_largest_of_a_softmax(library, seed, N, E, data):
     assert np.array_equal(library.host(ids), order)
     assert_close("w", library.host(w), np.take_along_axis(P, order, axis=1), 16 * EPS)
     gz = library.host(softmax_topk_backward(library.place(gw), saved))
-    step = complex_step(lambda t: np.sum(gw * softmax_topk_forward(t, k)[1]), z)
+    step = by_complex_steps(lambda t: np.sum(gw * softmax_topk_forward(t, k)[1]), z)
     bound = 16 * EPS * np.abs(gw).sum(axis=1, keepdims=True)
     assert_close("gz", gz, step, bound)
     if N and k < E:
