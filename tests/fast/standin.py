@@ -24,6 +24,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lorax_np.fast import gpu_kernels
+
 SHIM = Path(__file__).with_name("shim.hpp")
 COMPILER = shutil.which("g++")
 NO_COMPILER = "the kernels are not run: no g++ here"
@@ -260,9 +262,8 @@ class RawModule:
     def get_function(self, name):
         key = self.code, name
         if key not in self.built:
-            self.built.update(
-                dict(zip(((self.code, n) for n in self.names), build(self.code, self.names), strict=True))
-            )
+            names = together(self.code, name) or self.names
+            self.built.update(zip(((self.code, n) for n in names), build(self.code, names), strict=True))
         function = self.built[key]
 
         def start(grid, block, arguments):
@@ -274,6 +275,13 @@ class RawModule:
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid4().hex)  # the workers of a run know it, and nobody else
 SHARED = Path(tempfile.gettempdir()) / f"lorax_np_kernels_{RUN}"
 atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
+
+
+def together(code, name):
+    """The plan's kernels of one kind, for all dtypes: to start a compiler takes as long as ten of them."""
+    every = gpu_kernels.every_kernel() if code == gpu_kernels.SOURCE else ()
+    kind, _, _ = name.partition("<")
+    return [other for other in every if other.startswith(f"{kind}<")] if name in every else []
 
 
 def build(code, names):
