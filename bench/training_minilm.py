@@ -27,7 +27,7 @@ class Ours:
         from lorax_np.train.step import start
 
         rng = np.random.default_rng(7)
-        model = with_head(lx.load_model(minilm_path(), task="SEQ_CLS"), "SEQ_CLS", CLASSES, rng)
+        model = with_head(lx.load_model(minilm_path()), "SEQ_CLS", CLASSES, rng)
         lora = lx.LoraConfig(**LORA, lora_dropout=p)
         _, adapters, sites = lx.inject(model.weights, lora, rng)
         self.trained = Trained(adapters, saved_tensors(model.weights, lx.plan(model.weights, lora)))

@@ -1,4 +1,4 @@
-"""The models that engines of the bench of training train, where their adapters start, and the text they read."""
+"""What engines of the bench of training train, where their adapters start, and the text they read."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec

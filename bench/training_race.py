@@ -1,4 +1,4 @@
-"""A race of engines of training: each in a process of its own, two steps at a time, in turn, behind a quiet gate."""
+"""A race of engines of training: each in its own process, two steps at a time, in turn, behind a gate."""
 
 import json
 import os

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .training_models import ALPHA, LR, RANK, SEED, model_path, start
 from .training_micro import Micro
 from .training_minilm import Ours as MiniLM
 from .training_minilm import Peft as MiniLMPeft
+from .training_models import ALPHA, LR, RANK, SEED, model_path, start
 from .training_peft import Peft
 from .worker import CLEAR, _resident
 
