@@ -8,11 +8,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import machine, training
+from bench import machine, training, training_race
+from bench.training_models import batches, kind, next_tokens
+from bench.training_rows import ROWS, UNEVEN, Told
 
 
-def found(engine, seconds, losses=(1.0,), peak=1, row="p=0"):
-    return training.Found(row, engine, "", 1000, list(seconds), list(losses), [], peak)
+def found(engine, seconds, losses=(1.0,), peak=1):
+    return training_race.Found(engine, "", 1000, list(seconds), list(losses), [], peak)
 
 
 def test_a_rate_is_of_the_median_of_the_last_half():
@@ -23,24 +25,39 @@ def test_a_rate_is_of_the_median_of_the_last_half():
 
 def test_figures_and_verdicts():
     some = [found("ours", [2, 2], peak=20), found("peft", [4, 3], peak=100), found("gemm", [1, 1])]
-    figures = training.figures("p=0", some)
+    figures = training_race.figures(ROWS["p=0"], some)
     assert figures == {
         "ours / peft": 1.5, "best ours / best peft": 1.5, "memory": 0.2, "ours / gemm": 0.5,
     }  # fmt: skip
-    text = training.render(["p=0"], some, {"p=0: mkl": "not installed"})
+    text = training.render(Told("p=0", figures=figures, refused={"mkl": "not installed"}))
     for line in (
         "ours / peft",
         "1.50   goal ≥ 1.3: kept",
         "0.50   goal ≥ 0.72: MISSED",
         "0.20   goal ≤ 0.28: kept",
+        "not measured: mkl: not installed",
     ):
         assert line in text
-    assert "not measured: p=0: mkl: not installed" in text
+
+
+@pytest.mark.parametrize("row", ["mkl p=0", "minilm"])
+def test_other_engines_are_ours_and_peft_too(row):
+    some = [found(engine, [1 + i, 1 + i]) for i, engine in enumerate(ROWS[row].engines)]
+    assert training_race.figures(ROWS[row], some)["ours / peft"] == 2
 
 
 def test_the_curve_is_the_largest_difference_of_losses():
-    some = [found("ours", [1, 1], (3.0, 2.0), row="curve"), found("peft", [1, 1], (3.0, 2.5), row="curve")]
-    assert training.figures("curve", some)["curve"] == 0.5
+    some = [found("ours", [1, 1], (3.0, 2.0)), found("peft", [1, 1], (3.0, 2.5))]
+    assert training_race.figures(ROWS["curve"], some)["curve"] == 0.5
+    assert "5.0e-05   goal ≤ 0.0001: kept" in training.render(Told("curve", figures={"curve": 5e-5}))
+    assert "0.50   goal ≤ 0.0001: MISSED" in training.render(Told("curve", figures={"curve": 0.5}))
+
+
+def test_sequences_follow_one_another_and_begin_again():
+    one, two = batches(range(9), (3, 2), 2, next_tokens)
+    assert one == {"ids": [[0, 1, 2], [3, 4]], "labels": [[1, 2, -100], [4, -100]]}
+    assert two["ids"] == [[5, 6, 7], [0, 1]]
+    assert batches(range(9), (3, 2), 1, kind)[0]["labels"] == [3, 2]
 
 
 class Fake:
@@ -65,21 +82,50 @@ class Fake:
         self.closed.append(self.engine)
 
 
-def test_engines_take_turns_and_a_missing_one_is_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training, "Process", Fake)
-    monkeypatch.setattr(training, "text_ids", lambda: list(range(5000)))
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(training_race, "Process", Fake)
+    monkeypatch.setattr(training_race, "smollm2_ids", lambda: list(range(5000)))
     monkeypatch.setattr(machine.Gate, "wait", lambda self: 0.0)
+    Fake.closed = []
+
+
+def test_engines_take_turns_and_a_missing_one_is_said(fake, tmp_path, capsys):
     path = tmp_path / "some" / "figures.json"
     assert training.main(["p=0.05", "padded", "--steps", "4", "--json", str(path)]) == 1
     shown = capsys.readouterr().out
     assert "ours / peft                 2.00   goal ≥ 1.5: kept" in shown
-    assert "not measured: p=0.05: gemm: no such library" in shown
-    record = json.loads(path.read_text())
-    assert [row["engine"] for row in record["rows"]] == ["ours", "peft", "ours", "peft"]
-    assert record["rows"][2]["tokens"] == sum(training.UNEVEN)
-    assert all(len(row["seconds"]) == 4 for row in record["rows"])
+    assert "not measured: gemm: no such library" in shown
+    rows = json.loads(path.read_text())["rows"]
+    assert [run["engine"] for row in rows.values() for run in row["runs"]] == ["ours", "peft"] * 2
+    assert rows["padded"]["runs"][0]["tokens"] == sum(UNEVEN)
+    assert all(len(run["seconds"]) == 4 for row in rows.values() for run in row["runs"])
+    assert rows["padded"]["about"]["command"].startswith("python -m bench.training")
     assert sorted(Fake.closed) == ["ours", "ours", "peft", "peft"]
     assert list(tmp_path.glob("**/*.part")) == []
+
+
+def test_a_file_keeps_its_other_rows(fake, tmp_path, capsys):
+    """Each with the machine and the date of its own run; what was measured again is in place of the old."""
+    path = tmp_path / "figures.json"
+    old = {"schema": 2, "rows": {name: {"about": {"date": "before"}} for name in ("padded", "one")}}
+    path.write_text(json.dumps(old))
+    assert training.main(["padded", "--steps", "4", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["one", "padded"]  # as the bench has them
+    assert rows["one"] == {"about": {"date": "before"}}
+    assert rows["padded"]["figures"]["ours / peft"] == 2
+    assert rows["padded"]["about"]["date"] != "before"
+
+
+@pytest.mark.parametrize("content", ['{"schema": 1, "rows": []}', "[]", "no JSON"])
+def test_another_file_is_refused_before_anything_runs(fake, tmp_path, capsys, content):
+    path = tmp_path / "figures.json"
+    path.write_text(content)
+    assert training.main(["padded", "--json", str(path)]) == 2
+    assert f"{path}: expected a file of bench.training, schema 2, got another" in capsys.readouterr().err
+    assert path.read_text() == content
+    assert Fake.closed == []
 
 
 def test_an_unknown_row_is_refused(capsys):
@@ -89,4 +135,4 @@ def test_an_unknown_row_is_refused(capsys):
 
 def test_a_broken_engine_says_why():
     with pytest.raises(RuntimeError, match=r"KeyError|the process ended"):
-        training.Process("no such engine", {})
+        training_race.Process("no such engine", {})
