@@ -168,8 +168,8 @@ def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
         targets = sorted(names if task in NAMED else {name.rpartition(".")[2] for name in names})
     alpha = 2 * settings["r"] if settings["lora_alpha"] is None else settings["lora_alpha"]
     same = (
-        *("r", "lora_dropout", "exclude_modules", "modules_to_save", "init_lora_weights"),
-        *("bias", "use_dora", "use_rslora"),
+        *("r", "lora_dropout", "target_parameters", "exclude_modules", "modules_to_save"),
+        *("init_lora_weights", "bias", "use_dora", "use_rslora"),
     )
     return LoraConfig.from_dict(
         {name: settings[name] for name in same}

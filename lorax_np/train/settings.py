@@ -134,6 +134,7 @@ LORA: Mapping[str, Setting] = {
     "lora_alpha": Setting(number, None, "α (default: twice r)"),
     "lora_dropout": Setting(number, 0.05, "probability of dropping an input of A"),
     "target_modules": Setting(names, "all-linear", "ends of modules' names, or all-linear"),
+    "target_parameters": Setting(several, None, "ends of parameters' names, such as experts.down_proj"),
     "exclude_modules": Setting(names, None, "ends of modules' names that are left alone"),
     "modules_to_save": Setting(several, None, "modules that train whole"),
     "layers_to_transform": Setting(layers, None, "layers that get adapters, as in 20-29"),
