@@ -76,6 +76,7 @@ PARTS = "experts.gate_up_proj", "experts.down_proj", "gate.weight"
 EXPERTS = [f"layers.{i}.mlp.{part}" for i in range(24, 30) for part in PARTS]
 
 WRITTEN_OUT = "PEFT trains beside the float32 numbers that these NF4 codes stand for: the same base"
+TUNED = "rate and steps were chosen while looking at the rows held out"
 UNTUNED = "rate and steps are those of news: no score was looked at to choose them"
 
 DEMOS = {
@@ -93,6 +94,7 @@ DEMOS = {
             {"nll per token": (3.5, 3.9)},
             {"nll per token": 0.005},
             ("Tell me a fortune about computers.", "Tell me a fortune about love."),
+            note=TUNED,
         ),
         Demo(
             "fortunes-nf4",
@@ -151,6 +153,7 @@ DEMOS = {
             ("accuracy", "macro F1"),
             {"accuracy": (0.87, 1.0), "macro F1": (0.86, 1.0)},
             {"accuracy": 0.01, "macro F1": 0.01},
+            note=TUNED,
             seeds=3,
         ),
         Demo(
@@ -192,6 +195,7 @@ DEMOS = {
             ("entity F1", "accuracy"),
             {"entity F1": (0.33, 1.0)},
             {"entity F1": 0.02, "accuracy": 0.02},
+            note=TUNED,
             seeds=3,
         ),
         Demo(
@@ -205,6 +209,7 @@ DEMOS = {
             ("exact match", "token F1"),
             {"exact match": (0.3, 1.0), "token F1": (0.35, 1.0)},
             {"exact match": 0.02, "token F1": 0.02},
+            note=TUNED,
             seeds=3,
         ),
         Demo(
@@ -221,7 +226,7 @@ DEMOS = {
             {"nll per token": (4.4, 4.9)},
             {"nll per token": 0.03},
             note="no pretrained T5 is packaged: embeddings and norms stay as drawn, adapters have full rank, "
-            "and the head trains whole",
+            f"and the head trains whole; {TUNED}",
         ),
         Demo(
             "translations",
@@ -234,6 +239,7 @@ DEMOS = {
             ("recall@1",),
             {"recall@1": (0.6, 1.0)},
             {"recall@1": 0.03},
+            note=TUNED,
             seeds=3,
         ),
     )
