@@ -13,7 +13,7 @@ FIRST = 10  # steps whose losses are compared
 
 
 def outside(demo: Demo, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each figure that left its range: scores are the means of runs with one seed each."""
+    """A line for each figure that left its range; scores and how far they are apart are means over the seeds."""
     lines, ours = list[str](), [run["ours"]["after"] for run in runs]
     for name, (low, high) in demo.ranges.items():
         if not low <= (value := fmean(after[name] for after in ours)) <= high:
@@ -31,8 +31,8 @@ def outside(demo: Demo, runs: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(f"{demo.name}: logits: expected {wanted}, got {apart:.1g}")
     if all("peft" in run for run in runs):
         for name, most in demo.apart.items():
-            each = [run["peft"]["after"][name] - run["ours"]["after"][name] for run in runs]
-            if not (apart := abs(fmean(each))) <= most:
+            each = [abs(run["peft"]["after"][name] - run["ours"]["after"][name]) for run in runs]
+            if not (apart := fmean(each)) <= most:
                 lines.append(f"{demo.name}: {name}: expected PEFT within {most:g}, got {apart:.4f}")
         if not (found := max(map(curve, runs))) <= demo.curve:
             wanted = f"PEFT within {demo.curve:g} in the first {FIRST} steps"

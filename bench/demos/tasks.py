@@ -40,7 +40,7 @@ class Demo:
     curve: float = 1e-3  # how far PEFT's loss may be from ours in the first steps
     same: Callable[[Path], Path] | None = None  # a model whose logits there are before training
     beside: tuple[str, float] | None = None  # another demonstration, how far its first score may be
-    seeds: int = 1  # runs, of seeds 0 and up; the first score is judged by the mean of them
+    seeds: int = 1  # runs, of seeds 0 and up; scores are judged by their mean
 
 
 def fortunes(cache: Path) -> texts.Split:
