@@ -13,7 +13,7 @@ FIRST = 10  # steps whose losses are compared
 
 
 def outside(demo: Demo, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each figure that left its range; scores and how far they are apart are means over the seeds."""
+    """A line for each figure that left its range; scores and their distances are means over the seeds."""
     lines, ours = list[str](), [run["ours"]["after"] for run in runs]
     for name, (low, high) in demo.ranges.items():
         if not low <= (value := fmean(after[name] for after in ours)) <= high:
