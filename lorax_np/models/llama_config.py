@@ -103,12 +103,14 @@ def _windows(read: Settings, kind: str, layers: int) -> tuple[int | None, ...]:
         return (None if unlimited else read.integer("sliding_window", 4096),) * layers
     if kind == "llama" or not read.flag("use_sliding_window", False):
         return (None,) * layers
+    if read.config.get("sliding_window", 4096) is None:
+        return (None,) * layers
     window, kinds = read.integer("sliding_window", 4096), read.config.get("layer_types")
     if kinds is None:
         first = 0 if read.config.get("max_window_layers") == 0 else read.integer("max_window_layers", 28)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in list(known) for kind in kinds):
         read.refuse("layer_types", f"{layers} of {', '.join(known)}", kinds)
     return tuple(known[kind] for kind in kinds)
 

@@ -1,10 +1,10 @@
 """A config.json read with care: each value checked when it is taken, and refused by its file and name."""
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
+from ..kinds import finite
 
 
 class Settings:
@@ -30,7 +30,7 @@ class Settings:
         """A finite number above 0; null counts as missing."""
         found = self.config.get(name)
         found = default if found is None else found
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not isfinite(found) or found <= 0:
+        if not isinstance(found, (int, float)) or not finite(found) or found <= 0:
             self.refuse(name, "a finite number above 0", found)
         return float(found)
 

@@ -1,11 +1,12 @@
 """Rotary positions: pairs of channels turned by an angle, and the adjoint turn.  Derivation: specs/rope.md."""
 
 from collections.abc import Mapping
-from math import inf, log, pi
+from math import log, pi
 from typing import Any
 
 from ..backend import Array, cast, from_host, namespace, namespace_of
 from ..errors import ConfigError, ShapeError
+from ..kinds import finite
 from ..shapes import bind
 
 
@@ -49,7 +50,7 @@ def rope_frequencies(
                   attention_factor, mscale, mscale_all_dim
 
     Raises ConfigError for another type (dynamic and longrope change with the length of the text), for a number
-    that is missing, and for an odd D.
+    that is missing, for an odd D, and for theta ≤ 1 with yarn, whose formula divides by its logarithm.
     Source: specs/rope.md, with the papers of each type.
 
     >>> rope_frequencies(4, theta=100.0)
@@ -70,6 +71,8 @@ def rope_frequencies(
     if kind == "llama3":
         return _llama3(plain, numbers), 1.0
     if kind == "yarn":
+        if theta <= 1:
+            raise ConfigError(f"theta: expected a number above 1 for yarn, got {theta!r}")
         return _yarn(plain, D, float(theta), numbers)
     raise ConfigError(f"rope_scaling: expected one of default, linear, llama3, yarn, got {kind!r}")
 
@@ -78,7 +81,7 @@ def _number(numbers: Mapping[str, Any], name: str, default: float | None = None)
     value = numbers.get(name)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+    if not isinstance(value, int | float) or not finite(value) or value <= 0:
         raise ConfigError(f"rope_scaling: expected a number above 0 at {name!r}, got {value!r}")
     return float(value)
 

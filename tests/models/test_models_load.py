@@ -175,6 +175,16 @@ REFUSED = [
         {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
         "layer_types: expected 3 of full_attention, sliding_attention, got ['full_attention']",
     ),
+    (
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": [["full_attention"]] * 3},
+        "layer_types: expected 3 of full_attention, sliding_attention, got [['full_attention']",
+    ),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a finite number above 0, got 1000"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "expected a number above 0 at 'factor'"),
+    (
+        {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 9},
+        "theta: expected a number above 1 for yarn, got 1.0",
+    ),
 ]
 
 
@@ -242,6 +252,7 @@ def test_windows_and_positions():
     use = {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5}
     assert config(**use, max_window_layers=2)["windows"] == (None, None, 5)
     assert config(**use, max_window_layers=0)["windows"] == (5, 5, 5)
+    assert config(**use | {"sliding_window": None}, max_window_layers=0)["windows"] == (None,) * 3  # no 4096
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     assert config(**use, layer_types=kinds)["windows"] == (5, None, 5)
     assert config(rope_theta=5.0)["rope_parameters"] == {"rope_type": "default", "rope_theta": 5.0}
