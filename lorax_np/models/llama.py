@@ -128,7 +128,8 @@ def llama_backward(
             _, block = _block_forward(at, i, block.h, saved.rows, saved.turn, half)  # (models.19)
         g = _block_backward(at, i, g, block, saved, gradients, half)
     if below:
-        at.embedding_back(EMBEDDING, g, saved.embedding, gradients)  # (models.18), undoes (models.2)
+        row = at.config["padding_row"]
+        at.embedding_back(EMBEDDING, g, saved.embedding, gradients, padding=row)  # (models.18)
 
 
 def first_block(at: Pass) -> int:

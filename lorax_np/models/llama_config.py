@@ -50,7 +50,16 @@ def llama_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mlp_bias": read.flag("mlp_bias", False),
         "rope_parameters": _rope(read),
         "windows": _windows(read, kind, layers),
+        "padding_row": _padding_row(read),
     }
+
+
+def _padding_row(read: Settings) -> int | None:
+    """The row of the table that no id trains, that of pad_token_id; below 0 it counts from the end."""
+    found, rows = read.config.get("pad_token_id"), read.integer("vocab_size")
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        read.refuse("pad_token_id", "an id", found)
+    return found % rows if found is not None and -rows <= found < rows else None
 
 
 def _head_dim(kind: str, d: int, heads: int) -> int:

@@ -253,6 +253,25 @@ def test_dora_keeps_two_products_more():
     assert held(saved) == kept_numbers(model, sites, trained, len(b.ids), engine="reference")
 
 
+@pytest.mark.parametrize(("padding", "row"), [(4, 4), (-9, 4), (13, None), (None, None)])
+def test_the_row_of_padding_gets_nothing_from_ids(padding, row):
+    """(models.18): other rows as without it; numbers below 0 count from the end, and 13 is no row of 13."""
+    b, n = tiny.batch(), 9
+    assert row is None or row in b.ids
+    found = []
+    for changed in ({}, {"pad_token_id": padding}):
+        model = tiny.model(**changed)
+        sites, trained, _ = tiny.start(model, modules_to_save=["embed_tokens"])
+        found.append(
+            loss_and_gradients(model, sites, trained, b, n=n, **LM)[1].saved["model.embed_tokens.weight"]
+        )
+    want = found[0].copy()
+    if row is not None:
+        assert want[row].any()
+        want[row] = 0
+    np.testing.assert_array_equal(found[1], want)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 

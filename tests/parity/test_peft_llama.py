@@ -35,6 +35,17 @@ CASES = {
     "last layer": ({}, LORA | {"layers_to_transform": [2], "layers_pattern": "layers"}),
     "rows": ({}, LORA | {"trainable_token_indices": [2, 5, 11]}),
     "rows, tied": ({"tie_word_embeddings": True}, LORA | {"trainable_token_indices": [2, 5, 11]}),
+    "padding": ({"pad_token_id": 5}, LORA | {"modules_to_save": ["embed_tokens"]}),
+    "padding, tied": (
+        {"pad_token_id": 5, "tie_word_embeddings": True},
+        LORA | {"modules_to_save": ["embed_tokens"]},
+    ),
+    "padding, adapted table": ({"pad_token_id": 5}, LORA | {"target_modules": ["q_proj", "embed_tokens"]}),
+    "padding, rows": ({"pad_token_id": 5}, LORA | {"trainable_token_indices": [5, 8, 18]}),
+    "padding, rows, tied": (
+        {"pad_token_id": 5, "tie_word_embeddings": True},
+        LORA | {"trainable_token_indices": [5, 8, 18]},
+    ),
     "mistral": ({"kind": "mistral", "sliding_window": 4}, LORA),
     "qwen2": ({"kind": "qwen2"}, LORA | {"bias": "all"}),
     "qwen2, windows": (
