@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backend import Array, cast, dtype_name, from_host, namespace_of, to_host
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..layers.tokens import TokenRows
 from ..ops.linear import linear_backward_x
 from ..ops.loss import (
@@ -82,6 +82,8 @@ class Chunk(NamedTuple):
 def _chunks(at: Pass, h: Array, batch: Batch, *, empty: bool = False) -> Iterator[Chunk]:
     """The rows that carry a label, some at a time; where none does, one chunk of none if that is asked for."""
     labels, mask = to_host(batch.labels), at.mask(LM, h, batch.rows)
+    if labels.shape != (h.shape[0],):
+        raise ShapeError(f"labels: expected (N,) with N={h.shape[0]} set by the rows, got {labels.shape}")
     kept = (labels != IGNORED).nonzero()[0]
     for start in range(0, max(len(kept), int(empty)), CHUNK):
         index = kept[start : start + CHUNK]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorax_np import layer
-from lorax_np.errors import ConfigError
+from lorax_np.errors import ConfigError, ShapeError
 from lorax_np.models import llama
 from lorax_np.models.passes import PAIRS, Pass
 from lorax_np.models.records import Gradients, Trained
@@ -310,6 +310,17 @@ def test_what_nothing_would_train_is_refused():
         count("causal-lm", b.labels)
     with pytest.raises(ConfigError, match="starts: expected row bounds"):
         count("QUESTION_ANS", np.zeros((1, 2), dtype="int64"))
+
+
+@pytest.mark.parametrize("many", [9, 18])
+def test_labels_of_other_rows_are_refused_in_evaluation_too(many):
+    """Too few would otherwise be those of the first rows, and a loss of fewer labels than was asked for."""
+    model, b = tiny.model(), tiny.batch()
+    short = replace(b, labels=np.resize(b.labels, many))
+    with pytest.raises(
+        ShapeError, match=rf"labels: expected \(N,\) with N=17 set by the rows, got \({many},\)"
+    ):
+        loss(model, {}, Trained({}, {}), short, n=5, **LM)
 
 
 def test_labels_are_counted_by_task():
