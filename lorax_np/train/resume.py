@@ -18,7 +18,7 @@ from ..text.batches import Position
 from ..tree import Leaves
 from .checks import data_digest
 from .state import ABOUT, load_state
-from .step import Outcome, parameters, with_parameters
+from .step import Outcome, parameters
 
 if TYPE_CHECKING:
     from .run import Run
@@ -103,7 +103,7 @@ def version() -> str:
 def tensors_of(run: "Run") -> Leaves:
     """All arrays of a run's state, by name."""
     found = {f"p.{name}": value for name, value in parameters(run.trained).items()}
-    return found | {f"o.{name}": value for name, value in run.state.items() if hasattr(value, "shape")}
+    return found | {f"o.{name}": value for name, value in run.held.state.items() if hasattr(value, "shape")}
 
 
 def about(run: "Run") -> dict[str, Any]:
@@ -112,7 +112,7 @@ def about(run: "Run") -> dict[str, Any]:
         "step": run.step,
         "position": run.position._asdict(),
         "counters": run.counters._asdict(),
-        "optimizer": {name: value for name, value in run.state.items() if not hasattr(value, "shape")},
+        "optimizer": {name: value for name, value in run.held.state.items() if not hasattr(value, "shape")},
         "before": {name: value for name, value in run.before.items() if isfinite(value)},
         "after": {name: value for name, value in run.after.items() if isfinite(value)},
         "config": run.config.to_dict(),
@@ -146,8 +146,7 @@ def restore(run: "Run", folder: Path | None) -> None:
     for name, value in wanted.items():
         here = np.array(arrays[name]) if folder is not None else np.zeros(value.shape, dtype_name(value))
         wanted[name] = from_host(run.ranks.broadcast(here.reshape(-1)).reshape(here.shape), value)
-    run.trained = with_parameters(run.trained, _under("p.", wanted))
-    run.state = {**run.state, **_under("o.", wanted), **known["optimizer"]}
+    run.held.put(_under("p.", wanted), {**_under("o.", wanted), **known["optimizer"]})
     run.step, run.position = known["step"], Position(**known["position"])
     run.counters = Counters(**known["counters"])
     run.before, run.after = known["before"], known["after"]
@@ -161,7 +160,7 @@ def _checked(run: "Run", tensors: Mapping[str, Any], known: Mapping[str, Any], w
     """The arrays of a save, once they are those of this run."""
     try:
         check_state(_under("p.", tensors), parameters(run.trained))
-        check_state({**_under("o.", tensors), **known["optimizer"]}, run.state)
+        check_state({**_under("o.", tensors), **known["optimizer"]}, run.held.state)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
     return {name: to_host(value) for name, value in tensors.items()}

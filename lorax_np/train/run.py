@@ -11,7 +11,7 @@ from ..backend import from_host, to_host
 from ..config import LoraConfig, Site
 from ..errors import ConfigError
 from ..models.records import Dropout, Trained
-from ..optim import Group, State, group_rates, groups, schedule
+from ..optim import Group, group_rates, groups, schedule
 from ..parallel import Communicator, counted, same_everywhere
 from ..text.batches import Position, Step
 from ..text.examples import Example
@@ -20,12 +20,13 @@ from ..tree import flatten, layout, unflatten
 from .checks import check_start, fingerprint, first_bad
 from .config import TrainConfig
 from .evaluate import Metrics, evaluate
+from .held import Held
 from .log import Log, with_lines
 from .output import BAD, METRICS, STATE, check_free, write_adapter, write_card, write_curve
 from .passes import Passes
 from .resume import Counters, about, restore, tensors_of
 from .state import latest_step, save_state, tidy
-from .step import Outcome, parameters, start, train_step, with_parameters
+from .step import Outcome, parameters
 from .stopping import Stop
 
 COMPARED = 100  # steps between two comparisons of the ranks' parameters
@@ -66,10 +67,10 @@ class Run:
         self.feed = self.config.feed(data, self.task, ranks=ranks.size)
         self.steps = self.config.steps(self.feed)
         self.warmup = self.config.warm(self.steps)
-        self.trained = self.initial = given
-        if not parameters(self.trained):
+        self.initial = given
+        if not parameters(given):
             raise ConfigError("adapters: expected something that trains, got nothing")
-        self.state: State = start(self.trained, self.config)
+        self.held = Held(given, self.config, self.sites)
         self.groups = groups_of(self.trained, self.config, self.sites)
         check_start(self.model, self.trained, data, self.task)
         self.base = fingerprint(self.model)
@@ -87,6 +88,11 @@ class Run:
         self.out: Path | None = None
         self.lora: LoraConfig | None = None
         self.log: Log | None = None
+
+    @property
+    def trained(self) -> Trained:
+        """What trains, as it is now."""
+        return self.held.trained
 
     # ---- beginning and end ---------------------------------------------------------------------------------
 
@@ -145,15 +151,8 @@ class Run:
         began, work = time.perf_counter(), self.feed.step(self.position)
         batches = work.batches[self.ranks.rank :: self.ranks.size]
         factor = schedule(self.config.lr_schedule, self.step, self.steps, self.warmup)
-        self.trained, self.state, outcome = train_step(
-            self.passes,
-            self.trained,
-            self.state,
-            batches,
-            step=self.step,
-            rates=group_rates(self.groups, factor),
-            ranks=self.ranks,
-        )
+        rates = group_rates(self.groups, factor)
+        outcome = self.held.step(self.passes, batches, step=self.step, rates=rates, ranks=self.ranks)
         self.step, self.position = self.step + 1, work.next
         self.counters = self.counters.plus(
             outcome, self.config.learning_rate * factor, time.perf_counter() - began
@@ -236,7 +235,7 @@ class Run:
         flat = to_host(flatten(params))
         if broadcast:
             flat = from_host(self.ranks.broadcast(flat), next(iter(params.values())))
-            self.trained = with_parameters(self.trained, unflatten(flat, layout(params)))
+            self.held.put(unflatten(flat, layout(params)))
         elif not same_everywhere(self.ranks, hashlib.sha256(flat.tobytes()).digest()):
             raise ConfigError(f"step {self.step}: expected the same parameters on every rank, got others")
 

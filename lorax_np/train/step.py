@@ -9,7 +9,7 @@ from ..config import Site
 from ..errors import ConfigError
 from ..models.records import Batch, Dropout, Trained
 from ..models.tasks import count
-from ..optim import State, adamw_start, adamw_step, clip, lora_fa_gradients, sgd_start, sgd_step
+from ..optim import State, adamw_start, adamw_step, clip_into, lora_fa_gradients, sgd_start, sgd_step
 from ..parallel import Alone, Communicator, counted, summed
 from ..tree import Leaves, flatten, layout, leaves, unflatten, with_leaves
 from .config import TrainConfig
@@ -49,6 +49,22 @@ def train_step(
     Returns what trains, the optimiser's state, and the outcome; nothing is written to.
     Raises ConfigError where no label counts. Source: specs/training.md.
     """
+    g, outcome = gradient(passes, trained, batches, step=step, ranks=ranks)
+    if not outcome.applied:
+        return trained, state, outcome
+    params = parameters(trained)
+    grads = unflatten(g, layout(params))
+    new, state = update(params, grads, state, rates, passes.config, passes.sites)
+    return with_parameters(trained, new), state, outcome
+
+
+def gradient(
+    passes: Passes, trained: Trained, batches: Sequence[Batch], *, step: int, ranks: Communicator
+) -> tuple[Array, Outcome]:
+    """The step's gradient g : (P,), summed and clipped, in the parameters' order; and what the step found.
+
+    The outcome says whether it is to be applied. Arguments and errors as train_step's.
+    """
     config, params = passes.config, parameters(trained)
     kept = [count(passes.task, batch.labels, batch.starts) for batch in batches]
     rows = sum(map(rows_of, batches))
@@ -65,13 +81,9 @@ def train_step(
 
     with quiet():  # what is not finite is seen below
         total = summed(ranks, map(part, batches, kept), reduction=config.reduction)  # (training.3)
-    loss = number(total[-1])
-    gradients, norm = clip(unflatten(total[:-1], layout(params)), config.max_grad_norm or None)
-    outcome = Outcome(loss, norm, labels, tokens, applied=isfinite(loss) and isfinite(norm))
-    if outcome.applied:
-        params, state = update(params, gradients, state, rates, config, passes.sites)
-        trained = with_parameters(trained, params)
-    return trained, state, outcome
+    loss, g = number(total[-1]), total[:-1]
+    norm = clip_into(unflatten(g, layout(params)), config.max_grad_norm or None)
+    return g, Outcome(loss, norm, labels, tokens, applied=isfinite(loss) and isfinite(norm))
 
 
 def update(
@@ -129,12 +141,12 @@ def widened(trained: Trained) -> Trained:
 
 def packed(gradients: Mapping[str, Array], loss: Array | float, params: Leaves) -> Array:
     """Gradients in the order of the parameters, zeros where there is none, and the loss behind: (P + 1,)."""
-    xp = namespace_of(**params)
+    xp, one = namespace_of(**params), next(iter(params.values()))
     filled = {name: gradients[name] if name in gradients else xp.zeros_like(p) for name, p in params.items()}
-    flat = flatten(filled)
-    last = xp.zeros_like(flat[:1]) + (loss if isinstance(loss, float) else cast(loss, compute_dtype(flat)))
-    joined: Array = xp.concat([flat, last])
-    return joined
+    last = xp.zeros_like(xp.reshape(one, (-1,))[:1]) + (
+        loss if isinstance(loss, float) else cast(loss, compute_dtype(one))
+    )
+    return flatten({**filled, "loss": last})
 
 
 def number(value: Any) -> float:

@@ -3,7 +3,9 @@
 specs/training.md, (training.1) to (training.4).
 """
 
+import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from small_run import examples, settings, started
 from lorax_np.errors import ConfigError
 from lorax_np.models.records import Dropout, Trained
 from lorax_np.models.tasks import count
-from lorax_np.optim import adamw_start, adamw_step, clip
+from lorax_np.optim import adamw_start, adamw_step, clip, group_rates
+from lorax_np.parallel import Alone
 from lorax_np.text.batches import START
 from lorax_np.train import Passes, train_step
+from lorax_np.train.held import Held
 from lorax_np.train.run import groups_of
 from lorax_np.train.step import packed, parameters, start, widened, with_parameters
 from lorax_np.tree import layout, unflatten
@@ -157,3 +161,43 @@ def test_what_is_stored_narrow_trains_wide():
     half = {"head.weight": np.ones((2, 3), "float16"), "head.bias": np.ones(2, "float64")}
     assert {v.dtype.name for v in parameters(widened(Trained({}, half))).values()} == {"float32"}
     assert parameters(widened(Trained({}, {"b": np.ones(2)})))["saved.b"].dtype == "float64"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lora-fa"])
+def test_steps_that_write_over_what_trains_are_train_steps_to_the_bit(optimizer):
+    """Held: what it is given stays as it is; AdamW's arrays are the same ones after each step."""
+    base, adapters, sites, _ = started()
+    config = settings(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5, learning_rate=0.01)
+    trained = Trained(adapters, {})
+    for value in parameters(trained).values():
+        value.flags.writeable = False
+    passes = Passes(base, sites, trained, task="CAUSAL_LM", config=config)
+    state, held, position = start(trained, config), Held(trained, config, sites), START
+    feed, rates = config.feed(examples(), "CAUSAL_LM"), group_rates(groups_of(trained, config, sites), 0.7)
+    before = [id(value.base) for value in parameters(held.trained).values()]
+    for step in range(3):
+        work = feed.step(position)
+        position = work.next
+        trained, state, want = train_step(passes, trained, state, work.batches, step=step, rates=rates)
+        assert held.step(passes, work.batches, step=step, rates=rates, ranks=Alone()) == want
+        got = parameters(held.trained) | held.state
+        for name, value in {**parameters(trained), **state}.items():
+            assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
+    assert ([id(v.base) for v in parameters(held.trained).values()] == before) == (optimizer == "adamw")
+
+
+def test_a_step_of_adamw_holds_no_second_copy():
+    """Beside p, m and v a step has one flat gradient, P, and rounding's parts: new p, m and v would be 3 P more."""
+    _, adapters, sites, _ = started()
+    big = {"head": np.zeros((4000, 1000), "float32")}
+    config, trained = settings(grad_accumulation_steps=1), Trained(adapters, big)
+    held = Held(trained, config, sites)
+    given = Trained({}, {"head": np.ones_like(big["head"])})
+    passes = SimpleNamespace(config=config, task="CAUSAL_LM", gradients=lambda *_, **__: (1.0, given))
+    rates = dict.fromkeys(parameters(trained), 0.1), dict.fromkeys(parameters(trained), 0.0)
+    batches = config.feed(examples(), "CAUSAL_LM").step(START).batches
+    tracemalloc.start()
+    held.step(passes, batches, step=0, rates=rates, ranks=Alone())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1.6 * big["head"].nbytes
