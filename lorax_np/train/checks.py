@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from math import isfinite
 from typing import Any
 
@@ -26,7 +27,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
     That is a number of the base, or of what trains, that is not finite; a token that the model has no row for;
     a sequence longer than the positions that it has; and data in which no label counts.
     """
-    for name, value in (*model.weights.items(), *parameters(trained).items()):
+    for name, value in chain(model.weights.items(), parameters(trained).items()):  # one is there at a time
         if dtype_name(value) in FLOATS and not all_finite(value):
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")

@@ -1,6 +1,7 @@
 """What is found before the first step, and what happens where a step is not finite."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ from small_run import CONFIG, examples, lora, settings, started, weights
 import lorax_np as lx
 from lorax_np.errors import ConfigError, FormatError
 from lorax_np.models.load import model_of
+from lorax_np.models.records import Trained
 from lorax_np.text.examples import Tokens
 from lorax_np.train import output, train
+from lorax_np.train.checks import check_start
 from lorax_np.train.log import records
 from lorax_np.train.step import parameters
 
@@ -168,3 +171,24 @@ def test_a_residual_start_is_saved_as_a_plain_adapter(tmp_path):
         abs(here - lx.evaluate(original, {}, found.trained._replace(adapters={}), rows, "CAUSAL_LM")["loss"])
         > 0.05
     )
+
+
+class Written(dict):
+    """Weights that are written out when they are asked for, as a base in few bits is."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name) + 0
+
+    def items(self):
+        return ((name, self[name]) for name in self)
+
+
+def test_a_base_is_checked_one_tensor_at_a_time():
+    """A base in few bits would else be there in full."""
+    base, adapters, _, _ = started()
+    weights = Written(dict.fromkeys(base.weights, np.ones((1000, 500), "float32")))
+    tracemalloc.start()
+    check_start(replace(base, weights=weights), Trained(adapters, {}), (), "CAUSAL_LM")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6e6 < 2e6 * len(weights)

@@ -187,7 +187,7 @@ def test_steps_that_write_over_what_trains_are_train_steps_to_the_bit(optimizer)
 
 
 def test_a_step_of_adamw_holds_no_second_copy():
-    """Beside p, m and v a step has one flat gradient and what rounds in parts; new p, m and v would be 3 P more."""
+    """Beside p, m and v a step has one flat gradient and what rounds in parts, not p, m and v once more."""
     _, adapters, sites, _ = started()
     big = {"head": np.zeros((4000, 1000), "float32")}
     config, trained = settings(grad_accumulation_steps=1), Trained(adapters, big)
