@@ -71,11 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     from .. import ConfigError, train
     from ..train import Passes
-    from ..train.estimate import decide, work_of
+    from ..train.estimate import decide
     from ..train.lines import Lines, estimate_lines, first_lines
     from ..train.output import check_free
     from ..train.prepare import prepared
     from ..train.settings import SETTINGS, changed, read_file, resolved, stored
+    from ..train.work import work_of
 
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
     said = [] if arguments.config is None else [(arguments.config, read_file(Path(arguments.config)))]

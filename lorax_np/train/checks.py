@@ -12,6 +12,7 @@ from ..backend import FLOATS, Array, HostArray, all_finite, dtype_name, quiet, t
 from ..errors import ConfigError, FormatError
 from ..models import tasks
 from ..models.passes import PAIRS, Pass
+from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Rows, Trained
 from ..text.examples import Example
 from .passes import Passes
@@ -31,6 +32,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
         if dtype_name(value) in FLOATS and not all_finite(value):
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
+        let_go(model.weights)
     vocab, longest = model.config.get("vocab_size"), model.config.get(LONGEST)
     for example in examples:
         ids = [sequence.ids for sequence in example.sequences]
@@ -59,6 +61,7 @@ def fingerprint(model: Model) -> str:
         last = tuple(slice(max(0, n - EDGE), n) for n in value.shape)
         for edge in (first, last):
             digest.update(np.ascontiguousarray(to_host(value[edge])).tobytes())
+        let_go(model.weights)
     return digest.hexdigest()
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from ..backend import backend_info
 from ..optim import group_table
 from ..text.showing import shown
-from .estimate import Work, alternatives, estimated
+from .estimate import alternatives, estimated
 from .prepare import Prepared
 from .run import groups_of
 from .step import parameters
+from .work import Work
 
 
 def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:

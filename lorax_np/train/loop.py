@@ -11,11 +11,12 @@ from ..params import AnyAdapter
 from ..text.examples import Example
 from ..text.labels import Labels
 from .config import TrainConfig
-from .estimate import decide, work_of
+from .estimate import decide
 from .passes import Passes
 from .run import Callback, Result, Run
 from .step import widened
 from .stopping import Stop
+from .work import work_of
 
 
 def train(

@@ -1,0 +1,98 @@
+"""Bytes at the height of a run's step, counted before it is begun.  (training.10)  specs/training.md."""
+
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..fast.llama.head import CHUNK as HEAD
+from ..models.records import Dropout, Model, Trained
+from ..models.tasks import kept_numbers
+from .step import parameters
+from .work import RUN, Work, linears, shapes_of, sizes, worker_count
+
+FLOAT = 4  # bytes
+PROGRAMS = 85_000_000  # bytes of Python, NumPy, the tokenizer and the rows
+
+
+def memory_of(work: Work, *, checkpoint: bool | None = None) -> dict[str, int]:
+    """Bytes at the height of a step, by what they are for.  (training.10)"""
+    model, config = work.model, work.passes.config
+    P = sum(prod(value.shape) for value in parameters(work.trained).values())
+    again = work.passes.checkpoint if checkpoint is None else checkpoint
+    rows = max(work.mean * work.batch, max(work.lengths))
+    found = {"programs": PROGRAMS, "base": base_bytes(work)}
+    if work.passes.planned:
+        workers = worker_count(work.passes.workers, max(1, round(work.batch)))
+        each = min(max(RUN, max(work.lengths)), rows / workers)
+        found["activations"] = round(workers * each * _planned_row(model, work.trained, again))
+        found["logits"] = workers * min(HEAD, round(each)) * sizes(model)["V"] * FLOAT
+        sums = workers
+    else:
+        found["activations"] = round(_general(work, round(rows), again))
+        found["logits"] = 2 * min(HEAD, round(rows)) * sizes(model)["V"] * FLOAT
+        sums = 0
+    found["adapters"] = P * FLOAT  # as they were given
+    found["gradients"] = (sums + 2 + (work.turns > 1)) * P * FLOAT  # by name, and flat; those so far
+    found["optimiser"] = (3 if config.optimizer == "adamw" else 6) * P * FLOAT
+    if config.optimizer == "sgd":
+        found["optimiser"] = (4 if config.momentum else 2) * P * FLOAT
+    return found
+
+
+def base_bytes(work: Work, bits: float | None = None) -> int:
+    """Bytes of the base in use: every tensor once, though it have two names; of a plan, A and B beside them.
+
+    bits : of a number of the blocks' matrices, were they held in few bits; None as they are
+    """
+    shapes, weights = shapes_of(work.model), work.model.weights
+    if work.model.config.get("tied"):
+        shapes.pop("lm_head.weight", None)
+    codes: Mapping[str, object] = getattr(weights, "codes", {})
+    matrices = linears(work.model)
+    few = codes if bits is None else matrices
+    layers = max(1, sizes(work.model)["L"])
+    found = sum(FLOAT * prod(shape) for name, shape in shapes.items() if name not in few)
+    if few:  # and one layer is there as it is multiplied with
+        found += sum(FLOAT * prod(shape) for shape in matrices.values()) // layers
+        size = sum(prod(shape) for shape in matrices.values())
+        found += int(getattr(weights, "nbytes", 0)) if bits is None else round(bits / 8 * size)
+    if work.passes.planned:
+        parts = [part for a in work.trained.adapters.values() for part in (a.A, a.B)]
+        found += FLOAT * sum(prod(part.shape) for part in parts if part is not None)
+    return found
+
+
+def _planned_row(model: Model, trained: Trained, again: bool) -> float:
+    """Bytes that the planned pass of a Llama has for one row: kept by each layer, and used by each in turn."""
+    config, s = model.config, sizes(model)
+    D = int(config["head_dim"])
+    dq, dk = s["H"] * D, int(config["num_key_value_heads"]) * D
+    ranks = sum(0 if a.A is None else a.A.shape[0] for a in trained.adapters.values()) / s["L"]
+    kept = s["d"] + 2 * dq + s["H"] + 2 * dk + 2 * s["ff"] + 2 + ranks  # but the input
+    used = 2 * s["d"] + 5 * s["ff"] + 2 * (s["d"] + dq) + 2 * ranks
+    masks = sum(0 if a.A is None else a.A.shape[1] for a in trained.adapters.values()) / 8
+    layers = kept + s["L"] * s["d"] if again else s["L"] * (kept + s["d"])
+    return float(FLOAT * (layers + used) + (0 if again else masks))
+
+
+def _general(work: Work, rows: int, again: bool) -> float:
+    config = work.passes.config
+    args = work.model, work.passes.sites, work.trained, rows
+    try:
+        found = kept_numbers(*args, dropout=Dropout(0, 0), engine=config.engine, checkpoint=again)
+    except ConfigError:  # a family that nobody has counted: about as many as a block of its sizes keeps
+        s = sizes(work.model)
+        found = rows * s["L"] * (s["d"] if again else 12 * s["d"] + 3 * s["ff"])
+    return FLOAT * (found + 8.0 * rows * max(sizes(work.model)["ff"], 1))
+
+
+def available() -> int:
+    """Bytes that a process may still have; 0 where the system does not tell."""
+    about = Path("/proc/meminfo")
+    if about.is_file():
+        lines = dict(line.split(":", 1) for line in about.read_text(encoding="utf-8").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+    return prod(os.sysconf(name) for name in names) if all(n in os.sysconf_names for n in names) else 0
