@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,11 @@ from ..backend import cast, compute_dtype, from_host
 from ..config import LoraConfig, Site, start_name
 from ..config.fields import RESIDUAL
 from ..errors import ConfigError
-from ..inject import plan
+from ..inject import Overlay, plan
 from ..io.peft import AdapterFiles, load_adapter
 from ..tree import tree_map
 from .new_head import with_head
+from .quantised import quantised
 from .records import Model, Trained
 from .tasks import family_of, head_of, trained_of
 
@@ -52,9 +54,29 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
         raise ConfigError(f"{path}: expected {wanted}, got {came}")
     model = _headed(model, files, task, str(path))
     files = load_adapter(path, weights=model.weights)
+    model = on_rest(model, files)
     like = model.weights[next(iter(model.weights))]
     trained = tree_map(lambda value: from_host(cast(value, compute_dtype(like)), like), trained_of(files))
     return Adapted(model, files.sites, trained, plan(model.weights, files.config).tokens, files.config)
+
+
+def on_rest(model: Model, files: AdapterFiles) -> Model:
+    """The model on the weights that LoftQ left, which lie beside its adapter; as it is for other starts."""
+    if start_name(files.config.init_lora_weights) != "loftq":
+        return model
+    like = model.weights[next(iter(model.weights))]
+    rests = {
+        site.weight: from_host(cast(files.saved[site.weight], compute_dtype(like)), like)
+        for site in files.sites.values()
+        if site.weight in files.saved
+    }
+    return replace(model, weights=Overlay(model.weights, rests))
+
+
+def held(beside: Adapted, way: str) -> Adapted:
+    """The same with the base in few bits, as training held it; what the adapter brings whole is not touched."""
+    skip = () if beside.config is None else plan(beside.model.weights, beside.config).saved
+    return beside._replace(model=quantised(beside.model, way, skip=(*skip, *beside.trained.saved)))
 
 
 def _headed(model: Model, files: AdapterFiles, task: str, path: str) -> Model:
