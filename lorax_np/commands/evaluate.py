@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import Parsers
-from .train import LABELS_FILE, Strict
+from .train import HELD, LABELS_FILE, Strict
 
 if TYPE_CHECKING:
     from ..models.adapted import Adapted
@@ -49,6 +49,9 @@ def add(commands: Parsers) -> None:
         help="whether prompts carry no labels (default)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows alone")
+    parser.add_argument(
+        "--quantize", choices=HELD, default=HELD[0], help="how the base is held (default: none)"
+    )
     parser.add_argument("--backend", choices=("numpy", "cupy", "auto"), help="where it is computed")
     parser.add_argument("--json", nargs="?", const="-", choices=("-",), help="print figures as JSON instead")
     parser.add_argument("--quiet", action="store_true", help="no lines but the table")
@@ -58,7 +61,7 @@ def add(commands: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compute and print. Exit code 1 where the loss is not finite."""
     from .. import ConfigError, evaluate, load_model
-    from ..models.adapted import with_adapter
+    from ..models.adapted import held, with_adapter
     from ..text.rows import task_name
     from ..text.tokenizer import load_tokenizer
     from ..train.checks import check_start
@@ -71,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     file = data_file(Path(arguments.data), arguments.split)
     model = load_model(arguments.model, dtype="float32", xp=arguments.backend)
     beside = with_adapter(model, arguments.adapter_path, task)
+    if arguments.quantize != HELD[0]:
+        beside = held(beside, arguments.quantize)
     tokenizer = load_tokenizer(arguments.model, vocab_size=model.config.get("vocab_size"))
     data = read(arguments, file, beside, tokenizer, task)
     for line in () if arguments.quiet else data.report.lines():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from .common import Parsers, seed
-from .train import Strict
+from .train import HELD, Strict
 
 ABOUT = (
     "Write on after a prompt, or answer it where the model has a chat template. The adapter stays beside the "
@@ -37,6 +37,9 @@ def add(commands: Parsers) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K likeliest; 0 for all")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (default: 0)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+    parser.add_argument(
+        "--quantize", choices=HELD, default=HELD[0], help="how the base is held (default: none)"
+    )
     parser.add_argument("--backend", choices=("numpy", "cupy", "auto"), help="where it is computed")
     parser.add_argument(
         "--json", nargs="?", const="-", choices=("-",), help="print text and figures as JSON instead"
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write, and say how fast it went."""
     from .. import ConfigError, Sampling, generate, load_model
     from ..generation.decoders import writer_of
-    from ..models.adapted import with_adapter
+    from ..models.adapted import held, with_adapter
     from ..text.tokenizer import load_tokenizer
 
     if arguments.json and arguments.stream:
@@ -58,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = prompt_of(arguments)
     model = load_model(arguments.model, dtype="float32", xp=arguments.backend)
     beside = with_adapter(model, arguments.adapter_path, writer_of(model).task)
+    if arguments.quantize != HELD[0]:
+        beside = held(beside, arguments.quantize)
     tokenizer = load_tokenizer(arguments.model, vocab_size=model.config.get("vocab_size"))
     found = generate(
         beside.model,

@@ -10,6 +10,7 @@ from typing import Any
 from .common import Parsers
 
 CODES = {"done": 0, "interrupted": 130, "not finite": 1}
+HELD = "none", "nf4", "int8", "bf16"  # ways to hold a base, as --quantize names them
 RUN_FILE, LABELS_FILE = "run.json", "labels.json"
 ABOUT = (
     "Train adapters beside a model on rows of text, and save them as a PEFT directory, with the record of the "
@@ -184,6 +185,7 @@ def _told(found: Any, settings: Mapping[str, Any], out: Path, arguments: argpars
             say(f"{name}: {found.before[name]:.4f} before, {found.after[name]:.4f} after")
         say(f"saved at {out}")
         where = {name: settings[name] for name in ("model", "data", "task")} | {"adapter-path": str(out)}
+        where |= {} if settings["quantize"] == HELD[0] else {"quantize": settings["quantize"]}
         say("next: lorax-np evaluate " + " ".join(f"--{name} {_quoted(word)}" for name, word in where.items()))
     elif found.ended == "interrupted":
         say(f"stopped after step {found.step}, saved at {out}")

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..inject import inject, plan, saved_tensors
 from ..io.peft import load_adapter
 from ..kinds import nearest
+from ..models.adapted import on_rest
 from ..models.file_names import named_for_files
 from ..models.load import load_model
 from ..models.new_head import with_head
@@ -200,6 +201,7 @@ def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:
         raise ConfigError(f"task: expected {lora.task_type}, set by the adapter, got {task}")
     lora = replace(lora, task_type=task, base_model_name_or_path=str(settings["model"]))
     found, way = plan(model.weights, lora), settings["quantize"]
+    model = on_rest(model, files)
     base = model if way == NONE else quantised(model, way, skip=found.saved)
     note = "r, α and targets are those of the adapter to train on"
     return Beside(base, lora, found, files.sites, trained_of(files), (note,))

@@ -341,3 +341,53 @@ def test_ctrl_c_ends_with_130(place, tmp_path):
     last = int(rest.split("stopped after step ")[1].split(",")[0])
     assert (out / "state" / "latest").read_text() == f"step-{last}\n"
     assert time.time() - (out / "adapter_model.safetensors").stat().st_mtime < 60
+
+
+@pytest.mark.parametrize(
+    "how",
+    [["--quantize", "int8"], ["--quantize", "nf4", "--init-lora-weights", "loftq"]],
+    ids=["int8", "loftq"],
+)
+def test_what_was_trained_on_few_bits_is_judged_and_trained_on_there(place, tmp_path, capsys, how):
+    """evaluate --quantize gives the run's last figure, and a run on the same adapter begins at it."""
+    out, rows, q = tmp_path / "a", place / "valid.jsonl", how[:2]
+    assert main(flags(place, out, *how, "--learning-rate", "1e-2", "--quiet")) == 0
+    last = records(out / "metrics.jsonl")[-1]
+    assert last["event"] == "eval"
+    capsys.readouterr()
+    asked = [
+        "evaluate",
+        "--model",
+        str(place),
+        "--data",
+        str(rows),
+        "--adapter-path",
+        str(out),
+        "--json",
+        "--quiet",
+    ]
+    assert main([*asked, *q]) == 0
+    loss = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    assert loss == pytest.approx(last["loss"], rel=1e-6)
+    assert main(asked) == 0
+    plain = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    assert (abs(plain - loss) > 1e-6 * loss) == ("loftq" not in how)  # LoftQ's rest lies beside its adapter
+    more = "--resume-adapter-file", str(out), *q, "--quiet"
+    assert main(flags(place, tmp_path / "b", *more)) == 0
+    first = records(tmp_path / "b" / "metrics.jsonl")[1]
+    assert first["event"] == "eval"
+    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    capsys.readouterr()
+    asked = [
+        "generate",
+        "--model",
+        str(place),
+        "--prompt",
+        "the cat",
+        "--adapter-path",
+        str(out),
+        "--max-tokens",
+        "3",
+    ]
+    assert main([*asked, "--quiet", *q]) == 0
+    assert capsys.readouterr().out.strip()
