@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from ..backend import Array, on_device
 from ..config import Site
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, DtypeError, ShapeError
 from ..models import tasks
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Trained
@@ -68,7 +68,7 @@ class Passes:
                 checkpoint=self.checkpoint,
             )
             self.what = f"planned Llama pass, workers {workers}"
-        except (ConfigError, ShapeError) as refused:
+        except (ConfigError, DtypeError, ShapeError) as refused:
             self.what = f"general pass, engine fast, since {refused}"
 
     @property

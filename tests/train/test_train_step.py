@@ -201,3 +201,13 @@ def test_a_step_of_adamw_holds_no_second_copy():
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 1.6 * big["head"].nbytes
+
+
+def test_what_the_plan_refuses_for_its_dtype_the_general_pass_is_asked_for():
+    """One float64 tensor in a float32 base: what then is wrong the general pass says, or computes."""
+    base, adapters, sites, _ = started()
+    name = "model.layers.1.mlp.up_proj.weight"
+    mixed = replace(base, weights={**base.weights, name: base.weights[name].astype("float64")})
+    passes = Passes(mixed, sites, Trained(adapters, {}), task="CAUSAL_LM", config=settings(engine="fast"))
+    assert not passes.planned
+    assert passes.what.startswith(f"general pass, engine fast, since {name}: expected float32")
