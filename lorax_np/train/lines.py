@@ -1,7 +1,6 @@
 """What a person reads of a run: its first lines, and one line for each thing that happens."""
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import Any
 
 from ..backend import backend_info
@@ -10,7 +9,6 @@ from ..text.showing import shown
 from .estimate import alternatives, estimated
 from .prepare import Prepared
 from .run import groups_of
-from .step import parameters
 from .work import Work
 
 
@@ -18,7 +16,8 @@ def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
     """Where it runs, what it learns from, what trains."""
     info, model = backend_info(), run.model
     found = [
-        f"backend {info['backend']} ({info['why']}), BLAS {info['blas']}, NumPy {info['numpy']}",
+        f"backend {info['backend']} ({info['why']})",
+        f"NumPy {info['numpy']}, BLAS {info['blas']}",
         f"model {model.path}: {model.config.get('model_type', model.family)}, {len(model.weights)} tensors",
     ]
     for split, data in run.data.items():
@@ -26,8 +25,7 @@ def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
     first = run.data["train"].examples[0]
     found += shown(first, run.tokenizer, task=run.task, labels=run.labels, colour=colour).splitlines()
     found += [f"note: {note}" for note in run.notes]
-    nbytes = sum(4 * prod(value.shape) for value in parameters(run.trained).values())
-    found.append(f"{run.plan} || {size(nbytes)}")
+    found.append(str(run.plan))
     found += group_table(groups_of(run.trained, run.config, run.sites)).splitlines()
     return found + site_table(run)
 
@@ -130,11 +128,11 @@ def estimate_lines(run: Prepared, work: Work, ranks: int) -> list[str]:
     """What the run is expected to take, and what would change it."""
     found = estimated(work)
     steps = run.config.steps(run.config.feed(run.data["train"].examples, run.task, ranks=ranks))
-    parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.parts.items())
     tokens = ranks * found.tokens
     lines = [
         f"expected: {found.seconds:.2f} s a step of {tokens:.0f} tokens, {tokens / found.seconds:.0f} tok/s, "
         f"{steps} steps in {clock(steps * found.seconds)}",
-        f"expected memory: {size(found.nbytes)} ({parts})",
+        f"expected memory: {size(found.nbytes)}",
+        *(f"  {name:<{max(map(len, found.parts))}}  {size(n):>8}" for name, n in found.parts.items()),
     ]
     return lines + [f"with {name}: {size(nbytes)}" for name, nbytes in alternatives(work)]

@@ -214,6 +214,10 @@ def test_a_dry_run_writes_nothing(place, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "trainable params" in said
     assert not out.exists()
+    about = said[said.index("expected: ") :].splitlines()
+    assert max(map(len, about)) <= 80  # the width of a terminal
+    parts = [line.split()[0] for line in about if line.startswith("  ")]
+    assert {"base", "activations", "logits", "gradients", "optimiser"} <= set(parts)
 
 
 @pytest.mark.parametrize(
