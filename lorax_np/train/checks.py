@@ -32,7 +32,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
         if dtype_name(value) in FLOATS and not all_finite(value):
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
-        let_go(model.weights)
+        _looked_at(model)
     vocab, longest = model.config.get("vocab_size"), model.config.get(LONGEST)
     for example in examples:
         ids = [sequence.ids for sequence in example.sequences]
@@ -61,8 +61,14 @@ def fingerprint(model: Model) -> str:
         last = tuple(slice(max(0, n - EDGE), n) for n in value.shape)
         for edge in (first, last):
             digest.update(np.ascontiguousarray(to_host(value[edge])).tobytes())
-        let_go(model.weights)
+        _looked_at(model)
     return digest.hexdigest()
+
+
+def _looked_at(model: Model) -> None:
+    """Let go of what was read for a look; beside codes no more is held than what a pass holds anyway."""
+    if not hasattr(model.weights, "codes"):
+        let_go(model.weights)
 
 
 def data_digest(examples: Sequence[Example]) -> str:
