@@ -1,6 +1,7 @@
 """Writing of mixtures of experts, and of an encoder with a decoder: kept keys against whole texts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lorax_np import cli
 from lorax_np.commands import evaluate, generate
 from lorax_np.generation import decoders, token_stream
 from lorax_np.generation.one_row import OneRow
+from lorax_np.models import t5_greedy as greedy
 from lorax_np.models.load import model_of
 from lorax_np.models.passes import Pass
 from lorax_np.models.records import Batch, Trained
@@ -141,3 +143,25 @@ def test_the_likelihood_of_answers(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["metrics"]
     assert found["labels"] == 4
     assert found["loss"] == pytest.approx(nll, rel=1e-5)  # float32
+
+
+def test_sequences_that_have_ended_are_stepped_no_more(monkeypatch):
+    """The others write what they would have written: lengths to read are unequal, and one ends early."""
+    base = t5()
+    ids, starts = np.array([*PROMPT, *WRITTEN, 9, 4, 61]), (0, 6, 11, 14)
+    batch, stepped, plain = Batch(ids, starts, None, (0, 1, 2)), [], greedy.step
+    free = replace(base, config={**base.config, "eos_token_id": None})
+    texts = t5_greedy(free, {}, NOTHING, batch, most=6)
+    ends = [next(i for i in text if i not in texts[1]) for text in texts[:1]]
+    want = [text[: text.index(ends[0])] if ends[0] in text else text for text in texts]
+
+    def counted(at, ids, index, seen):
+        stepped.append(index)
+        return plain(at, ids, index, seen)
+
+    monkeypatch.setattr(greedy, "step", counted)
+    ending = replace(base, config={**base.config, "eos_token_id": ends})
+    assert t5_greedy(ending, {}, NOTHING, batch, most=6) == want
+    assert len({len(text) for text in want}) > 1
+    for t, index in enumerate(stepped):
+        assert index == tuple(i for i, text in enumerate(want) if len(text) >= t)

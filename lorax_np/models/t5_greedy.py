@@ -4,11 +4,12 @@ Derivation: specs/encdec.md.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, namespace_of, to_host
+from ..backend import Array, HostArray, from_host, namespace_of, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..ops.attention import attention_forward
@@ -75,14 +76,17 @@ def t5_greedy(
     seen = start(at, Memory(m, batch.rows))
     ids = np.full(S, at.config["decoder_start_token_id"])
     found: list[list[int]] = [[] for _ in range(S)]
-    ended = np.zeros(S, dtype="bool")
+    going = np.arange(S)  # the sequences that have not ended
     for _ in range(most):
-        z, seen = step(at, ids, batch.index, seen)
+        z, seen = step(at, ids, tuple(batch.index[i] for i in going), seen)
         ids = to_host(z).argmax(axis=1)
-        ended |= np.isin(ids, ends)
-        for i in np.flatnonzero(~ended):
-            found[i].append(int(ids[i]))
-        if ended.all():
+        on = np.flatnonzero(~np.isin(ids, ends))
+        if len(on) < len(going):
+            seen = [Seen(None if own is None else _of(own, on), _of(memory, on)) for own, memory in seen]
+            going, ids = going[on], ids[on]
+        for i, token in zip(going, ids, strict=True):
+            found[i].append(int(token))
+        if not len(going):
             break
     return found
 
@@ -156,6 +160,15 @@ def _with(own: Keys | None, k: Array, v: Array) -> Keys:
         for old, new in ((own.k, k), (own.v, v))
     )
     return Keys(k, v, tuple(i * (t + 1) for i in range(S + 1)))
+
+
+def _of(keys: Keys, on: HostArray) -> Keys:
+    """Keys and values of some of the sequences, by their places."""
+    sizes = [keys.starts[i + 1] - keys.starts[i] for i in on]
+    rows = np.concatenate([np.arange(keys.starts[i], keys.starts[i + 1]) for i in on] or [np.arange(0)])
+    xp = namespace_of(k=keys.k)
+    at = from_host(rows, keys.k)
+    return Keys(xp.take(keys.k, at, axis=0), xp.take(keys.v, at, axis=0), (0, *accumulate(sizes)))
 
 
 def _ends(model: Model) -> list[int]:
