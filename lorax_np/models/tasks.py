@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..io.peft import AdapterFiles
 from ..ops.span import count_spans
 from ..ops.targets import count_kept
+from .check_batch import check_batch
 from .families import FAMILIES
 from .family import Family, Head
 from .passes import PAIRS, Pass
@@ -50,7 +51,8 @@ def loss_and_gradients(
 
     Returns the loss, a 0-d array, whose sum over micro-batches is the step's; and gradients in the record of
     what they differentiate, in its dtypes, to be summed likewise. Nothing is written to.
-    Raises ConfigError for a task, an engine or a trained place that the model does not have.
+    Raises ConfigError for a task, an engine or a trained place that the model does not have; ShapeError and
+    DtypeError for a batch whose parts do not fit each other.
     Source: specs/models.md.
 
     >>> import lorax_np as lx
@@ -69,6 +71,7 @@ def loss_and_gradients(
     (True, 'model.layers.0.self_attn.v_proj', (2, 2))
     """
     family, head = family_of(model), head_of(model, task)
+    check_batch(batch, labels=task != "FEATURE_EXTRACTION")
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout, tokens=tokens)
     gradients = Gradients()
     h, saved = family.forward(at, batch, "inputs" if checkpoint else "all")
@@ -89,6 +92,7 @@ def loss(
     tokens: Tokens | None = None,
 ) -> Array:
     """The loss alone, without dropout and with nothing kept, for evaluation; else as loss_and_gradients."""
+    check_batch(batch, labels=task != "FEATURE_EXTRACTION")
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).loss(at, h, batch, n)
@@ -109,6 +113,7 @@ def outputs(
     (N, V) logits of CAUSAL_LM, (S, C) of SEQ_CLS, (N, C) of TOKEN_CLS, (N, 2) of QUESTION_ANS, (Nd, V) of
     SEQ_2_SEQ_LM; (S, d) rows of length 1 of FEATURE_EXTRACTION. Arguments as loss_and_gradients.
     """
+    check_batch(batch)
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).outputs(at, h, batch)
