@@ -115,11 +115,11 @@ def expected(said: str) -> dict[str, float]:
     """Seconds of all steps, and bytes, of the lines that lorax-np train says beforehand.
 
     >>> line = "expected: 2.50 s a step of 1024 tokens, 410 tok/s, 8 steps in 20s"
-    >>> expected(f"{line}\\nexpected memory: 1.3 GB (programs 130.0 MB, base 1.2 GB)")
+    >>> expected(f"{line}\\nexpected memory: 1.3 GB\\n  programs  130.0 MB\\n  base        1.2 GB")
     {'seconds': 20.0, 'bytes': 1330000000.0}
     """
     time = re.search(r"^expected: ([\d.]+) s a step .* (\d+) steps in", said, re.MULTILINE)
-    memory = re.search(r"^expected memory: .*\((.*)\)", said, re.MULTILINE)
+    memory = re.search(r"^expected memory: .*\n((?:  .*\n?)+)", said, re.MULTILINE)
     if time is None or memory is None:
         raise RuntimeError("lorax-np train --dry-run: expected lines of time and memory, got none")
     parts = re.findall(r"([\d.]+) (GB|MB|kB)", memory[1])

@@ -75,7 +75,7 @@ def runs(monkeypatch):
         if "--dry-run" in command:
             assert not out.exists()
             time = "expected: 2.00 s a step of 9 tokens, 5 tok/s, 4 steps in 8s"
-            return f"{time}\nexpected memory: 1.0 GB (base 1.0 GB)", 1
+            return f"{time}\nexpected memory: 1.0 GB\n  base  1.0 GB", 1
         out.mkdir()
         rate = 180.0 if command[0] == "mpiexec" else 100.0
         step = {"event": "train", "seconds": 10.0}
