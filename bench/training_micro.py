@@ -12,18 +12,23 @@ PARTS = (8, 4, 2, 1)  # sequences of a micro-batch; the first is all of them
 class Micro:
     """The planned pass in float32 or float64, with masks."""
 
-    def open(self, p: float, dtype: str, checkpoint: bool, workers: int | str = "auto") -> dict[str, Any]:
+    def open(self, p: float, dtype: str, threads: int | None, checkpoint: bool = False) -> dict[str, Any]:
+        """threads : of BLAS where a worker is alone; None for all cores."""
         import lorax_np as lx
         from lorax_np.config import Site
+        from lorax_np.fast.gemm import engine
         from lorax_np.models.records import Trained
         from lorax_np.train import Passes, TrainConfig
 
+        if threads is not None:
+            control: Any = engine().threads
+            control.set(threads)
         model = lx.load_model(model_path(), task="CAUSAL_LM", dtype=dtype)
         given = start(model.weights, model.config["num_hidden_layers"])
         adapters = {site: lx.Adapter(*(part.astype(dtype) for part in pair)) for site, pair in given.items()}
         about = {"kind": "linear", "r": len(next(iter(given.values()))[0]), "alpha": 32, "scaling": 2.0, "p": p}
         sites = {site: Site(name=site, weight=f"{site}.weight", **about) for site in given}
-        config = TrainConfig(workers=workers, seed=SEED)
+        config = TrainConfig(seed=SEED)
         self.trained = Trained(adapters, {})
         self.passes = Passes(model, sites, self.trained, task="CAUSAL_LM", config=config)
         return {"engine": f"lorax_np {lx.__version__}, {self.passes.what}"}
