@@ -8,7 +8,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .training_race import Process, say, text_of
 from .training_rows import SEQUENCES, SINGLE, WIDTH, Row, Told
 from .turns import ROOT, THREADS
 
+TICK = 0.02  # seconds between looks at a process
 ROUNDS = 2  # of each side of the ranks
 MICRO = {  # dtype, and BLAS threads of a sequence that is alone: all, whose sums are in another order, or one
     "float32": ("float32", None),
@@ -160,20 +163,32 @@ def finished(command: Sequence[str], more: Mapping[str, str]) -> tuple[str, int]
     env = {name: value for name, value in os.environ.items() if name not in THREADS}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]), **more}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=errors)
+        child, peak = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=errors), 0
         try:
-            _, status, usage = os.wait4(child.pid, 0)
+            while child.poll() is None:
+                peak = max(peak, highest(child.pid))
+                time.sleep(TICK)
         except BaseException:
             child.terminate()
             child.wait()
             raise
-        child.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         errors.seek(0)
         if child.returncode:
             last = (errors.read().strip().splitlines() or ["nothing said"])[-1]
             raise RuntimeError(f"{' '.join(command[:6])} ...: ended with {child.returncode}: {last}")
-        return said.read(), usage.ru_maxrss * 1024
+        return said.read(), peak
+
+
+def highest(pid: int) -> int:
+    """The most that has been resident of a process; 0 where it has ended.
+
+    What wait4 says of a child is no less than what its parent had, since that is where it began.
+    """
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def reports(out: Path) -> list[dict[str, Any]]:

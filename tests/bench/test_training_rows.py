@@ -109,9 +109,12 @@ def test_a_command_that_fails_says_why_and_one_that_does_not_how_much_it_had():
         commands.finished(
             [sys.executable, "-c", "import sys; print('the last line', file=sys.stderr); exit(3)"], {}
         )
-    said, peak = commands.finished([sys.executable, "-c", "x = bytearray(90_000_000); print(len(x))"], {})
+    mine = bytearray(500_000_000)  # which no child has, though it is started from here
+    said, peak = commands.finished(
+        [sys.executable, "-c", "x = bytearray(90_000_000); print(len(x)); import time; time.sleep(0.2)"], {}
+    )
     assert said == "90000000\n"
-    assert 90e6 < peak < 400e6
+    assert 90e6 < peak < 400e6 < len(mine)
 
 
 def test_rows_are_longer_than_they_may_be(tmp_path):
