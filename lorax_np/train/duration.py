@@ -1,13 +1,15 @@
 """Seconds of a run's step: products of its shapes, timed on this machine.  (training.11)  specs/training.md."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from ..fast.gemm import engine
-from ..models.records import Trained
+from ..models.records import Model, Trained
 from .step import parameters
 from .work import RUN, Shape, Work, linears, sizes, worker_count
 
@@ -35,7 +37,24 @@ def seconds_of(work: Work, tokens: float, labels: float) -> float:
     lora = 6 * P * tokens / (0.4 * rate) + 4e-9 * dropped * tokens / workers
     passes = 13 * s["d"] + 16 * s["ff"] + 5 * s["H"] * work.mean / 2
     elements = 1e-9 * passes * s["L"] * tokens * (1 if work.passes.planned else 2) / workers
-    return frozen + head + attention + lora + elements + 25e-9 * P
+    sweeps = (2 + again - below) * tokens / rows / workers  # each worker's, for its rows at a time
+    return frozen + head + attention + lora + elements + 25e-9 * P + sweeps * decode_seconds(model)
+
+
+def decode_seconds(model: Model) -> float:
+    """Seconds in which a base in few bits is written out once: the largest matrix is, and timed; else 0."""
+    codes = getattr(model.weights, "codes", {})
+    if not codes:
+        return 0.0
+    weights: Any = model.weights
+    size = {name: prod(weights.shape(name)) for name in codes}
+    name = max(size, key=lambda each: size[each])
+    out, times = np.empty(weights.shape(name), "float32"), []
+    for _ in range(3):
+        start = time.perf_counter()
+        weights.into(name, out)
+        times.append(time.perf_counter() - start)
+    return float(statistics.median(times) * sum(size.values()) / size[name])
 
 
 def _dropped(work: Work) -> bool:
@@ -68,12 +87,12 @@ def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, 
         for n, k in given:
             some = min(n, MOST)
             x, W, out = (np.ones(shape, "float32") for shape in ((rows, k), (some, k), (rows, some)))
-            best, began = float("inf"), time.perf_counter()
-            while best == float("inf") or time.perf_counter() - began < each:
+            took, began = list[float](), time.perf_counter()
+            while not took or time.perf_counter() - began < each:
                 start = time.perf_counter()
                 multiply(x, W.T, out, 1.0, 0.0)
-                best = min(best, time.perf_counter() - start)
-            found.append(best / rows * n / some)
+                took.append(time.perf_counter() - start)
+            found.append(statistics.median(took) / rows * n / some)
         return found
 
     order = sorted(shapes)
