@@ -37,7 +37,7 @@ def seconds_of(work: Work, tokens: float, labels: float) -> float:
     lora = 6 * P * tokens / (0.4 * rate) + 4e-9 * dropped * tokens / workers
     passes = 13 * s["d"] + 16 * s["ff"] + 5 * s["H"] * work.mean / 2
     elements = 1e-9 * passes * s["L"] * tokens * (1 if work.passes.planned else 2) / workers
-    sweeps = (2 + again - below) * tokens / rows / workers  # each worker's, for its rows at a time
+    sweeps = (1 + (1 - below) * (1 + again)) * tokens / rows / workers  # of each worker, for its rows at a time
     return frozen + head + attention + lora + elements + 25e-9 * P + sweeps * decode_seconds(model)
 
 
