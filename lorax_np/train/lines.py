@@ -1,6 +1,7 @@
 """What a person reads of a run: its first lines, and one line for each thing that happens."""
 
 from collections.abc import Callable, Mapping
+from textwrap import wrap
 from typing import Any
 
 from ..backend import backend_info
@@ -10,6 +11,8 @@ from .estimate import alternatives, estimated
 from .prepare import Prepared
 from .run import groups_of
 from .work import Work
+
+WIDE = 80  # columns of a terminal
 
 
 def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
@@ -59,18 +62,23 @@ class Lines:
             self.say(self.step_line(record))
         elif event == "eval":
             figures = [f"{name} {_figure(value)}" for name, value in record.items() if name not in PLACE]
-            self.say(
+            self.wrapped(
                 f"eval at step {record['step']}, {record['rows']} rows of {record['on']}: {', '.join(figures)}"
             )
         elif event == "start":
-            self.say(
+            self.wrapped(
                 f"{record['pass']}; {record['steps']} steps on {record['rows']} rows, {record['ranks']} ranks"
             )
         elif event == "resume":
             self.say(f"goes on after step {record['step']}")
         elif event == "bad":
             came = f"{record['came']}, first at {record['first']}"
-            self.say(f"step {record['step']} passed over: {came}; rows {', '.join(record['rows'][:4])}")
+            self.wrapped(f"step {record['step']} passed over: {came}; rows {', '.join(record['rows'][:4])}")
+
+    def wrapped(self, line: str) -> None:
+        """Say a line that may be longer than a terminal is wide: what is over goes on below, two columns in."""
+        for part in wrap(line, WIDE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
+            self.say(part)
 
     def step_line(self, record: Mapping[str, Any]) -> str:
         """The line of a report: step 2/6  loss 1.8342  lr 1.9e-04  |g| 0.61  311 tok/s  1.4 GB  ETA 9s."""
