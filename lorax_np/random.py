@@ -160,7 +160,11 @@ class DropoutKey(NamedTuple):
         stream, dropped = _numpys_philox(self.counter, self.key, stream), LANES - kept_lanes(self.p)
 
         def fill(out: HostArray) -> None:
-            np.greater_equal(_lanes(stream, out.size).reshape(out.shape), dropped, out=out)
+            lanes = _lanes(stream, out.size).reshape(out.shape)
+            if out.dtype == bool:
+                np.greater_equal(lanes, dropped, out=out)
+            else:  # a copy that converts, which unlike out= needs no buffer between
+                out[...] = (lanes >= dropped).view(np.uint8)
 
         return fill
 

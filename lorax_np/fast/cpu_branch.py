@@ -61,6 +61,8 @@ def dropped(X: HostArray, drop: Any, low: str) -> Iterator[tuple[slice, HostArra
         keep, xd = keeps[: part.stop - part.start], dropped[: part.stop - part.start]
         if fill is not None:
             fill(keep)
+        elif mask.dtype == low:
+            keep = mask[part]
         else:
             keep[...] = mask[part]
         np.multiply(keep, to(X[part], low), out=xd)

@@ -146,14 +146,14 @@ def block_forward(
     k, key = at.linear(f"{name}.attention.self.key", x, rows)
     v, value = at.linear(f"{name}.attention.self.value", x, rows)
     q, k, v = (split_heads(each, form.heads) for each in (q, k, v))
-    o, attention = attention_forward(
+    o, attention = at.op(attention_forward)(
         q, k, v, starts=rows.starts, scale=q.shape[2] ** -0.5, causal=False
     )  # (N, H, D)  (bert.2)
     flat, attention = joined(o, attention)
     a, dense = at.linear(f"{name}.attention.output.dense", flat, rows)
     n, norm = at.layer_norm(f"{name}.attention.output.LayerNorm", x + a, form.eps)  # (N, d)  (bert.3)
     u, up = at.linear(f"{name}.intermediate.dense", n, rows)
-    f, slope = activated(form.act, u, kept=kept)
+    f, slope = activated(at, form.act, u, kept=kept)
     w, down = at.linear(f"{name}.output.dense", f, rows)  # (N, d)  (bert.4)
     y, last = at.layer_norm(f"{name}.output.LayerNorm", n + w, form.eps)  # (N, d)  (bert.5)
     return y, BlockSaved(query, key, value, attention, dense, norm, up, slope, down, last)
@@ -171,7 +171,7 @@ def block_backward(
     g = g + at.linear_back(f"{name}.intermediate.dense", gu, saved.up, gradients)  # (N, d)  (bert.10)
     g = at.layer_norm_back(f"{name}.attention.output.LayerNorm", g, saved.norm, gradients)  # (N, d)  (bert.11)
     go = at.linear_back(f"{name}.attention.output.dense", g, saved.dense, gradients)
-    gq, gk, gv, _ = attention_backward(
+    gq, gk, gv, _ = at.op(attention_backward)(
         split_heads(go, form.heads),
         saved.attention,
         starts=rows.starts,

@@ -123,7 +123,7 @@ def block_forward(
     n, first = at.layer_norm(f"{name}.ln_1", x, form.eps)
     w, qkv = at.linear(f"{name}.attn.c_attn", n, rows, transposed=True)  # (N, 3d)  (gpt.2)
     q, k, v = (split_heads(w[:, i * d : (i + 1) * d], form.heads) for i in range(3))
-    o, attention = attention_forward(
+    o, attention = at.op(attention_forward)(
         q, k, v, starts=rows.starts, scale=scale, causal=True
     )  # (N, H, D)  (gpt.3)
     flat, attention = joined(o, attention)
@@ -131,7 +131,7 @@ def block_forward(
     h = x + a  # (N, d)  (gpt.4)
     n, second = at.layer_norm(f"{name}.ln_2", h, form.eps)
     u, up = at.linear(f"{name}.mlp.c_fc", n, rows, transposed=True)
-    f, slope = activated(form.act, u, kept=kept)
+    f, slope = activated(at, form.act, u, kept=kept)
     w, down = at.linear(f"{name}.mlp.c_proj", f, rows, transposed=True)
     return h + w, BlockSaved(first, qkv, attention, out, second, up, slope, down)  # (N, d)  (gpt.5)
 
@@ -159,7 +159,7 @@ def block_backward(
     gn = back("mlp.c_fc", gu, saved.up)
     g = gy + at.layer_norm_back(f"{name}.ln_2", gn, saved.second, gradients)  # (N, d)  (gpt.9)
     go = split_heads(back("attn.c_proj", g, saved.out), form.heads)
-    parts = attention_backward(go, saved.attention, starts=rows.starts, scale=scale, causal=True)[:3]
+    parts = at.op(attention_backward)(go, saved.attention, starts=rows.starts, scale=scale, causal=True)[:3]
     gw = namespace_of(gy=gy).concat([join_heads(each) for each in parts], axis=1)  # (N, 3d)  (gpt.10)
     gn = back("attn.c_attn", gw, saved.qkv)
     return g + at.layer_norm_back(f"{name}.ln_1", gn, saved.first, gradients)  # (N, d)  (gpt.11)

@@ -171,7 +171,9 @@ def _attention_half(at: Pass, i: int, h: Array, rows: Rows, turn: Turn) -> tuple
     q, q_norm = _head_norm(at, f"{name}.q_norm", q)
     k, k_norm = _head_norm(at, f"{name}.k_norm", k)
     q, k = rope_forward(q, *turn), rope_forward(k, *turn)  # (models.4)
-    o, attention = attention_forward(q, k, v, starts=rows.starts, **_rule(at, i))  # (N, H, D)   (models.5)
+    o, attention = at.op(attention_forward)(
+        q, k, v, starts=rows.starts, **_rule(at, i)
+    )  # (N, H, D)   (models.5)
     flat = _flat(o)  # where this had to copy o, the copy is kept in its place
     attention = attention._replace(o=_heads(at, flat))
     t, o_proj = at.linear(f"{name}.o_proj", flat, rows)
@@ -221,7 +223,9 @@ def _attention_back(
 ) -> Array:
     block, name = f"model.layers.{i}", f"model.layers.{i}.self_attn"
     go = _heads(at, at.linear_back(f"{name}.o_proj", g, saved.o_proj, gradients))  # (N, H, D)
-    gq, gk, gv, _ = attention_backward(go, saved.attention, starts=rows.starts, **_rule(at, i))  # (models.15)
+    gq, gk, gv, _ = at.op(attention_backward)(
+        go, saved.attention, starts=rows.starts, **_rule(at, i)
+    )  # (models.15)
     gq, gk = rope_backward(gq, *turn), rope_backward(gk, *turn)  # undoes (models.4)
     gq = _head_norm_back(at, f"{name}.q_norm", gq, saved.q_norm, gradients)
     gk = _head_norm_back(at, f"{name}.k_norm", gk, saved.k_norm, gradients)

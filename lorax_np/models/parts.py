@@ -103,16 +103,16 @@ class Activation(NamedTuple):
     backward: Callable[[Array, Array], Array]  # gy, u -> gu
     together: Callable[[Array], tuple[Array, Array]] | None = None  # u -> y, f′(u), where that is cheaper
 
-    def sloped(self, u: Array) -> tuple[Array, Array]:
+    def sloped(self, at: Pass, u: Array) -> tuple[Array, Array]:
         """Return y and f′(u), which the backward multiplies by: as large as u, which need not be kept then."""
         if self.together is not None:
-            return self.together(u)
+            return at.op(self.together)(u)
         return self.forward(u), self.backward(namespace_of(u=u).ones_like(u), u)
 
 
-def activated(act: Activation, u: Array, *, kept: bool) -> tuple[Array, Array | None]:
+def activated(at: Pass, act: Activation, u: Array, *, kept: bool) -> tuple[Array, Array | None]:
     """y : (N, d_ff), and the slope at u where it is kept for a backward."""
-    return act.sloped(u) if kept else (act.forward(u), None)
+    return act.sloped(at, u) if kept else (act.forward(u), None)
 
 
 def _tanh_back(gy: Array, u: Array) -> Array:

@@ -6,15 +6,16 @@ trains, never by the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, to_host
+from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, takes_numpy, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..fast import lora_linear_backward as fast_backward
 from ..fast import lora_linear_forward as fast_forward
+from ..fast.general import INSTEAD
 from ..layer import lora_linear_backward, lora_linear_forward
 from ..layers.embedding import Embedding, lora_embedding_backward, lora_embedding_forward
 from ..layers.tokens import TokenRows, token_rows_backward, token_rows_forward
@@ -30,17 +31,25 @@ from ..ops.norm import (
     rms_norm_forward,
 )
 from ..params import Adapter, Linear, linear_from_stored
-from ..random import dropout_mask, site_key
+from ..random import DropoutKey, site_key
+from .masks import dropout_masks
 from .records import Dropout, Gradients, Model, Rows, Trained
 
 DELTA = "token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
 
 
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
 class Pair(NamedTuple):
-    """A forward of a LoRA linear layer and its adjoint, with the arguments of the reference."""
+    """A forward of a LoRA linear layer and its adjoint, with the arguments of the reference.
+
+    instead : functions that stand in for operations of ops/ on the host, by the operation
+    """
 
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., tuple[Array, Adapter]]
+    instead: Mapping[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Any) -> tuple[Array, Any]:
@@ -49,7 +58,7 @@ def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, m
 
 
 REFERENCE = Pair(lora_linear_forward, lora_linear_backward)
-FAST = Pair(_fast_forward, fast_backward)
+FAST = Pair(_fast_forward, fast_backward, INSTEAD)
 PAIRS: Mapping[str, Pair] = {"reference": REFERENCE, "fast": FAST}
 
 
@@ -78,7 +87,10 @@ class Pass:
         self.weights, self.config = model.weights, model.config
         self.sites, self.trained = sites, trained
         self.pair, self.dropout, self._tokens = pair, dropout, tokens or {}
-        self.dtype = dtype or compute_dtype(self.weights[next(iter(self.weights))])
+        like = self.weights[next(iter(self.weights))]
+        self.dtype = dtype or compute_dtype(like)
+        here = takes_numpy(namespace_of(x=like)) and self.dtype in ("float32", "float64")
+        self._instead = pair.instead if here else {}
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
@@ -125,6 +137,12 @@ class Pass:
         like = self.weights[next(iter(self.weights))]
         return values if type(values) is type(like) else from_host(to_host(values), like)
 
+    def op(self, f: Op) -> Op:
+        """An operation of ops/, or what this pass computes it by."""
+        found: Any = self._instead.get(f, f)
+        typed: Op = found
+        return typed
+
     # ---- linear layers ---------------------------------------------------------------------------------
 
     def linear(
@@ -141,7 +159,7 @@ class Pass:
         """
         base, adapter = self._base(name, transposed), self._adapter(name)
         if adapter is None or adapter.A is None:
-            return linear_forward(x, base.W, base.b), x if self.whole(f"{name}.weight") else None
+            return self.op(linear_forward)(x, base.W, base.b), x if self.whole(f"{name}.weight") else None
         mask = mask if rows is None else self.mask(name, x, rows)
         return self.pair.forward(x, base, adapter, scaling=self.scaling(name), mask=mask)
 
@@ -151,7 +169,7 @@ class Pass:
         """Adjoint of linear: gy : (N, d_out) -> gx : (N, d_in); adds what trains at the module to gradients."""
         base, adapter, x = self._base(name, transposed), self._adapter(name), saved
         if adapter is None or adapter.A is None:
-            gx = linear_backward_x(gy, base.W)
+            gx = self.op(linear_backward_x)(gy, base.W)
             self._bias_back(name, gy, gradients)
         else:
             x = saved.x
@@ -169,15 +187,11 @@ class Pass:
         adapter = self._adapter(name)
         if adapter is None or adapter.A is None or self.dropout is None or self.sites[name].p == 0:
             return None
-        xp, key, low = namespace_of(x=x), site_key(name), compute_dtype(adapter.A)
-        seed, step = self.dropout
-        parts = [
-            dropout_mask(
-                (length, x.shape[1]), self.sites[name].p, seed, step, key, dtype=low, xp=xp, c3=index
-            )  # (models.1)
-            for length, index in zip(rows.lengths, rows.index, strict=True)
-        ]
-        return xp.concat(parts, axis=0) if parts else None
+        xp, low, (seed, step) = namespace_of(x=x), compute_dtype(adapter.A), self.dropout
+        keys = [
+            DropoutKey(self.sites[name].p, seed, step, site_key(name), c3=i) for i in rows.index
+        ]  # (models.1)
+        return dropout_masks(keys, rows.lengths, x.shape[1], dtype=low, xp=xp)
 
     # ---- norms -----------------------------------------------------------------------------------------
 
@@ -196,7 +210,7 @@ class Pass:
         b = self.bias(name)
         if b is None:
             raise ConfigError(f"{name}.bias: expected a tensor of the checkpoint, got none")
-        return layer_norm_forward(x, self.weight(f"{name}.weight"), b, eps=eps)
+        return self.op(layer_norm_forward)(x, self.weight(f"{name}.weight"), b, eps=eps)
 
     def layer_norm_back(self, name: str, gy: Array, saved: NormSaved, gradients: Gradients) -> Array:
         """Adjoint of layer_norm."""
@@ -205,7 +219,7 @@ class Pass:
             self.add_saved(f"{name}.weight", layer_norm_backward_w(gy, saved), gradients)
         if self.whole(f"{name}.bias"):
             self.add_saved(f"{name}.bias", linear_backward_b(gy), gradients)
-        return layer_norm_backward(gy, saved, self.weight(f"{name}.weight"))
+        return self.op(layer_norm_backward)(gy, saved, self.weight(f"{name}.weight"))
 
     # ---- embeddings ------------------------------------------------------------------------------------
 

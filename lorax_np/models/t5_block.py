@@ -135,7 +135,7 @@ def attention_half(
     k, kept_k = at.linear(f"{name}.k", s, of)  # (M, H·D)
     v, kept_v = at.linear(f"{name}.v", s, of)
     q, k, v = (split_heads(each, form.heads) for each in (q, k, v))
-    o, attention = attention_forward(q, k, v, **_rule(rows, sees))  # (N, H, D)  (encdec.5)
+    o, attention = at.op(attention_forward)(q, k, v, **_rule(rows, sees))  # (N, H, D)  (encdec.5)
     flat, attention = joined(o, attention)
     t, out = at.linear(f"{name}.o", flat, rows)
     return h + t, AttentionHalf(norm, kept_q, kept_k, kept_v, attention, out)  # (N, d)  (encdec.6)
@@ -147,7 +147,7 @@ def attention_back(
     """Adjoint of attention_half: g : (N, d) -> gh : (N, d); gm : (M, d), None without a memory; and gR."""
     name = attention_of(layer, sees)
     go = split_heads(at.linear_back(f"{name}.o", g, saved.o, gradients), saved.attention.q.shape[1])
-    gq, gk, gv, gR = attention_backward(go, saved.attention, **_rule(rows, sees))  # (encdec.13)
+    gq, gk, gv, gR = at.op(attention_backward)(go, saved.attention, **_rule(rows, sees))  # (encdec.13)
     ga = at.linear_back(f"{name}.q", join_heads(gq), saved.q, gradients)
     gs = at.linear_back(f"{name}.k", join_heads(gk), saved.k, gradients)
     gs = gs + at.linear_back(f"{name}.v", join_heads(gv), saved.v, gradients)  # (M, d)  (encdec.14)

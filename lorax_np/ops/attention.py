@@ -57,11 +57,11 @@ def attention_forward(
     >>> o[:, 0, 0].tolist(), np.exp(saved.L[:, 0]).round(12).tolist()
     ([1.0, 2.0, 8.0], [1.0, 2.0, 1.0])
     """
-    rule = _Rule(scale, causal, window, relative)
-    _checked(q, k, v, rule)
+    rule = Rule(scale, causal, window, relative)
+    check(q, k, v, rule)
     xp = namespace_of(q=q)
     outs, logs = [], []
-    for part in _parts(q, k, starts, key_starts, rule, block):
+    for part in parts(q, k, starts, key_starts, rule, block):
         S = _scores(q, k, part, rule)                      # (K, g, n, m)
         top = xp.max(real(S), axis=-1, keepdims=True)      # (K, g, n, 1)  (attention.3)
         E = xp.exp(S - top)                                # (K, g, n, m)  (attention.4)
@@ -91,13 +91,13 @@ def attention_backward(
     gR : (buckets, H) is the gradient by the table of `relative`, None without it.
     """
     q, k, v, o, L = saved
-    rule = _Rule(scale, causal, window, relative)
-    _checked(q, k, v, rule)
+    rule = Rule(scale, causal, window, relative)
+    check(q, k, v, rule)
     bind(o=(o, "... H D"), go=(go, "... H D"))
     xp, K = namespace_of(go=go), k.shape[1]
     gqs, gk, gv = [], xp.zeros_like(k), xp.zeros_like(v)
     gR: Any = None if relative is None else xp.zeros_like(relative.R)
-    for part in _parts(q, k, starts, key_starts, rule, block):
+    for part in parts(q, k, starts, key_starts, rule, block):
         rows, seen = slice(part.t0, part.t1), slice(part.s0, part.s1)
         Q, G, O = (_heads(x[rows, ...], K) for x in (q, go, o))          # (K, g, n, D)
         P = xp.exp(_scores(q, k, part, rule) - _heads(L[rows, :, None], K))  # (K, g, n, m)  (attention.8)
@@ -116,7 +116,7 @@ def attention_backward(
 # ---- blocks ------------------------------------------------------------------------------------------------
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """How keys are weighed, and which are seen."""
 
     scale: float
@@ -125,7 +125,7 @@ class _Rule(NamedTuple):
     relative: Relative | None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A block of queries of one sequence, and the keys that any of them sees."""
 
     t0: int  # rows of q
@@ -135,10 +135,10 @@ class _Part(NamedTuple):
     shift: int  # position of the first query less that of the first key
 
 
-def _parts(
-    q: Array, k: Array, starts: Sequence[int], key_starts: Sequence[int] | None, rule: _Rule, block: int
-) -> Iterator[_Part]:
-    """The blocks of all sequences, in order."""
+def parts(
+    q: Array, k: Array, starts: Sequence[int], key_starts: Sequence[int] | None, rule: Rule, block: int
+) -> Iterator[Part]:
+    """The blocks of all sequences, in order. Source: specs/attention.md."""
     if block < 1:
         raise ShapeError(f"block: expected 1 query at least, got {block}")
     rows = _bounds("starts", starts, q.shape[0])
@@ -155,7 +155,7 @@ def _parts(
             t1, first = min(t0 + block, b), ahead + t0 - a
             low = 0 if rule.window is None else max(first - rule.window + 1, 0)
             high = ahead + t1 - a if rule.causal else d - c
-            yield _Part(t0, t1, c + low, c + high, first - low)
+            yield Part(t0, t1, c + low, c + high, first - low)
 
 
 def _bounds(name: str, starts: Sequence[int], N: int) -> list[int]:
@@ -165,7 +165,7 @@ def _bounds(name: str, starts: Sequence[int], N: int) -> list[int]:
     return found
 
 
-def _scores(q: Array, k: Array, part: _Part, rule: _Rule) -> Any:
+def _scores(q: Array, k: Array, part: Part, rule: Rule) -> Any:
     """a·q kᵀ + bias of a block, −∞ where a key is not seen: (K, g, n, m)."""
     xp, K = namespace_of(q=q), k.shape[1]
     S = rule.scale * (_heads(q[part.t0 : part.t1, ...], K) @ _turned(_keys(k, part)))  # (attention.1)
@@ -173,14 +173,17 @@ def _scores(q: Array, k: Array, part: _Part, rule: _Rule) -> Any:
     if rule.relative is not None:
         bias = relative_forward(rule.relative, queries=n, keys=m, shift=part.shift)    # (H, n, m)
         S = S + xp.reshape(bias, (K, q.shape[1] // K, n, m))
-    hidden = _hidden(n, m, part.shift, rule)
+    hidden = hidden_keys(n, m, part.shift, rule)
     if hidden is None:
         return S
     return xp.where(from_host(hidden, q), xp.full_like(S, -float("inf")), S)       # (attention.2)
 
 
-def _hidden(n: int, m: int, shift: int, rule: _Rule) -> Any:
-    """Which keys of a block a query does not see, on the host, or None where each sees all: (n, m)."""
+def hidden_keys(n: int, m: int, shift: int, rule: Rule) -> Any:
+    """Which keys of a block a query does not see, on the host, or None where each sees all: (n, m).
+
+    Source: specs/attention.md, (attention.2).
+    """
     host = namespace("numpy")
     r = host.arange(m) - host.arange(n)[:, None] - shift  # s − t
     hidden = (r > 0) & rule.causal
@@ -206,7 +209,7 @@ def _tokens(x: Any) -> Any:
     return xp.reshape(xp.permute_dims(x, (2, 0, 1, 3)), (n, K * g, D))
 
 
-def _keys(x: Array, part: _Part) -> Any:
+def _keys(x: Array, part: Part) -> Any:
     """The block's rows of (M, K, D) as (K, 1, m, D)."""
     return namespace_of(x=x).permute_dims(x[part.s0 : part.s1, ...], (1, 0, 2))[:, None, :, :]
 
@@ -224,7 +227,8 @@ def _summed(P: Any, G: Any) -> Any:
     return xp.permute_dims(across @ xp.reshape(G, (K, g * n, G.shape[3])), (1, 0, 2))
 
 
-def _checked(q: Array, k: Array, v: Array, rule: _Rule) -> None:
+def check(q: Array, k: Array, v: Array, rule: Rule) -> None:
+    """ShapeError and DtypeError where arguments do not fit one another. Source: specs/attention.md."""
     H, D = (bind(q=(q, "... H D"))[name] for name in ("H", "D"))
     K = bind(k=(k, "... K D"), v=(v, "... K E"))["K"]
     table = None if rule.relative is None else rule.relative.R

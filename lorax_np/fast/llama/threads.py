@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from ...errors import ConfigError
 from ..gemm import engine
 
 BUFFER = 16  # entries, NumPy's least: it then works on rows where they lie, and does not gather several to copy
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
@@ -43,16 +47,29 @@ def in_threads(work: Callable[[int, Work], Found], given: list[Work]) -> list[Fo
     control = engine().threads
     if len(given) == 1 or control is None:
         return [quietly(who) for who in range(len(given))]
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, wait
 
-    before = control.get()
+    before, waiting = control.get(), list[Future[Found]]()
     control.set(1)
     try:
-        with ThreadPoolExecutor(len(given)) as pool:
-            waiting = [pool.submit(copy_context().run, quietly, who) for who in range(len(given))]
+        for who in range(len(given)):
+            waiting.append(_threads(len(given)).submit(copy_context().run, quietly, who))
         return [each.result() for each in waiting]
     finally:
+        wait(waiting)
         control.set(before)
+
+
+@cache
+def _threads(count: int) -> "Executor":
+    """Threads that stay, and with them the memory that each keeps for reuse; a forked process makes its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(count, thread_name_prefix="lorax_np")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def shares(lengths: list[int], workers: int, most: int) -> list[list[list[int]]]:

@@ -54,7 +54,7 @@ from ..batteries.packed import PackedReference
 from ..batteries.related_case import RelatedCase
 from ..cases import Case
 from ..conventions import Spec
-from .ops import OpsReference
+from .ops import OpsFast, OpsReference
 
 
 class Layer:
@@ -282,8 +282,8 @@ def _scalings(cases: list[Case]) -> dict[str, float]:
     return {str(i): case.scaling for i, case in enumerate(cases)}
 
 
-class Fast(Layer):
-    """lx.fast on NumPy or CuPy: forward, backward and merge; starts and unmerging are the reference's."""
+class Fast(Layer, OpsFast):
+    """lx.fast on NumPy or CuPy: layers, merges, ops of its own; starts and unmerging are the reference's."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import ops
+from ... import fast, ops
 from ..batteries.op_case import OpCase
 
 Answer = tuple[Any, dict[str, Any]]
@@ -41,13 +41,16 @@ class OpsReference:
 
     def attention(self, case: OpCase, gy: Any) -> Answer:
         """y, and the gradients by q, k, v and R."""
+        return self._attention(ops.attention_forward, ops.attention_backward, case, gy)
+
+    def _attention(self, forward: Any, backward: Any, case: OpCase, gy: Any) -> Answer:
         q, k, v, gy = self._at(case, gy, "q", "k", "v")
         how: Any = {name: getattr(case, name) for name in ("starts", "key_starts", "scale", "causal", "window")}
         if "R" in case.at:
             (R,) = self._at(case, case.R)
             how["relative"] = ops.Relative(R, case.bidirectional, case.max_distance)
-        y, saved = ops.attention_forward(q, k, v, **how, block=4)
-        gq, gk, gv, gR = ops.attention_backward(gy, saved, **how, block=3)
+        y, saved = forward(q, k, v, **how, block=4)
+        gq, gk, gv, gR = backward(gy, saved, **how, block=3)
         return y, {"q": gq, "k": gk, "v": gv} | ({} if gR is None else {"R": gR})
 
     def swiglu(self, case: OpCase, gy: Any) -> Answer:
@@ -90,3 +93,30 @@ class OpsReference:
         for j in range(case.k):
             y = self.xp.where(columns == ids[:, j : j + 1], w[:, j : j + 1], y)
         return y, {"z": backward(gw, saved)}
+
+
+class OpsFast(OpsReference):
+    """The ops as a pass of the fast engine computes them: three in its own way on the host, others as above."""
+
+    def layer_norm(self, case: OpCase, gy: Any) -> Answer:
+        """y, and the gradients by x, w and b."""
+        if self.xp is not np:
+            return super().layer_norm(case, gy)
+        x, w, b, gy = self._at(case, gy, "x", "w", "b")
+        y, saved = fast.general.layer_norm_forward(x, w, b, eps=case.eps)
+        gx, gw = fast.general.layer_norm_backward(gy, saved, w), ops.layer_norm_backward_w(gy, saved)
+        return y, {"x": gx, "w": gw, "b": self.xp.sum(gy, axis=0)}
+
+    def attention(self, case: OpCase, gy: Any) -> Answer:
+        """y, and the gradients by q, k, v and R."""
+        if self.xp is not np:
+            return super().attention(case, gy)
+        return self._attention(fast.general.attention_forward, fast.general.attention_backward, case, gy)
+
+    def gelu(self, case: OpCase, gy: Any) -> Answer:
+        """y, and the gradient by u."""
+        if self.xp is not np:
+            return super().gelu(case, gy)
+        u, gy = self._at(case, gy, "u")
+        y, slope = fast.general.gelu_sloped(u)
+        return y, {"u": gy * slope}
