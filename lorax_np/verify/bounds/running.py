@@ -157,6 +157,9 @@ RULES: dict[Any, Rule] = {
 }
 
 
+# ---- functions of arrays, and of such numbers --------------------------------------------------------------
+
+
 def erf(x: Any) -> Any:
     """erf of an array in its dtype, or of a Rounded."""
     if isinstance(x, Rounded):
@@ -166,3 +169,23 @@ def erf(x: Any) -> Any:
 
 def _erf(x: HostArray) -> HostArray:
     return np.array([erf_of_one(value) for value in x.ravel().tolist()]).reshape(x.shape)
+
+
+def mean(x: Any) -> Any:
+    """Over the last axis, which stays."""
+    total = x.sum(axis=-1, keepdims=True)
+    return total / x.value.shape[-1] if isinstance(x, Rounded) else np.asarray(total / x.shape[-1])
+
+
+def largest(x: Any, among: Any = True) -> Any:
+    """The largest of each row, as a number that is exact: it cancels."""
+    plain = x.value if isinstance(x, Rounded) else x
+    return np.max(np.where(among, plain, -1e30).astype(plain.dtype), axis=-1, keepdims=True, initial=-1e30)
+
+
+def joined(halves: tuple[Any, Any]) -> Any:
+    """Two halves of the last axis as one."""
+    if not isinstance(halves[0], Rounded):
+        return np.concatenate(halves, axis=-1)
+    value, slack = (np.concatenate([getattr(h, name) for h in halves], axis=-1) for name in ("value", "slack"))
+    return Rounded(value, slack, halves[0].u)

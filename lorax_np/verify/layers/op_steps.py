@@ -12,26 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..batteries.op_case import IGNORED, OpCase
-from ..bounds.running import Rounded, erf
+from ..bounds.running import Rounded, erf, joined, largest, mean
 from ..cases import HostArray
 from .plain import Step
 
 Table = Mapping[str, Step]
-
-
-def mean(x: Any) -> Any:
-    """Over the last axis, which stays."""
-    return x.sum(axis=-1, keepdims=True) / x.value.shape[-1] if isinstance(x, Rounded) else _mean(x)
-
-
-def _mean(x: HostArray) -> HostArray:
-    return np.asarray(x.sum(axis=-1, keepdims=True) / x.shape[-1])
-
-
-def largest(x: Any, among: Any = True) -> Any:
-    """The largest of each row, as a number that is exact: it cancels."""
-    plain = x.value if isinstance(x, Rounded) else x
-    return np.max(np.where(among, plain, -1e30).astype(plain.dtype), axis=-1, keepdims=True, initial=-1e30)
 
 
 # ---- norms -------------------------------------------------------------------------------------------------
@@ -73,14 +58,6 @@ def turned(x: Any, t: Any, sign: float) -> Any:
     s = sign * t.sines
     ahead, behind = x[..., :half], x[..., half:]
     return ahead * t.cosines - behind * s, behind * t.cosines + ahead * s
-
-
-def joined(halves: tuple[Any, Any]) -> Any:
-    """Two halves of the last axis as one."""
-    if not isinstance(halves[0], Rounded):
-        return np.concatenate(halves, axis=-1)
-    value, slack = (np.concatenate([getattr(h, name) for h in halves], axis=-1) for name in ("value", "slack"))
-    return Rounded(value, slack, halves[0].u)
 
 
 def _table(function: Any, t: Any) -> Any:

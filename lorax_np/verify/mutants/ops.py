@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..batteries.op_case import OpCase
-from ..bounds.running import erf
+from ..bounds.running import erf, joined, mean
 from ..cases import HostArray
-from ..layers.op_steps import Table, joined, mean, run_op
+from ..layers.op_steps import Table, run_op
 from .fault import Fault, Faulty
 
 Answer = tuple[HostArray, dict[str, HostArray]]
