@@ -33,6 +33,7 @@ from lorax_np.verify.precision import PRECISIONS, Precision
 TENSORS = ("y", "x", "W", "A", "B", "m", "b", "bB")
 NAMES = tuple(ORDERS)
 FORMS, PLACES = ("peft", "peft", *DORA), ("pre", "pre", *DROPOUT)  # half of the layers under our conventions
+BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of a dtype's significand
 CHUNK = 50
 LONGEST = {"bf16-pure": 100}  # a sum of 1/u terms in accumulators of unit roundoff u means nothing
 
@@ -64,12 +65,10 @@ def draw(profile: str, seed: int, number: int, largest: int = 48) -> tuple[Case,
     d_out, d_in, r, lead = size(), size(), min(size(), 24), rng.choice(4)
     tokens = ((), (size(),), (int(rng.integers(1, 4)), size()), (1, 1, size()))[lead]
     if rng.integers(10) == 0:  # one long axis, the others short
-        long, axis = (
-            int(np.exp(rng.uniform(np.log(largest), np.log(LONGEST.get(profile, 512))))),
-            rng.integers(4),
-        )
+        long = int(np.exp(rng.uniform(np.log(largest), np.log(LONGEST.get(profile, 512)))))
+        axis = int(rng.integers(4))
         short = [min(d, 12) for d in (size(), d_out, d_in, r)]
-        short[int(axis)] = long
+        short[axis] = long
         tokens, (d_out, d_in, r) = (short[0],), short[1:]
     config = LoraConfig(
         r=r, lora_alpha=r * float(10 ** rng.uniform(-1, 1)), use_rslora=bool(rng.integers(2)), use_dora=False
@@ -91,12 +90,11 @@ def draw(profile: str, seed: int, number: int, largest: int = 48) -> tuple[Case,
         b = rng.standard_normal(d_out) * w * 10 ** rng.uniform(-1, 1)
     bB = normal(d_out) * w if not dora and rng.integers(2) else None
     x, gy = normal(*tokens, d_in) * decades(), normal(*tokens, d_out) * decades()
-    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}[p.dtype]
 
     def given(value):
         if value is None:
             return None
-        return value.astype(np.float16).astype(np.float64) if narrow else to_bits(value, bits)
+        return value.astype(np.float16).astype(np.float64) if narrow else to_bits(value, BITS[p.dtype])
 
     if dora:
         V = given(W) + s * given(B) @ given(A)
@@ -124,6 +122,17 @@ def truth(case: Case, wide: bool) -> dict[str, np.ndarray]:
     return {"y": y, **found}
 
 
+def computed(case: Case, order: str, p: Precision) -> dict[str, np.ndarray]:
+    """y and the gradients in the profile's arithmetic, evaluated in this order."""
+    y, found = layer(case, p, ORDERS[order])
+    return found | {"y": y}
+
+
+def part(error: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Of what is allowed; infinite where that is nothing."""
+    return np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+
+
 def judge(
     case: Case, order: str, profile: str
 ) -> dict[str, tuple[float, float, float, int, float, float]] | None:
@@ -134,8 +143,7 @@ def judge(
         cancelled = (np.abs(case.W) + abs(case.scaling) * np.abs(case.B) @ np.abs(case.A)).max(axis=1)
         if np.any(np.linalg.norm(V, axis=1) < 30 * max(p.store, p.operand) * cancelled):
             return None  # a row of V that is rounding alone has no direction
-    y, found = layer(case, p, ORDERS[order])
-    found["y"] = y
+    found = computed(case, order, p)
     want, allowed, top = truth(case, profile == "fp64"), tolerance(case, p), ceiling(case, p)
     if profile == "fp64":
         allowed = {name: THRESHOLD * value for name, value in deviations(case, p).items()}
@@ -144,30 +152,21 @@ def judge(
         error = np.abs(np.asarray(got - want[name], dtype=np.float64))
         if not np.isfinite(error).all():
             return None
-        z = THRESHOLD * np.divide(
-            error, allowed[name], out=np.where(error > 0, np.inf, 0.0), where=allowed[name] > 0
-        )
-        share = np.divide(error, top[name], out=np.where(error > 0, np.inf, 0.0), where=top[name] > 0)
-        if z.size:
-            z_squares = float((z * z).sum())
-            result[name] = (
-                float(z.max()),
-                float(np.median(z)),
-                float(share.max()),
-                z.size,
-                z_squares,
-                abs(z) if abs(z := leaning[name][1]) <= THRESHOLD else counted(z, again(case, order, p, name)),
-            )
+        if not error.size:
+            continue
+        z, share, lean = THRESHOLD * part(error, allowed[name]), part(error, top[name]), leaning[name][1]
+        lean = abs(lean) if abs(lean) <= THRESHOLD else counted(lean, again(case, order, p, name))
+        worst = float(z.max()), float(np.median(z)), float(share.max())
+        result[name] = (*worst, z.size, float((z * z).sum()), lean)
     return result
 
 
 def again(case: Case, order: str, p: Precision, name: str) -> float:
     """The z of one tensor's slope on the same layer at other numbers, as the verdict asks for it."""
-    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}[p.dtype]
     other = redrawn(case)
-    other = replace(other, **{n: to_bits(v, bits) for n, v in other.arrays().items() if "mask" not in n})
-    y, found = layer(other, p, ORDERS[order])
-    found["y"] = y
+    arrays = {n: to_bits(v, BITS[p.dtype]) for n, v in other.arrays().items() if "mask" not in n}
+    other = replace(other, **arrays)
+    found = computed(other, order, p)
     return slopes(other, p, {name: found[name]}, truth(other, p.name == "fp64"))[name][1]
 
 
@@ -221,17 +220,14 @@ class Tally:
 
 def table(tallies: dict[str, Tally]) -> str:
     """One line for each profile."""
-    lines = [
-        f"{'profile':<11}{'cases':>8}{'entries':>11}{'rms z':>7}  max z of "
-        + "".join(f"{n:>6}" for n in TENSORS)
-    ]
+    names = "".join(f"{name:>6}" for name in TENSORS)
+    lines = [f"{'profile':<11}{'cases':>8}{'entries':>11}{'rms z':>7}  max z of {names}"]
     lines[0] += f"{'alarms':>8}{'over':>6}{'ceiling':>9}{'slope z':>9}"
     for profile, t in tallies.items():
         rms = (t.squares / t.entries) ** 0.5 if t.entries else 0.0
         cells = "".join(f"{t.worst[name]:>6.2f}" for name in TENSORS)
-        lines.append(
-            f"{profile:<11}{t.cases:>8}{t.entries:>11}{rms:>7.2f}{'':>11}{cells}{t.alarms:>8}{t.over:>6}{t.share:>9.3f}{t.lean:>9.2f}"
-        )
+        counts = f"{t.alarms:>8}{t.over:>6}{t.share:>9.3f}{t.lean:>9.2f}"
+        lines.append(f"{profile:<11}{t.cases:>8}{t.entries:>11}{rms:>7.2f}{'':>11}{cells}{counts}")
     return "\n".join(lines)
 
 
@@ -277,12 +273,8 @@ def main() -> int:
                 tallies[profile].take(rows)
                 done += len(rows)
                 rate = done / (time.perf_counter() - begin)
-                print(
-                    f"\r{done} of {each * len(profiles)} cases, {rate:.0f}/s",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                said = f"\r{done} of {each * len(profiles)} cases, {rate:.0f}/s"
+                print(said, end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("\ninterrupted", end="", file=sys.stderr)
     print(file=sys.stderr)
