@@ -6,7 +6,7 @@ The rules are asked in order and the first that holds is the answer; each names 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..report import TENSORS, Check
+from ..report import TENSORS, Check, named
 
 BITWISE = ("lattice",)  # batteries that every precision passes
 OPS = ("ops", "op differences", "op laws")
@@ -191,4 +191,4 @@ def _tensors(judged: Sequence[Check], bad: Sequence[Check]) -> Branch | None:
 
 
 def _names(tensors: set[str]) -> str:
-    return ", ".join("y" if tensor == "y" else f"g{tensor}" for tensor in TENSORS if tensor in tensors)
+    return ", ".join(named(tensor) for tensor in TENSORS if tensor in tensors)

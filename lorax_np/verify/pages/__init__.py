@@ -1,1 +1,1 @@
-"""A report as HTML, Markdown, JUnit: what every form of it shares, and each form.  Format: specs/reports.md."""
+"""A report as text, HTML, Markdown, JUnit: what all forms share, and each form.  Format: specs/reports.md."""
