@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -11,48 +12,15 @@ from ... import Adapter, Linear, lora_linear_backward, lora_linear_forward
 from ..batteries.conv import ConvReference
 from ..batteries.conv_case import ConvCase, as_linear, blocks, merged, truth, unwindowed, windows
 from ..cases import HostArray
-from .fault import Fault, Faulty
-
-Grads = dict[str, HostArray]
+from .departing import Departing, Grads, departure
 
 
-class Convolving(Faulty):
+class Convolving(Departing):
     """Convolves right, but for what is replaced."""
 
-    def __init__(
-        self,
-        given: Callable[[ConvCase], ConvCase] | None = None,
-        forward: Callable[[ConvCase, HostArray], HostArray] | None = None,
-        backward: Callable[[ConvCase, Grads], Grads] | None = None,
-        merge: Callable[[ConvCase], Grads] | None = None,
-        start: Callable[[Grads, int], Grads] | None = None,
-    ) -> None:
-        """given : changes the case, both ways;  the others : what comes of it."""
-        super().__init__()
-        self.kernel, self.given = ConvReference(), given or (lambda case: case)
-        self.forwards, self.backwards, self.merges_as, self.starts = forward, backward, merge, start
-
-    def conv_forward(self, case: ConvCase) -> HostArray:
-        """y : (N, d_out, *P)."""
-        y = self.kernel.conv_forward(self.given(case))
-        return y if self.forwards is None else self.forwards(case, y).astype(y.dtype)
-
-    def conv_backward(self, case: ConvCase, gy: HostArray) -> Grads:
-        """The gradients by all that the case has."""
-        given = replace(self.given(case), gy=gy)
-        g = self.kernel.conv_backward(given, gy)
-        found = g if self.backwards is None else self.backwards(given, g)
-        return {name: value.astype(gy.dtype) for name, value in found.items()}
-
-    def conv_merge(self, case: ConvCase) -> Grads:
-        """The merged weight and bias."""
-        found = self.kernel.conv_merge(case)
-        return found if self.merges_as is None else found | self.merges_as(case)
-
-    def conv_init(self, W: HostArray, config: Any, seed: int) -> Grads:
-        """A uniform, and B = 0."""
-        found = self.kernel.conv_init(W, config, seed)
-        return found if self.starts is None else self.starts(found, seed)
+    kind, reference = "conv", ConvReference()
+    conv_forward, conv_backward = Departing.layer_forward, Departing.layer_backward
+    conv_merge, conv_init = Departing.layer_merge, Departing.layer_init
 
 
 # ---- windows -----------------------------------------------------------------------------------------------
@@ -237,18 +205,18 @@ def _gB_whole(case: ConvCase, g: Grads) -> Grads:
 # ---- merging, starting -------------------------------------------------------------------------------------
 
 
-def _exchanged(case: ConvCase) -> Grads:
+def _exchanged(case: ConvCase) -> HostArray:
     """delta with channels and kernel in the other's place."""
     A = np.moveaxis(case.A.reshape(*case.A.shape[:2], -1), 1, 2).reshape(case.A.shape)
-    return {"W": merged(replace(case, A=A))["W"].astype(case.W.dtype)}
+    return merged(replace(case, A=A))["W"]
 
 
-def _merged_flipped(case: ConvCase) -> Grads:
-    return {"W": merged(replace(case, A=_flipped(case.A)))["W"].astype(case.W.dtype)}
+def _merged_flipped(case: ConvCase) -> HostArray:
+    return merged(replace(case, A=_flipped(case.A)))["W"]
 
 
-def _merged_bare(case: ConvCase) -> Grads:
-    return {"W": merged(replace(case, B=case.B / case.scaling))["W"].astype(case.W.dtype)}
+def _merged_bare(case: ConvCase) -> HostArray:
+    return merged(replace(case, B=case.B / case.scaling))["W"]
 
 
 def _by_channels(found: Grads, seed: int) -> Grads:
@@ -261,20 +229,7 @@ def _B_drawn(found: Grads, seed: int) -> Grads:
     return found | {"B": B.astype(found["B"].dtype)}
 
 
-def _fault(
-    id: str,
-    title: str,
-    line: str,
-    *,
-    given: Any = None,
-    forward: Any = None,
-    backward: Any = None,
-    merge: Any = None,
-    start: Any = None,
-) -> Fault:
-    return Fault(id, title, "conv", (), line, make=lambda: Convolving(given, forward, backward, merge, start))
-
-
+_fault = partial(departure, Convolving)
 FAULTS = (
     _fault("X1", "the kernel turned round, all through", "conv.2", given=_turned, backward=_turned_back),
     _fault("X2", "the kernel turned round for gx alone", "conv.7", backward=_gx_turned),

@@ -1,7 +1,7 @@
 """Faults of embeddings: in what is looked up, what is added to which row, the merged table, the start."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,48 +9,15 @@ import numpy as np
 from ..batteries.embedding import EmbeddingReference
 from ..batteries.embedding_case import EmbeddingCase, merged, ratio
 from ..cases import HostArray
-from .fault import Fault, Faulty
-
-Grads = dict[str, HostArray]
+from .departing import Departing, Grads, departure
 
 
-class Looking(Faulty):
+class Looking(Departing):
     """Looks rows up right, but for what is replaced."""
 
-    def __init__(
-        self,
-        given: Callable[[EmbeddingCase], EmbeddingCase] | None = None,
-        forward: Callable[[EmbeddingCase, HostArray], HostArray] | None = None,
-        backward: Callable[[EmbeddingCase, Grads], Grads] | None = None,
-        merge: Callable[[EmbeddingCase], HostArray] | None = None,
-        start: Callable[[Grads, int], Grads] | None = None,
-    ) -> None:
-        """given : changes the case, both ways;  the others : what comes of it."""
-        super().__init__()
-        self.table, self.given = EmbeddingReference(), given or (lambda case: case)
-        self.forwards, self.backwards, self.merges_as, self.starts = forward, backward, merge, start
-
-    def embedding_forward(self, case: EmbeddingCase) -> HostArray:
-        """y of the ids."""
-        y = self.table.embedding_forward(self.given(case))
-        return y if self.forwards is None else self.forwards(case, y).astype(y.dtype)
-
-    def embedding_backward(self, case: EmbeddingCase, gy: HostArray) -> Grads:
-        """The gradients by A, B, W and m."""
-        given = replace(self.given(case), gy=gy)
-        g = self.table.embedding_backward(given, gy)
-        found = g if self.backwards is None else self.backwards(given, g)
-        return {name: value.astype(case.W.dtype) for name, value in found.items()}
-
-    def embedding_merge(self, case: EmbeddingCase) -> Grads:
-        """The merged table."""
-        W = merged(case) if self.merges_as is None else self.merges_as(case)
-        return {"W": W.astype(case.W.dtype)}
-
-    def embedding_init(self, W: HostArray, config: Any, seed: int) -> Grads:
-        """A = 0, and B of normal numbers."""
-        found = self.table.embedding_init(W, config, seed)
-        return found if self.starts is None else self.starts(found, seed)
+    kind, reference = "embedding", EmbeddingReference()
+    embedding_forward, embedding_backward = Departing.layer_forward, Departing.layer_backward
+    embedding_merge, embedding_init = Departing.layer_merge, Departing.layer_init
 
 
 def _again(case: EmbeddingCase) -> Grads:
@@ -135,25 +102,16 @@ def _untransposed(case: EmbeddingCase) -> HostArray:
     return np.asarray(ratio(case) * (case.W + case.scaling * (case.B @ case.A).reshape(case.W.shape)))
 
 
+def _without_s(case: EmbeddingCase) -> EmbeddingCase:
+    return replace(case, B=case.B / case.scaling)
+
+
 def _drawn(found: Grads, seed: int) -> Grads:
     A: Any = np.random.default_rng(seed + 1).standard_normal(found["A"].shape)
     return found | {"A": A.astype(found["A"].dtype)}
 
 
-def _fault(
-    id: str,
-    title: str,
-    line: str,
-    *,
-    given: Any = None,
-    forward: Any = None,
-    backward: Any = None,
-    merge: Any = None,
-    start: Any = None,
-) -> Fault:
-    return Fault(id, title, "embedding", (), line, make=lambda: Looking(given, forward, backward, merge, start))
-
-
+_fault = partial(departure, Looking)
 FAULTS = (
     _fault("Q1", "gA of an id's last token only: written, not added", "embedding.3", backward=_last_write),
     _fault("Q2", "gA of an id's first token, times their number", "embedding.3", backward=_once),
@@ -187,7 +145,3 @@ FAULTS = (
     ),
     _fault("Q17", "both factors of an embedding drawn", "embedding.15", start=_drawn),
 )
-
-
-def _without_s(case: EmbeddingCase) -> EmbeddingCase:
-    return replace(case, B=case.B / case.scaling)
