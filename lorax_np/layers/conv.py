@@ -115,7 +115,8 @@ def lora_conv_forward(
     y, saved = lora_linear_forward(
         cols, base.linear, linear_adapter(adapter, base), scaling=scaling, mask=drops
     )
-    return _channels_first(y, k), LoraConvSaved(saved, tuple(x.shape[len(x.shape) - k :]))  # (conv.12)
+    L = tuple(x.shape[x.ndim - k :])
+    return _moved(y, -1, y.ndim - 1 - k), LoraConvSaved(saved, L)  # (..., d_out, *P)  (conv.12)
 
 
 def lora_conv_backward(
@@ -217,19 +218,11 @@ def linear_adapter(adapter: AnyAdapter, base: Conv) -> Adapter:
     return Adapter(_flat(adapter.A), B, m=adapter.m, b=adapter.b, bB=adapter.bB)
 
 
-def _channels_first(y: Array, k: int) -> Array:
-    """(..., *P, d) as (..., d, *P)."""
-    lead = len(y.shape) - k - 1
-    order = (*range(lead), lead + k, *range(lead, lead + k))
-    moved: Array = namespace_of(y=y).permute_dims(y, order)
-    return moved
-
-
-def _channels_last(y: Array, k: int) -> Array:
-    """(..., d, *P) as (..., *P, d)."""
-    lead = len(y.shape) - k - 1
-    order = (*range(lead), *range(lead + 1, lead + k + 1), lead)
-    moved: Array = namespace_of(y=y).permute_dims(y, order)
+def _moved(y: Array, place: int, to: int) -> Array:
+    """y with one of its axes in another place, the others in their order."""
+    order = list(range(y.ndim))
+    order.insert(to, order.pop(place))
+    moved: Array = namespace_of(y=y).permute_dims(y, tuple(order))
     return moved
 
 
@@ -301,4 +294,5 @@ def _check_backward(
         wide = "float64"
     linear = base.linear
     kept = saved.linear._replace(x=cast(saved.linear.x, wide))
-    return cast(_channels_last(gy, k), wide), Linear(cast(linear.W, wide), cast(linear.b, wide)), kept
+    rows = cast(_moved(gy, -1 - k, gy.ndim - 1), wide)  # (..., *P, d_out)
+    return rows, Linear(cast(linear.W, wide), cast(linear.b, wide)), kept
