@@ -10,38 +10,22 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, Protocol, Self, overload
+from typing import Any, overload
 
 import numpy as np
 
+from .arrays import FLOATS as FLOATS  # handed on: callers ask here for whatever concerns arrays
+from .arrays import Array as Array
+from .arrays import HostArray as HostArray
+from .arrays import compute_dtype as compute_dtype
+from .arrays import dtype_name as dtype_name
+from .arrays import one_dtype as one_dtype
 from .errors import BackendError, DtypeError
 
 BACKENDS = ("numpy", "cupy", "auto")
 VARIABLE = "LORAX_NP_BACKEND"
 
 Namespace = Any  # a module: numpy, cupy, or one that follows the array standard
-HostArray = np.ndarray[Any, np.dtype[Any]]
-
-
-class Array(Protocol):
-    """What an array of any library offers, and all that the mathematics asks of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def ndim(self) -> int: ...  # noqa: D102
-    @property
-    def dtype(self) -> Any: ...  # noqa: D102
-    @property
-    def T(self) -> Self: ...  # noqa: D102
-    def __matmul__(self, other: Any, /) -> "Array": ...
-    def __add__(self, other: Any, /) -> "Array": ...
-    def __sub__(self, other: Any, /) -> "Array": ...
-    def __mul__(self, other: Any, /) -> "Array": ...
-    def __rmul__(self, other: Any, /) -> "Array": ...
-    def __truediv__(self, other: Any, /) -> "Array": ...
-    def __neg__(self) -> "Array": ...
-    def __getitem__(self, key: Any, /) -> "Array": ...
 
 
 # ---- which library an array belongs to ---------------------------------------------------------------------
@@ -218,44 +202,7 @@ def from_host(values: Array, like: Array | Namespace) -> Any:
     return xp.asarray(values, device=device)
 
 
-# ---- dtypes ------------------------------------------------------------------------------------------------
-
-STORAGE = {"float16": "float32", "bfloat16": "float32"}  # stored only; the dtype each is computed in
-FLOATS = (*STORAGE, "float32", "float64", "complex128")
-
-
-def dtype_name(x: Array) -> str:
-    """Return the bare name of x's dtype, such as float32, whatever library x belongs to."""
-    dtype = x.dtype
-    return _name_of(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
-
-
-@cache
-def _name_of(dtype: np.dtype[Any]) -> str:  # NumPy takes microseconds over it
-    return dtype.name
-
-
-def compute_dtype(x: Array) -> str:
-    """Return the dtype in which x takes part in arithmetic: float32 where x's own is for storage only."""
-    name = dtype_name(x)
-    return STORAGE.get(name, name)
-
-
-def one_dtype(**arrays: Array | None) -> str:
-    """Return the one floating dtype that the named arrays share; None stands for an absent array.
-
-    complex128 may stand among float64, so that one argument alone can take a complex step.
-    Raises DtypeError where two dtypes meet, and where one cannot be computed with.
-    """
-    given = {name: dtype_name(value) for name, value in arrays.items() if value is not None}
-    for name, got in given.items():
-        if got not in FLOATS:
-            raise DtypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {got}")
-    (first, want), *rest = given.items()
-    for name, got in rest:
-        if got != want and {got, want} != {"float64", "complex128"}:
-            raise DtypeError(f"{name}: expected {want}, set by {first}, got {got}")
-    return "complex128" if "complex128" in given.values() else want
+# ---- casts, copies, checks ---------------------------------------------------------------------------------
 
 
 @overload
