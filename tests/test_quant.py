@@ -189,10 +189,10 @@ def test_a_tie_goes_to_the_lower_level_and_its_neighbours_to_theirs():
 
 def test_the_search_by_cells_is_a_search_among_the_bounds():
     """At every bound, every edge of a cell, their neighbours, and a million numbers between."""
-    edges = (np.arange(2 * quant.CELLS + 1) / quant.CELLS - 1).astype("float32")
+    edges = (np.arange(2 * quant.nf4.CELLS + 1) / quant.nf4.CELLS - 1).astype("float32")
     x = np.concatenate([BOUNDS, edges, np.random.default_rng(0).uniform(-1, 1, 10**6).astype("float32")])
     x = np.concatenate([x, np.nextafter(x, np.float32(-2)), np.nextafter(x, np.float32(2))])
-    assert np.array_equal(quant._levels(x), np.searchsorted(BOUNDS, np.clip(x, -1, 1)))
+    assert np.array_equal(quant.nf4._levels(x), np.searchsorted(BOUNDS, np.clip(x, -1, 1)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -336,11 +336,11 @@ def test_memory_is_the_result_and_a_piece():
         before = tracemalloc.get_traced_memory()[0]
         q = quantise_nf4(W)
         peak = tracemalloc.get_traced_memory()[1] - before
-        assert peak <= q.codes.nbytes + q.absmax.nbytes + 40 * quant.PIECE
+        assert peak <= q.codes.nbytes + q.absmax.nbytes + 40 * quant.pieces.PIECE
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         dequantise_nf4(q, W)
-        assert tracemalloc.get_traced_memory()[1] - before <= 12 * quant.PIECE
+        assert tracemalloc.get_traced_memory()[1] - before <= 12 * quant.pieces.PIECE
     finally:
         tracemalloc.stop()
 

@@ -1,6 +1,6 @@
 """One weight in few bits, wherever it lives: NF4, 8 bits by rows, or bfloat16.  See specs/qlora.md.
 
-On the host quant.py does it. On a device the codes lie there, in whole blocks, and a few array expressions give
+On the host quant/ does it. On a device the codes lie there, in whole blocks, and a few array expressions give
 the same bits.
 """
 
@@ -179,7 +179,7 @@ def _filled(values: HostArray, count: int) -> HostArray:
 
 
 def _on_device(q: NF4 | Int8) -> Array:
-    """The numbers in float32, by the roundings of quant.py."""
+    """The numbers in float32, by the roundings of quant/."""
     xp = namespace_of(codes=q.codes)
     if isinstance(q, Int8):
         rows = xp.reshape(cast(q.codes, "float32"), (-1, q.codes.shape[-1]))

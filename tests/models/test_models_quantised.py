@@ -42,7 +42,7 @@ IDS = ["nf4", "nf4 double", "int8", "bf16"]
 
 
 def codec(W, way, double):
-    """What quant.py, or bfloat16, makes of W : (d_out, d_in), in float32; and its bytes."""
+    """What quant/, or bfloat16, makes of W : (d_out, d_in), in float32; and its bytes."""
     if way == "bf16":
         held = W.astype("float32").astype(ml_dtypes.bfloat16)
         return held.astype("float32"), held.nbytes
