@@ -26,8 +26,8 @@ FILES = {
 
 # Floor 0 imports in the order listed. A folder is one room, whose files may import each other.
 FLOORS = (
-    ("errors.py", "kinds.py", "backend.py", "shapes.py", "blocks.py", "tree.py", "random.py"),
-    ("ops/", "params.py", "config/", "singular.py", "quant.py"),
+    ("errors.py", "kinds.py", "arrays.py", "backend.py", "shapes.py", "blocks.py", "tree.py", "random.py"),
+    ("ops/", "params.py", "config/", "singular.py", "quant/"),
     ("starts/",),
     ("init.py", "layer.py", "fast/", "merge.py", "combine/"),
     ("layers/", "plain.py", "spectra.py"),
