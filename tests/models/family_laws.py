@@ -58,6 +58,20 @@ def assert_any_library(step: Step, library: Library) -> Step:
     return there
 
 
+def assert_narrow_storage_is_computed_wide(step: Step) -> None:
+    """A base in float16 beside adapters in float32: the bits of the same base in float32."""
+    narrow = {name: w.astype("float16") for name, w in step.model.weights.items()}
+    wide = {name: w.astype("float32") for name, w in narrow.items()}
+    adapters = tree_map(lambda x: x.astype("float32"), step.trained.adapters)
+    (value, one), (other, two) = (
+        step._replace(model=replace(step.model, weights=weights), trained=Trained(adapters, {})).gradients()
+        for weights in (narrow, wide)
+    )
+    assert value.dtype == np.float32
+    assert float(value) == float(other)
+    assert bits(one) == bits(two)
+
+
 def alone(batch: Batch, by_row: bool) -> list[Batch]:
     """Its sequences, each in a batch of its own; of labels there is one for each row, or for each sequence."""
     found = []

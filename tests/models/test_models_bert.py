@@ -2,17 +2,9 @@
 
 from dataclasses import replace
 
+import family_laws as laws
 import numpy as np
 import pytest
-from family_laws import (
-    alone,
-    assert_adds_up,
-    assert_any_library,
-    assert_computed_again,
-    assert_engines_agree,
-    assert_kept_is_counted,
-    bits,
-)
 from whole import AGREES, LENGTHS, STARTS, Step, adapted, all_whole, batch_of, leaves, model_of, worst
 
 from lorax_np.errors import ConfigError, ShapeError
@@ -103,11 +95,11 @@ def test_a_number_for_each_sequence():
 
 
 def test_blocks_computed_again_give_the_same_bits_under_dropout():
-    assert_computed_again(step_of("classes", bias="all"))
+    laws.assert_computed_again(step_of("classes", bias="all"))
 
 
 def test_engines_agree():
-    assert_engines_agree(step_of("tokens", bias="lora_only"), least=1e-15)
+    laws.assert_engines_agree(step_of("tokens", bias="lora_only"), least=1e-15)
 
 
 @pytest.mark.parametrize("engine", PAIRS)
@@ -121,19 +113,19 @@ def test_what_is_kept_is_what_was_counted(engine, p, targets):
     """(bert.14) and (bert.15), to the number."""
     step = step_of("tokens", p=0.0)
     trained, sites = adapted(step.model, targets=targets, lora_dropout=p)
-    assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, bert.bert_forward)
+    laws.assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, bert.bert_forward)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("what", ["classes", "several classes", "spans", "pairs", "scored pairs"])
 def test_any_array_library_computes_it(library, what):
-    assert_any_library(step_of(what), library)
+    laws.assert_any_library(step_of(what), library)
 
 
 @pytest.mark.parametrize("what", ["classes", "tokens", "spans"])
 def test_micro_batches_add_up(what):
     step = step_of(what)
-    assert_adds_up(step, alone(step.batch, by_row=what == "tokens"))
+    laws.assert_adds_up(step, laws.alone(step.batch, by_row=what == "tokens"))
 
 
 def test_frozen_blocks_below_are_passed_over(monkeypatch):
@@ -149,7 +141,7 @@ def test_frozen_blocks_below_are_passed_over(monkeypatch):
     )
     _, got = some.gradients()
     assert ran == ["bert.encoder.layer.1"]
-    assert bits(got) == bits(want)
+    assert laws.bits(got) == laws.bits(want)
     off, name = worst(some)
     assert off <= AGREES, name
 

@@ -2,16 +2,9 @@
 
 from dataclasses import replace
 
+import family_laws as laws
 import numpy as np
 import pytest
-from family_laws import (
-    alone,
-    assert_adds_up,
-    assert_any_library,
-    assert_computed_again,
-    assert_engines_agree,
-    assert_kept_is_counted,
-)
 from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, model_of, worst
 
 from lorax_np.errors import ConfigError
@@ -117,11 +110,11 @@ def hidden(step: Step):
 
 
 def test_blocks_computed_again_give_the_same_bits_under_dropout():
-    assert_computed_again(step_of("next token", bias="all"))
+    laws.assert_computed_again(step_of("next token", bias="all"))
 
 
 def test_engines_agree():
-    assert_engines_agree(step_of("next token"))
+    laws.assert_engines_agree(step_of("next token"))
 
 
 @pytest.mark.parametrize("engine", PAIRS)
@@ -133,18 +126,18 @@ def test_what_is_kept_is_what_was_counted(engine, p, targets):
     """(bert.14) and (bert.15), to the number."""
     step = step_of("tokens", p=0.0)
     trained, sites = adapted(step.model, targets=targets, lora_dropout=p)
-    assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, gpt2.gpt2_forward)
+    laws.assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, gpt2.gpt2_forward)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("what", ["next token", "classes"])
 def test_any_array_library_computes_it(library, what):
-    assert_any_library(step_of(what), library)
+    laws.assert_any_library(step_of(what), library)
 
 
 def test_micro_batches_add_up_and_no_token_sees_a_later_one():
     step = step_of("next token")
-    assert_adds_up(step, alone(step.batch, by_row=True))
+    laws.assert_adds_up(step, laws.alone(step.batch, by_row=True))
     h = hidden(step._replace(batch=replace(step.batch, ids=np.array([2, 3, 4, 5, 6, 7, 8, 9, 10]))))
     other = hidden(step._replace(batch=replace(step.batch, ids=np.array([2, 3, 9, 5, 6, 7, 8, 2, 10]))))
     same = np.abs(h - other).max(axis=1) == 0

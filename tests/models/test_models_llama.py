@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from whole import held
 
 from lorax_np import layer
 from lorax_np.errors import ConfigError, ShapeError
@@ -199,20 +200,6 @@ def test_any_array_library_computes_it(library):
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------
-
-
-def held(saved, found=None):
-    """How many floating numbers records hold, each array once however often it is named."""
-    found = {} if found is None else found
-    if isinstance(saved, np.ndarray):
-        while isinstance(saved.base, np.ndarray):
-            saved = saved.base
-        if saved.dtype.kind == "f":
-            found[saved.__array_interface__["data"][0]] = saved.size
-    elif isinstance(saved, tuple):
-        for part in saved:
-            held(part, found)
-    return sum(found.values())
 
 
 @pytest.mark.parametrize("engine", PAIRS)

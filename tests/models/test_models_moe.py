@@ -11,7 +11,7 @@ from family_laws import (
     assert_any_library,
     assert_computed_again,
     assert_kept_is_counted,
-    bits,
+    assert_narrow_storage_is_computed_wide,
 )
 from whole import AGREES, Step, adapted, all_whole, batch_of, leaves, model_of, worst
 
@@ -210,20 +210,7 @@ def test_float32_and_a_batch_of_nothing():
 
 
 def test_narrow_storage_is_computed_in_float32():
-    step = step_of()
-    narrow = {n: w.astype("float16") for n, w in step.model.weights.items()}
-    wide = {n: w.astype("float32") for n, w in narrow.items()}
-    adapters = {
-        name: replace(a, A=a.A.astype("float32"), B=a.B.astype("float32"))
-        for name, a in step.trained.adapters.items()
-    }
-    one, other = (
-        step._replace(model=replace(step.model, weights=weights), trained=Trained(adapters, {})).gradients()
-        for weights in (narrow, wide)
-    )
-    assert one[0].dtype == np.float32
-    assert float(one[0]) == float(other[0])
-    assert bits(one[1]) == bits(other[1])
+    assert_narrow_storage_is_computed_wide(step_of())
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)

@@ -6,7 +6,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from family_laws import assert_adds_up, assert_any_library, assert_computed_again, assert_engines_agree, bits
+from family_laws import (
+    assert_adds_up,
+    assert_any_library,
+    assert_computed_again,
+    assert_engines_agree,
+    assert_narrow_storage_is_computed_wide,
+)
 from whole import AGREES, STARTS, TINY, Step, adapted, all_whole, held, leaves, model_of, worst
 
 import lorax_np as lx
@@ -258,20 +264,7 @@ def test_a_batch_of_nothing():
 
 
 def test_narrow_storage_is_computed_in_float32():
-    step = step_of(p=0.0)
-    narrow = {n: w.astype("float16") for n, w in step.model.weights.items()}
-    wide = {n: w.astype("float32") for n, w in narrow.items()}
-    adapters = {
-        name: replace(a, A=a.A.astype("float32"), B=a.B.astype("float32"))
-        for name, a in step.trained.adapters.items()
-    }
-    one, other = (
-        step._replace(model=replace(step.model, weights=weights), trained=Trained(adapters, {})).gradients()
-        for weights in (narrow, wide)
-    )
-    assert one[0].dtype == np.float32
-    assert float(one[0]) == float(other[0])
-    assert bits(one[1]) == bits(other[1])
+    assert_narrow_storage_is_computed_wide(step_of(p=0.0))
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
