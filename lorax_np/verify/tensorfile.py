@@ -6,10 +6,8 @@ Source: https://huggingface.co/docs/safetensors, section Format.
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +24,10 @@ def encode(tensors: Mapping[str, HostArray], metadata: Mapping[str, str] | None 
 
     Widest first keeps each array aligned to its elements: the format allows no holes between them.
     Raises DtypeError for a dtype that the format has no word for.
+
+    >>> data = encode({"w": np.ones((1, 2), np.float32)}, {"made by": "hand"})
+    >>> len(data) % 8, data[-8:].hex()
+    (0, '0000803f0000803f')
     """
     header: dict[str, object] = {}
     if metadata:
@@ -50,27 +52,3 @@ def _little_endian(value: HostArray) -> bytes:
     raw = np.ascontiguousarray(value)
     swapped = raw.dtype.byteorder == ">" or (raw.dtype.byteorder == "=" and sys.byteorder == "big")
     return (raw.byteswap() if swapped else raw).tobytes()
-
-
-def save(
-    path: str | os.PathLike[str], tensors: Mapping[str, HostArray], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write arrays to a file that appears whole or not at all.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from lorax_np import open_safetensors
-    >>> with TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "a.safetensors"
-    ...     save(path, {"w": np.ones((1, 2), np.float32)}, {"made by": "hand"})
-    ...     back = open_safetensors(path)
-    ...     back["w"].tolist(), back.metadata, len(path.read_bytes()) % 8
-    ([[1.0, 1.0]], {'made by': 'hand'}, 0)
-    """
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(encode(tensors, metadata))
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -19,7 +19,7 @@ from lorax_np.verify import precision
 from lorax_np.verify.batteries.tensors import Absent, answer
 from lorax_np.verify.layers import plain
 from lorax_np.verify.mutants import CATALOGUE
-from lorax_np.verify.tensorfile import encode, save
+from lorax_np.verify.tensorfile import encode
 from lorax_np.verify.truths import exact
 from lorax_np.verify.vectors import schema as vectors_schema
 from lorax_np.verify.vectors import write as vectors_write
@@ -588,7 +588,7 @@ def test_a_file_of_tensors_is_read_by_others(tmp_path):
         "e": np.array([True, False]),
         "f": np.array([1.5, -2], ml_dtypes.bfloat16),
     }
-    save(tmp_path / "t.safetensors", tensors, {"k": "v", "a": "é"})
+    (tmp_path / "t.safetensors").write_bytes(encode(tensors, {"k": "v", "a": "é"}))
     mine = lx.open_safetensors(tmp_path / "t.safetensors")
     assert mine.metadata == {"a": "é", "k": "v"}
     assert mine.dtype("f") == "BF16"
@@ -599,10 +599,8 @@ def test_a_file_of_tensors_is_read_by_others(tmp_path):
             assert np.array_equal(np.asarray(found[name]), value), name
     assert all(mine[name].flags.aligned for name in tensors)
     assert encode(tensors, {"a": "é", "k": "v"}) == (tmp_path / "t.safetensors").read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
     with pytest.raises(lx.DtypeError, match="z: expected a dtype among"):
-        save(tmp_path / "u.safetensors", {"z": np.array(1j)})
-    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+        encode({"z": np.array(1j)})
 
 
 def test_texts_hold_the_same_numbers(made):
