@@ -1,7 +1,6 @@
 """What was judged and how it came out: the checks, and the report that people and programs read."""
 
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from math import isfinite
@@ -186,17 +185,9 @@ def to_text(data: Any) -> str:
 
 def write_json(data: Any, path: str | Path) -> None:
     """Write data as JSON to a file that appears whole or not at all; a device or a pipe takes it as it is."""
-    path, text = Path(path), to_text(data) + "\n"
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    from .pages.digest import write_text
+
+    write_text(to_text(data) + "\n", path)
 
 
 def _finite(value: Any) -> Any:
