@@ -1,9 +1,10 @@
 """lorax-np merge: a checkpoint and an adapter, made one checkpoint."""
 
 import argparse
+from functools import partial
 
 from .common import Parsers
-from .streaming import Rate, options, told
+from .streaming import options, run_streamed
 
 
 def add(commands: Parsers) -> None:
@@ -26,20 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Merge, and print what was done."""
     from ..stream.merge import merge_checkpoint
 
-    progress = Rate("merge", "MB", 1e6, quiet=arguments.quiet or arguments.json)
-    try:
-        found = merge_checkpoint(
-            arguments.base,
-            arguments.adapter,
-            arguments.dest,
-            progress=progress,
-            dry_run=arguments.dry_run,
-            resume=arguments.resume,
-            dtype=arguments.dtype,
-            max_shard_size=arguments.max_shard_size,
-            jobs=arguments.jobs,
-            residual_base=arguments.residual_base,
-        )
-    finally:
-        progress.done()
-    return told(found, arguments, "merge", f"lorax-np inspect {arguments.dest}")
+    work = partial(merge_checkpoint, arguments.base, arguments.adapter, arguments.dest)
+    return run_streamed(work, arguments, "merge")

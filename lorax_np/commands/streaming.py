@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 EVERY = 5.0  # seconds between two lines where there is no terminal
@@ -87,7 +88,18 @@ def options(parser: argparse.ArgumentParser, *, files: bool = True) -> None:
         )
 
 
-def told(found: Any, arguments: argparse.Namespace, verb: str, after: str) -> int:
+def run_streamed(work: Callable[..., Any], arguments: argparse.Namespace, verb: str) -> int:
+    """Do work on a checkpoint's files as options say, its progress shown, and print what was done."""
+    progress = Rate(verb, "MB", 1e6, quiet=arguments.quiet or arguments.json)
+    names = "dry_run", "resume", "dtype", "max_shard_size", "jobs", "residual_base"
+    try:
+        found = work(progress=progress, **{name: getattr(arguments, name) for name in names})
+    finally:
+        progress.done()
+    return _told(found, arguments, verb)
+
+
+def _told(found: Any, arguments: argparse.Namespace, verb: str) -> int:
     """Print what was done: as JSON, or in a few lines, the last of which is the command that comes next."""
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
@@ -105,5 +117,5 @@ def told(found: Any, arguments: argparse.Namespace, verb: str, after: str) -> in
     went_on = f", {size(found.kept)} of them from before" if found.kept else ""
     files = f"{len(found.files)} files{went_on}, {size(found.nbytes)} in {found.seconds:.1f} s"
     print(f"{verb}d {found.sites} sites, {tensors}: {files}, at {found.out}")
-    print(f"next: {after}")
+    print(f"next: lorax-np inspect {arguments.dest}")
     return 0

@@ -1,9 +1,10 @@
 """lorax-np unmerge: an adapter taken out of a checkpoint again."""
 
 import argparse
+from functools import partial
 
 from .common import Parsers
-from .streaming import Rate, options, told
+from .streaming import options, run_streamed
 
 
 def add(commands: Parsers) -> None:
@@ -26,21 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Unmerge, and print what was done."""
     from ..stream.merge import unmerge_checkpoint
 
-    progress = Rate("unmerge", "MB", 1e6, quiet=arguments.quiet or arguments.json)
-    try:
-        found = unmerge_checkpoint(
-            arguments.merged,
-            arguments.adapter,
-            arguments.dest,
-            original=arguments.original,
-            progress=progress,
-            dry_run=arguments.dry_run,
-            resume=arguments.resume,
-            dtype=arguments.dtype,
-            max_shard_size=arguments.max_shard_size,
-            jobs=arguments.jobs,
-            residual_base=arguments.residual_base,
-        )
-    finally:
-        progress.done()
-    return told(found, arguments, "unmerge", f"lorax-np inspect {arguments.dest}")
+    work = partial(unmerge_checkpoint, arguments.merged, arguments.adapter, arguments.dest)
+    return run_streamed(partial(work, original=arguments.original), arguments, "unmerge")
