@@ -1,6 +1,6 @@
 """What a family of models, and the head of a task, are to the loader and to the tasks.  See specs/models.md."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from ..backend import Array
@@ -63,3 +63,13 @@ def other_heads(family: Family, config: Mapping[str, Any], task: str) -> set[str
     """The tensors that only other tasks' heads read: a model of this task has none of them."""
     own = family.heads[task].shapes(config, 1)
     return {name for head in family.heads.values() for name in head.shapes(config, 1)} - own.keys()
+
+
+def half_a_head(family: Family, config: Mapping[str, Any], task: str, names: Container[str]) -> str | None:
+    """A tensor of `names` at a layer of the task's head which that head does not read, but another task's does.
+
+    A llama's `score` has a bias for TOKEN_CLS and none for SEQ_CLS. None where there is no such tensor.
+    """
+    layers = {name.rpartition(".")[0] for name in family.heads[task].shapes(config, 1)}
+    others = sorted(other_heads(family, config, task))
+    return next((name for name in others if name in names and name.rpartition(".")[0] in layers), None)

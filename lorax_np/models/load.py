@@ -12,7 +12,7 @@ from ..errors import ConfigError, FormatError
 from ..io.checkpoint import open_checkpoint
 from ..kinds import nearest
 from .families import FAMILIES, MODEL_TYPES, OTHERS
-from .family import Family, Shapes, other_heads
+from .family import Family, Shapes, half_a_head, other_heads
 from .records import Model
 
 COMPUTED = "float32", "float64"
@@ -169,13 +169,16 @@ def model_of(
 
 
 def check_head(model: Model, task: str) -> None:
-    """Raise ConfigError where a model has no head for a task, and FormatError where the head's tensors lack."""
-    heads = FAMILIES[model.family].heads
+    """Raise ConfigError where a model has no head for a task, FormatError where its tensors do not fit."""
+    family = FAMILIES[model.family]
+    heads = family.heads
     if task not in heads:
         raise ConfigError(f"task: expected one of {', '.join(heads)} for {model.family}, got {task!r}")
     for name in heads[task].shapes(model.config, 1):
         if name not in model.weights:
             _refuse(model.path, f"the tensor {name} for {task}", "none; with_head makes one")
+    if more := half_a_head(family, model.config, task, model.weights):
+        _refuse(model.path, f"the head of {task}, which has no {more}", "that of another task, which has one")
 
 
 def check_finite(model: Model) -> None:

@@ -17,7 +17,7 @@ from ..ops.span import count_spans
 from ..ops.targets import count_kept
 from .check_batch import check_batch
 from .families import FAMILIES
-from .family import Family, Head
+from .family import Family, Head, half_a_head
 from .passes import PAIRS, Pass
 from .records import Batch, Dropout, Gradients, Model, Trained
 
@@ -197,6 +197,10 @@ def head_of(model: Model, task: str) -> Head:
     for name in heads[task].shapes(model.config, 1):
         if name not in model.weights:
             raise ConfigError(f"task: expected a model with {name} for {task}, got none; with_head makes one")
+    if more := half_a_head(family_of(model), model.config, task, model.weights):
+        raise ConfigError(
+            f"task: expected a model whose head has no {more} for {task}, got another task's head"
+        )
     return heads[task]
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 from whole import batch_of
 
 import lorax_np as lx
@@ -153,3 +154,20 @@ def test_gpt2s_heads():
     found: Plan = plan(classes.weights, lx.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
     assert {name.rpartition(".")[2] for name in found.sites} == {"c_attn", "c_proj", "c_fc"}
     assert all(site.transposed for site in found.sites.values())
+
+
+# ---- heads of other tasks -----------------------------------------------------------------------------------
+
+
+def test_half_of_another_tasks_head_is_no_head():
+    """A llama's score has a bias for TOKEN_CLS: without it, it would be another head for SEQ_CLS."""
+    weights = tiny.weights(head=False) | {"score.weight": np.ones((3, 10)), "score.bias": np.ones(3)}
+    assert "score.bias" in model_of(weights, tiny.CONFIG, task="TOKEN_CLS").weights
+    with pytest.raises(lx.FormatError, match=r"there: expected the head of SEQ_CLS, which has no score\.bias"):
+        model_of(weights, tiny.CONFIG, path="there", task="SEQ_CLS")
+    both = model_of(weights, tiny.CONFIG)
+    with pytest.raises(
+        lx.ConfigError, match=r"task: expected a model whose head has no score\.bias for SEQ_CLS"
+    ):
+        outputs(both, {}, Trained({}, {}), tiny.batch(), task="SEQ_CLS")
+    assert outputs(both, {}, Trained({}, {}), tiny.batch(), task="TOKEN_CLS").shape == (17, 3)
