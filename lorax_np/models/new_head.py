@@ -59,7 +59,8 @@ def with_head(model: Model, task: str, labels: int, rng: np.random.Generator) ->
     of several layers only those are drawn that the model lacks; a BERT's pooler, where that is one of them, has
     to be named in modules_to_save. Other tasks' heads are left out, as load_model does it.
 
-    Raises ConfigError where the family has no such head, where the model has one already, and for labels < 1.
+    Raises ConfigError where the family has no such head, where the model has one already, for labels < 1, and
+    where what the model has of the head, of another task's perhaps, is for another number of classes.
 
     >>> from lorax_np.models.load import model_of
     >>> from lorax_np.models.llama_config import llama_settings, llama_shapes
@@ -81,6 +82,9 @@ def with_head(model: Model, task: str, labels: int, rng: np.random.Generator) ->
         raise ConfigError(
             f"task: expected one that the model has no head for, since it has {taken}, got {task}"
         )
+    for name, shape in shapes.items():
+        if name not in missing and (there := tuple(model.weights[name].shape)) != shape:
+            raise ConfigError(f"labels: expected {there[0]}, the rows of {name} in the model, got {labels}")
     like = model.weights[next(iter(model.weights))]
     sigma, dtype = float(model.config.get("initializer_range") or 0.02), compute_dtype(like)
     made = {}

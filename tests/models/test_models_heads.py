@@ -171,3 +171,20 @@ def test_half_of_another_tasks_head_is_no_head():
     ):
         outputs(both, {}, Trained({}, {}), tiny.batch(), task="SEQ_CLS")
     assert outputs(both, {}, Trained({}, {}), tiny.batch(), task="TOKEN_CLS").shape == (17, 3)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_what_a_model_has_of_a_head_says_how_many_classes(kind):
+    """BERT's tasks share a classifier, which SEQ_CLS has a pooler below; llama's share a weight."""
+    if kind == "bert":
+        more = {"classifier.weight": np.ones((5, 6)), "classifier.bias": np.ones(5)}
+        weights = {n: W for n, W in checkpoint(BERT, **more).items() if "pooler" not in n}
+        base, task, drawn = model_of(weights, BERT), "SEQ_CLS", "bert.pooler.dense.weight"
+    else:
+        weights = tiny.weights(head=False) | {"score.weight": np.ones((5, 10))}
+        base, task, drawn = model_of(weights, tiny.CONFIG), "TOKEN_CLS", "score.bias"
+    with pytest.raises(lx.ConfigError, match=r"labels: expected 5, the rows of (classifier|score)\.weight"):
+        with_head(base, task, 3, RNG(0))
+    made = with_head(base, task, 5, RNG(0))
+    assert drawn in made.weights
+    assert outputs(made, {}, Trained({}, {}), tiny.batch((2, 3)), task=task).shape[1] == 5
