@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers as hf
 import writers
-from writers import BERT, adapter_directory, directory
+from tokenizers import processors
+from writers import BERT, LLAMA, adapter_directory, directory
 
 import lorax_np as lx
 from lorax_np import cli
@@ -289,3 +291,16 @@ def test_what_training_says_at_its_end_is_what_is_evaluated(places, figures, cap
     assert found["data"] == str(folder / "valid.jsonl")
     for name, value in found["metrics"].items():
         assert value == pytest.approx(after[name], rel=1e-5), name
+
+
+def test_a_tokenizers_types_are_not_for_a_model_that_has_none(figures, tmp_path):
+    """A llama's tokenizer counts a second text as type 1, which no llama reads."""
+    place = directory(tmp_path / "llama", LLAMA, task="SEQ_CLS", **CLASSES)
+    words = hf.Tokenizer.from_file(str(place / "tokenizer.json"))
+    words.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1", special_tokens=[])
+    words.save(str(place / "tokenizer.json"))
+    assert load_tokenizer(place).template.typed
+    two = file_of(tmp_path / "two.jsonl", {"text": "Hel", "text_pair": "lo", "label": "eggs"})
+    one = file_of(tmp_path / "one.jsonl", {"text": "Hello", "label": "eggs"})
+    found = [figures(place, data, "--task", "seq-cls")["metrics"]["loss"] for data in (two, one)]
+    assert found[0] == found[1]

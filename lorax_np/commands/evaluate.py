@@ -115,6 +115,7 @@ def read(
     arguments: argparse.Namespace, file: Path, beside: "Adapted", tokenizer: "Tokenizer", task: str
 ) -> "Data":
     """The rows as examples. Errors name file and line."""
+    from ..models.families import FAMILIES
     from ..text.data import encode_rows
     from ..text.examples import Settings
     from ..text.rows import read_rows
@@ -125,6 +126,7 @@ def read(
         longest,
         mask_prompt=arguments.mask_prompt,
         stride=max(0, min(128, longest // 2)),
+        typed=None if FAMILIES[beside.model.family].types else False,
         decoder_start=config.get("decoder_start_token_id"),
     ).checked()
     rows = read_rows(file, task)

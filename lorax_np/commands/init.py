@@ -143,7 +143,8 @@ def _seen(arguments: argparse.Namespace, config: "LoraConfig") -> dict[str, Any]
     rows = read_rows(arguments.data, task)
     rows = rows._replace(rows=rows.rows[: arguments.limit])
     longest = min(1024, model.config.get("max_position_embeddings") or 1024)
-    examples = encode_rows(rows, tokenizer, task=task, settings=Settings(longest), labels=None).examples
+    how = Settings(longest, typed=None if FAMILIES[model.family].types else False)
+    examples = encode_rows(rows, tokenizer, task=task, settings=how, labels=None).examples
     batches = [batch for step in Feed(examples, task, shuffle=False).epoch(0) for batch in step.batches]
     sites = plan(model.weights, config).sites
     if not (arguments.quiet or arguments.json):

@@ -40,6 +40,7 @@ class Family(NamedTuple):
     kept     : (at, N, keep) -> how many numbers the forward keeps of N tokens; None where nobody has counted
     unread   : how names begin of what checkpoints hold besides, such as heads that no task here has
     modern   : a name as passes have it, of the name that older files have
+    types    : whether tokens have types, which tell two texts of a sequence apart
     own_head : whether a head that a checkpoint holds is its own, whatever config.json says of ties
     stored   : (checkpoint, config, path) -> its tensors as passes have them, where files may hold them in
                other parts; FormatError for parts that do not fit
@@ -55,6 +56,7 @@ class Family(NamedTuple):
     kept: Callable[[Pass, int, str], int] | None = None
     unread: tuple[str, ...] = ()
     modern: Callable[[str], str] = str
+    types: bool = False
     own_head: bool = False
     stored: Callable[[Mapping[str, Any], Mapping[str, Any], str], Mapping[str, Any]] | None = None
 

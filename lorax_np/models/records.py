@@ -67,7 +67,7 @@ class Batch:
     starts : S + 1    row bounds of the sequences
     labels :          what their outputs should be, by the task; −100 counts for nothing (specs/models.md)
     index  : S        the number of each sequence in the whole step, over micro-batches and ranks
-    types  : (N,)     token types, for models that have them; None means 0
+    types  : (N,)     token types, for models that have them alone; None means 0
     decoder_ids, decoder_starts : (Nd,), S + 1   the decoder's sequences, for a model that has one
     """
 

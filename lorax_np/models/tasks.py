@@ -71,7 +71,7 @@ def loss_and_gradients(
     (True, 'model.layers.0.self_attn.v_proj', (2, 2))
     """
     family, head = family_of(model), head_of(model, task)
-    check_batch(batch, labels=task != "FEATURE_EXTRACTION")
+    check_for(model, batch, labels=task != "FEATURE_EXTRACTION")
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), dropout=dropout, tokens=tokens)
     gradients = Gradients()
     h, saved = family.forward(at, batch, "inputs" if checkpoint else "all")
@@ -92,7 +92,7 @@ def loss(
     tokens: Tokens | None = None,
 ) -> Array:
     """The loss alone, without dropout and with nothing kept, for evaluation; else as loss_and_gradients."""
-    check_batch(batch, labels=task != "FEATURE_EXTRACTION")
+    check_for(model, batch, labels=task != "FEATURE_EXTRACTION")
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).loss(at, h, batch, n)
@@ -113,7 +113,7 @@ def outputs(
     (N, V) logits of CAUSAL_LM, (S, C) of SEQ_CLS, (N, C) of TOKEN_CLS, (N, 2) of QUESTION_ANS, (Nd, V) of
     SEQ_2_SEQ_LM; (S, d) rows of length 1 of FEATURE_EXTRACTION. Arguments as loss_and_gradients.
     """
-    check_batch(batch)
+    check_for(model, batch)
     at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
     h, _ = family_of(model).forward(at, batch, "nothing")
     return head_of(model, task).outputs(at, h, batch)
@@ -202,6 +202,14 @@ def head_of(model: Model, task: str) -> Head:
             f"task: expected a model whose head has no {more} for {task}, got another task's head"
         )
     return heads[task]
+
+
+def check_for(model: Model, batch: Batch, *, labels: bool = False) -> None:
+    """Raise as check_batch does, and ConfigError for types where the model's tokens have none."""
+    check_batch(batch, labels=labels)
+    if batch.types is not None and not family_of(model).types:
+        wanted = f"None, since tokens of a {model.family} have no types"
+        raise ConfigError(f"types: expected {wanted}, got an array of shape {tuple(batch.types.shape)}")
 
 
 def _pair(engine: str) -> Any:

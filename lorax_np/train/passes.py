@@ -93,6 +93,7 @@ class Passes:
     ) -> tuple[Array | float, Trained]:
         """The loss of a micro-batch, divided by n, and its gradients, as models/tasks.py has them."""
         if self._plan is not None:
+            tasks.check_for(self.model, batch, labels=True)
             rows = batch.ids, batch.starts, batch.index, batch.labels
             adapters: Any = trained.adapters
             loss, found, _ = self._plan.loss_and_gradients(adapters, {}, *rows, n=n, dropout=dropout)
@@ -117,6 +118,7 @@ class Passes:
     def loss(self, trained: Trained, batch: Batch, *, n: int) -> float:
         """The loss alone, without dropout."""
         if self._plan is not None:
+            tasks.check_for(self.model, batch, labels=True)
             adapters: Any = trained.adapters
             rows = batch.ids, batch.starts, batch.index, batch.labels
             return float(self._plan.loss(adapters, {}, *rows, n=n))

@@ -92,6 +92,7 @@ def rows(
         longest,
         mask_prompt=settings["mask_prompt"],
         stride=min(128, longest // 2),
+        typed=None if family_of(model).types else False,
         decoder_start=model.config.get("decoder_start_token_id"),
     )
     there = labels_of_config(model.config) if has_head(model, task) else None

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tiny
 
-from lorax_np.errors import DtypeError, ShapeError
+import lorax_np as lx
+from lorax_np.errors import ConfigError, DtypeError, ShapeError
 from lorax_np.models.records import Trained
 from lorax_np.models.tasks import loss, loss_and_gradients, outputs
+from lorax_np.train.passes import Passes
 
 LM = {"task": "CAUSAL_LM"}
 BAD = {
@@ -28,6 +30,11 @@ BAD = {
         {"types": np.zeros(3, int)},
         ShapeError,
         r"types: expected \(N,\) with N=17",
+    ),
+    "types of a llama": (
+        {"types": np.zeros(17, int)},
+        ConfigError,
+        r"types: expected None, since tokens of a llama have no types, got an array of shape \(17,\)",
     ),
     "a decoder of others": (
         {"decoder_ids": np.ones(2, int), "decoder_starts": (0, 2)},
@@ -53,3 +60,16 @@ def test_labels_are_needed_where_a_loss_is_asked_for():
     with pytest.raises(ShapeError, match="labels: expected an array, got NoneType"):
         loss_and_gradients(model, {}, Trained({}, {}), batch, n=5, **LM)
     assert outputs(model, {}, Trained({}, {}), batch, **LM).shape == (17, tiny.CONFIG["vocab_size"])
+
+
+def test_the_planned_pass_refuses_the_same():
+    model = tiny.model(dtype="float32")
+    _, adapters, sites = lx.inject(model.weights, lx.LoraConfig(r=2), np.random.default_rng(0))
+    passes, trained = Passes(model, sites, Trained(adapters, {}), task="CAUSAL_LM"), Trained(adapters, {})
+    assert passes.planned
+    for parts, error, told in (BAD["types of a llama"], BAD["too few numbers"]):
+        batch = replace(tiny.batch(), **parts)
+        with pytest.raises(error, match=told):
+            passes.gradients(trained, batch, n=5, dropout=None)
+        with pytest.raises(error, match=told):
+            passes.loss(trained, batch, n=5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 from small_run import CONFIG, weights
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 import lorax_np as lx
 from lorax_np.cli import main
@@ -395,3 +395,18 @@ def test_what_was_trained_on_few_bits_is_judged_and_trained_on_there(place, tmp_
     ]
     assert main([*asked, "--quiet", *q]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_tokenizers_types_are_not_trained_on_where_a_model_has_none(place, tmp_path):
+    """A llama's tokenizer counts a second text as type 1, which no llama reads."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((place / name).read_bytes())
+    words = hf.Tokenizer.from_file(str(place / "tokenizer.json"))
+    words.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1", special_tokens=[])
+    words.save(str(folder / "tokenizer.json"))
+    rows = [{"text": WORDS[i], "text_pair": WORDS[i + 1], "label": "ab"[i % 2]} for i in range(4)]
+    (data := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--model", folder, "--data", data, "--task", "seq-cls", "--iters", 1, "--quiet"]
+    assert main(flags(place, tmp_path / "run", *more)) == 0
