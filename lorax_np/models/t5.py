@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, namespace_of, to_host
-from ..errors import ConfigError
+from ..backend import Array, dtype_name, namespace_of, to_host
+from ..errors import ConfigError, DtypeError
 from ..ops.norm import NormSaved
 from ..ops.relative import Relative
 from ..ops.targets import IGNORED
@@ -76,6 +76,10 @@ def decoder_input(at: Pass, labels: Any, rows: Rows) -> Any:
     host = to_host(labels)
     if host.shape != (rows.count,):
         raise ConfigError(f"labels: expected {rows.count}, one for each row of the decoder, got {host.shape}")
+    if host.dtype.kind not in "iu":
+        raise DtypeError(f"labels: expected integers, got {dtype_name(host)}")
+    if host.size and host.max() > np.iinfo("int64").max:  # which would come out negative
+        raise ConfigError(f"labels: expected ids or −100, got {host.max()}")
     ids = np.full(rows.count, at.config["decoder_start_token_id"])
     for begin, end in pairwise(rows.starts):
         ids[begin + 1 : end] = host[begin : max(begin, end - 1)]

@@ -38,12 +38,11 @@ def targets(labels: Array, V: int, *, len_: int) -> tuple[Any, Any]:
         raise ShapeError(f"labels: expected (N,) with N={len_} set by the rows, got {tuple(host.shape)}")
     if host.dtype.kind not in "iu":
         raise DtypeError(f"labels: expected integers, got {dtype_name(host)}")
-    host = host.astype("int64")
-    kept = host != IGNORED
+    kept = host != IGNORED  # before any cast: 2⁶⁴ − 100 would become −100
     bad = (kept & ((host < 0) | (host >= V))).nonzero()[0]
     if len(bad):
         raise ConfigError(f"labels: expected 0 to {V - 1} or −100, got {host[bad[0]]} in row {bad[0]}")
-    return host * kept, kept
+    return host.astype("int64") * kept, kept
 
 
 def two_axes(**arrays: Array) -> None:

@@ -168,6 +168,10 @@ def test_what_the_decoder_reads():
         decoder_input(at, np.array([7, 8]), Rows((0, 3), (0,)))
     with pytest.raises(lx.ConfigError, match="batch: expected decoder_ids, or labels that say what they are"):
         decoder_input(at, None, Rows((0, 3), (0,)))
+    with pytest.raises(lx.ConfigError, match="labels: expected ids or −100, got 18446744073709551516"):
+        decoder_input(at, np.array([7, 2**64 - 100, 1], "uint64"), Rows((0, 3), (0,)))
+    with pytest.raises(lx.DtypeError, match="labels: expected integers, got float64"):
+        decoder_input(at, np.array([7.0, 8.5, 1.0]), Rows((0, 3), (0,)))
     with pytest.raises(lx.ConfigError, match="batch: expected the decoder's sequences"):
         step._replace(batch=replace(step.batch, decoder_starts=None)).gradients()
 

@@ -283,6 +283,17 @@ def test_what_has_no_meaning_is_refused():
         cross_entropy_forward(z, np.array([0, 4, -100]), n=2)
     with pytest.raises(ConfigError, match=r"^labels: expected 0 to 3 or −100, got -1 in row 2$"):
         head_cross_entropy(z, np.ones((4, 4)), np.array([0, 3, -1]), n=2)
+    for wrapped in (2**64 - 100, 2**64 - 1, 2**63):  # as int64 the first is −100
+        for refused in (
+            lambda y: cross_entropy_forward(z, y, n=2),
+            lambda y: head_cross_entropy(z, np.ones((4, 4)), y, n=2),
+        ):
+            with pytest.raises(
+                ConfigError, match=rf"^labels: expected 0 to 3 or −100, got {wrapped} in row 1$"
+            ):
+                refused(np.array([0, wrapped, 3], "uint64"))
+    small = cross_entropy_forward(z, np.array([0, 3, 1], "uint8"), n=3)[0]
+    assert small == cross_entropy_forward(z, np.array([0, 3, 1]), n=3)[0]
     with pytest.raises(ShapeError, match=r"^labels: expected \(N,\) with N=3 set by the rows, got \(2,\)$"):
         cross_entropy_forward(z, labels[:2], n=2)
     with pytest.raises(DtypeError, match=r"^labels: expected integers, got float64$"):
@@ -296,6 +307,8 @@ def test_what_has_no_meaning_is_refused():
         head_cross_entropy(z, np.ones((4, 4)), labels, n=2, rows=0)
     with pytest.raises(ConfigError, match=r"^spans: expected rows from 0, or −100 for none, got"):
         span_forward(np.ones((3, 2)), np.array([0, 3]), np.array([[-1, 0]]), n=1)
+    past = np.array([[2**64 - 100, 0]], "uint64")  # is past the end, as 3 is
+    assert count_spans(past, np.array([0, 3])) == 1
     with pytest.raises(ShapeError, match=r"^spans: expected"):
         span_forward(np.ones((3, 2)), np.array([0, 3]), np.array([[1, 0], [0, 0]]), n=1)
     for starts in ([0, 2], [1, 3], [0, 2, 2, 3], []):
