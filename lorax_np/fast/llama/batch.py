@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import HostArray, on_device, to_host
-from ...errors import ConfigError, ShapeError
+from ...backend import HostArray, dtype_name, on_device, to_host
+from ...errors import ConfigError, DtypeError, ShapeError
 from .head import IGNORED
 from .room import Run
 
@@ -24,9 +24,12 @@ class Batch(NamedTuple):
 
 
 def batch_of(ids: Any, starts: Any, index: Any, labels: Any, n: int, V: int) -> Batch:
-    """The batch, checked: ConfigError and ShapeError where its parts do not fit."""
+    """The batch, checked: ConfigError, ShapeError and DtypeError where its parts do not fit."""
     ids, labels = (to_host(x) if on_device(x) else np.asarray(x) for x in (ids, labels))
     bounds, numbers = [int(at) for at in starts], [int(i) for i in index]
+    for name, values in (("ids", ids), ("labels", labels)):
+        if values.dtype.kind not in "iu" and values.size:
+            raise DtypeError(f"{name}: expected integers, got {dtype_name(values)}")
     if ids.ndim != 1 or ids.shape != labels.shape:
         raise ShapeError(f"labels: expected {ids.shape}, set by ids, got {labels.shape}")
     if not bounds or bounds[0] != 0 or bounds[-1] != len(ids) or sorted(bounds) != bounds:
