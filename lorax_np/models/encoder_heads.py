@@ -23,7 +23,7 @@ from ..ops.pooling import (
 from ..ops.span import span_backward, span_forward
 from .bert import one_row_each, pooler_backward, pooler_forward
 from .family import Head, Shapes
-from .heads import class_loss
+from .heads import class_loss, finite_labels
 from .passes import Pass
 from .records import Batch, Gradients, Rows
 
@@ -163,7 +163,7 @@ def _pairs(y: Array, scores: Any, n: int) -> tuple[Array, Array]:
         loss, kept = contrastive_forward(one, other, n=n)  # (heads.9)
         g = contrastive_backward(kept)
     else:
-        scores = cast(from_host(to_host(scores), y), dtype_name(y))
+        scores = cast(from_host(finite_labels(to_host(scores)), y), dtype_name(y))
         loss, also = cosine_mse_forward(one, other, scores, n=n)  # (heads.10)
         g = cosine_mse_backward(also)
     both: Array = namespace_of(y=y).concat(list(g), axis=0)

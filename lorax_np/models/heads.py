@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, cast, dtype_name, from_host, namespace_of, to_host
-from ..errors import ConfigError, ShapeError
+from ..backend import FLOATS, Array, all_finite, cast, dtype_name, from_host, namespace_of, to_host
+from ..errors import ConfigError, DtypeError, ShapeError
 from ..layers.tokens import TokenRows
 from ..ops.linear import linear_backward_x
 from ..ops.loss import (
@@ -184,12 +184,17 @@ def class_loss(z: Array, labels: Any, n: int) -> tuple[Array, Array]:
     """The loss of logits z : (S, C), and gz : (S, C), by what labels are.
 
     integers (S,): cross entropy.  numbers (S, C): binary cross entropy of each.  numbers (S,), C = 1: squares
+    Raises ConfigError for integers beside one output, whose loss is 0 whatever it puts out; and for numbers
+    that are not finite, or of (S, C) not from 0 to 1.
     """
     host = to_host(labels)
     if host.dtype.kind in "iu":
+        if z.shape[1] == 1:
+            wanted = "at least two outputs for integers, which are classes"
+            raise ConfigError(f"labels: expected {wanted}, got one output; numbers to come near are floats")
         loss, saved = cross_entropy_forward(z, host, n=n)
         return loss, cross_entropy_backward(saved)
-    y = cast(from_host(host, z), dtype_name(z))
+    y = cast(from_host(finite_labels(host), z), dtype_name(z))
     if host.ndim == 2:
         loss, those = bce_forward(z, y, n=n)
         return loss, bce_backward(those)
@@ -197,6 +202,16 @@ def class_loss(z: Array, labels: Any, n: int) -> tuple[Array, Array]:
         raise ConfigError(f"labels: expected integers, or one row of numbers for each of {z.shape[1]} outputs")
     loss, those = mse_forward(z[:, 0], y, n=n)
     return loss, mse_backward(those)[:, None]
+
+
+def finite_labels(host: Any) -> Any:
+    """Labels that are numbers, on the host: DtypeError for others, ConfigError where one is not finite."""
+    name = dtype_name(host)
+    if name not in (*FLOATS, "bool") or name.startswith("complex"):
+        raise DtypeError(f"labels: expected integers or real numbers, got {name}")
+    if not all_finite(host):
+        raise ConfigError("labels: expected finite numbers, got NaN or infinity")
+    return host
 
 
 def score_shapes(config: Mapping[str, Any], labels: int) -> Shapes:

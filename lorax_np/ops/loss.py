@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..backend import Array, from_host, namespace, namespace_of, real
 from ..errors import ConfigError
 from ..shapes import bind
-from .targets import check_n, targets, two_axes
+from .targets import check_n, check_shares, targets, two_axes
 
 
 class CrossEntropySaved(NamedTuple):
@@ -204,7 +204,8 @@ def mse_backward(saved: TargetSaved) -> Array:
 def bce_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     """Cross entropy of one sigmoid for each entry, ℓ = Σ[log(1 + e^z) − zy]/n, of z, y : (...), 0 ≤ y ≤ 1.
 
-    For labels that may hold together. n is the number of entries of the whole step. Source: specs/loss.md.
+    For labels that may hold together; y is read on the host. n is the number of entries of the whole step.
+    Raises ConfigError for n < 1, and for a y that is none, with its place. Source: specs/loss.md.
 
     >>> import numpy as np
     >>> loss, saved = bce_forward(np.array([0.0, 1000.0]), np.array([1.0, 1.0]), n=2)
@@ -213,6 +214,7 @@ def bce_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     """
     _same(z, y)
     n = check_n(n)
+    check_shares(y)
     xp = namespace_of(z=z, y=y)
     at: Any = real(z)
     positive, zero = at > 0, xp.zeros_like(z)

@@ -45,6 +45,16 @@ def targets(labels: Array, V: int, *, len_: int) -> tuple[Any, Any]:
     return host.astype("int64") * kept, kept
 
 
+def check_shares(y: Array) -> None:
+    """Raise ConfigError, with its row, where an entry of y : (...) is not from 0 to 1.  See specs/loss.md."""
+    host: Any = to_host(y)
+    flat = host.reshape(-1)
+    bad = (~((flat >= 0) & (flat <= 1))).nonzero()[0]    # NaN is neither
+    if len(bad):
+        row = bad[0] // (flat.size // host.shape[0]) if host.ndim else 0
+        raise ConfigError(f"y: expected labels from 0 to 1, got {flat[bad[0]]} in row {row}")
+
+
 def two_axes(**arrays: Array) -> None:
     """Raise ShapeError unless each array has two axes; the first may hold nothing.  See specs/loss.md."""
     for name, x in arrays.items():

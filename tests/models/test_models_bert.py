@@ -116,6 +116,13 @@ def test_what_is_kept_is_what_was_counted(engine, p, targets):
     laws.assert_kept_is_counted(step._replace(trained=trained, sites=sites), engine, bert.bert_forward)
 
 
+def test_cosines_are_finite():
+    step = step_of("scored pairs")
+    batch = replace(step.batch, labels=np.array([0.3, np.nan]))
+    with pytest.raises(ConfigError, match="labels: expected finite numbers, got NaN or infinity"):
+        step._replace(batch=batch).gradients()
+
+
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 @pytest.mark.parametrize("what", ["classes", "several classes", "spans", "pairs", "scored pairs"])
 def test_any_array_library_computes_it(library, what):

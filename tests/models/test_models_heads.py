@@ -1,5 +1,7 @@
 """Checkpoints of BERT and GPT-2 as files have them: prefixes, old names, other heads; and drawn heads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -12,7 +14,7 @@ from lorax_np.models.families import FAMILIES
 from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
-from lorax_np.models.tasks import loss_and_gradients, outputs
+from lorax_np.models.tasks import loss, loss_and_gradients, outputs
 
 BERT = {
     "model_type": "bert",
@@ -188,3 +190,31 @@ def test_what_a_model_has_of_a_head_says_how_many_classes(kind):
     made = with_head(base, task, 5, RNG(0))
     assert drawn in made.weights
     assert outputs(made, {}, Trained({}, {}), tiny.batch((2, 3)), task=task).shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("rows_of_head", "labels", "error", "told"),
+    [
+        (3, np.full((4, 3), 1.5), lx.ConfigError, "y: expected labels from 0 to 1, got 1.5 in row 0"),
+        (3, np.full((4, 3), np.nan), lx.ConfigError, "labels: expected finite numbers, got NaN or infinity"),
+        (1, np.array([0.5, 1, np.inf, 0]), lx.ConfigError, "labels: expected finite numbers, got NaN or inf"),
+        (1, np.array([0, 0, -100, 0]), lx.ConfigError, "labels: expected at least two outputs for integers, "),
+        (1, np.array(["a"] * 4), lx.DtypeError, "labels: expected integers or real numbers, got str"),
+        (1, np.ones(4, complex), lx.DtypeError, "labels: expected integers or real numbers, got complex128"),
+        (3, np.full(4, 2**64 - 100), lx.ConfigError, "labels: expected 0 to 2 or −100, got 184467"),
+    ],
+)
+def test_labels_that_a_loss_has_no_meaning_for(rows_of_head, labels, error, told):
+    model = with_head(tiny.model(), "SEQ_CLS", rows_of_head, RNG(0))
+    batch = replace(tiny.batch(), labels=labels)
+    with pytest.raises(error, match=told):
+        loss_and_gradients(model, {}, Trained({}, {}), batch, task="SEQ_CLS", n=4)
+
+
+def test_multi_hot_labels_may_be_truths():
+    model, hot = with_head(tiny.model(), "SEQ_CLS", 3, RNG(0)), np.eye(4, 3)
+    one, other = (
+        loss(model, {}, Trained({}, {}), replace(tiny.batch(), labels=y), task="SEQ_CLS", n=12)
+        for y in (hot, hot > 0)
+    )
+    assert one == other

@@ -256,7 +256,7 @@ def test_numbers_of_numpy_widen_nothing():
     loss, saved = span_forward(h, (0, 2, 3), np.array([[1, 0], [0, 0]]), n=np.int64(4))
     assert loss.dtype == span_backward(saved).dtype == np.float32
     for forward, backward in ((mse_forward, mse_backward), (bce_forward, bce_backward)):
-        loss, saved = forward(h, h * h, n=np.int64(6))
+        loss, saved = forward(h, 1 / (1 + h * h), n=np.int64(6))
         assert loss.dtype == backward(saved).dtype == np.float32
 
 
@@ -314,6 +314,14 @@ def test_what_has_no_meaning_is_refused():
     for starts in ([0, 2], [1, 3], [0, 2, 2, 3], []):
         with pytest.raises(ShapeError, match=r"^starts: expected"):
             span_forward(np.ones((3, 2)), np.array(starts, "int64"), np.array([[1, 0]]), n=1)
+    shares = np.array([[0.0, 0.3], [1.0, 0.7]])
+    for wrong in (1.0000001, -1e-9, np.nan, np.inf):
+        y = shares.copy()
+        y[1, 0] = wrong
+        with pytest.raises(ConfigError, match=rf"^y: expected labels from 0 to 1, got {wrong} in row 1$"):
+            bce_forward(np.ones((2, 2)), y, n=4)
+    with pytest.raises(ConfigError, match=r"^y: expected labels from 0 to 1, got 2.0 in row 0$"):
+        bce_forward(np.ones(()), np.array(2.0), n=1)
     with pytest.raises(DtypeError, match=r"^y: expected float64, set by z, got float32$"):
         mse_forward(np.ones(2), np.ones(2, "float32"), n=1)
     with pytest.raises(ShapeError, match=r"^y: expected"):
