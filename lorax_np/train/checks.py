@@ -26,7 +26,8 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
     """Raise FormatError or ConfigError for what would only come out wrong in a step.
 
     That is a number of the base, or of what trains, that is not finite; a token that the model has no row for;
-    a sequence longer than the positions that it has; and data in which no label counts.
+    a sequence longer than the positions that it has; a class that the head has no output for, or that is its
+    only one; and data in which no label counts.
     """
     for name, value in chain(model.weights.items(), parameters(trained).items()):  # one is there at a time
         if dtype_name(value) in FLOATS and not all_finite(value):
@@ -46,9 +47,29 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
             if longest and len(part) > longest:
                 wanted = f"at most {longest} tokens, the model's {LONGEST}"
                 raise ConfigError(f"{example.where}: expected {wanted}, got {len(part)}; lower max_seq_length")
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        _check_classes(model, examples, task)
     if examples and not any(example.kept for example in examples):
         came = f"none in {len(examples)} rows, first {examples[0].where}"
         raise ConfigError(f"data: expected a label that counts in some row of {task}, got {came}")
+
+
+def _check_classes(model: Model, examples: Sequence[Example], task: str) -> None:
+    """Raise ConfigError for the first row whose labels are not those of the head's outputs."""
+    *_, last = tasks.head_of(model, task).shapes(model.config, 1)
+    C = model.weights[last].shape[0]
+    for example in examples:
+        labels: HostArray = np.asarray(example.labels)
+        if labels.dtype.kind not in "iu":
+            if labels.shape not in ((C,), () if C == 1 else (C,)):
+                wanted = f"a class, or {C} numbers, for the outputs of {last}"
+                raise ConfigError(f"{example.where}: expected {wanted}, got numbers of shape {labels.shape}")
+        elif C == 1:  # its loss is 0, whatever the output
+            wanted = f"at least two outputs in {last}, for classes"
+            raise ConfigError(f"{example.where}: expected {wanted}, got one, which learns numbers alone")
+        elif labels.size and labels.max() >= C:
+            wanted = f"classes below {C}, the rows of {last}"
+            raise ConfigError(f"{example.where}: expected {wanted}, got {labels.max()}")
 
 
 def fingerprint(model: Model) -> str:

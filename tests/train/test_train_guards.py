@@ -11,8 +11,10 @@ from small_run import CONFIG, examples, lora, settings, started, weights
 import lorax_np as lx
 from lorax_np.errors import ConfigError, FormatError
 from lorax_np.models.load import model_of
+from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
-from lorax_np.text.examples import Tokens
+from lorax_np.text.examples import Example, Tokens
+from lorax_np.text.labels import Labels
 from lorax_np.train import output, train
 from lorax_np.train.checks import check_start
 from lorax_np.train.log import records
@@ -66,6 +68,45 @@ def test_rows_that_the_model_cannot_read():
         ConfigError, match=r"data: expected a label that counts .* none in 24 rows, first rows.jsonl:1"
     ):
         run(rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "told"),
+    [
+        (1, (0, 0, 0), r"rows:1: expected at least two outputs in score\.weight, for classes, got one, which"),
+        (3, (0, 2, 3), r"rows:3: expected classes below 3, the rows of score\.weight, got 3"),
+        (
+            3,
+            (0.5, 1.0, 2.0),
+            r"rows:1: expected a class, or 3 numbers, for the outputs of score\.weight, got num",
+        ),
+        (
+            3,
+            (np.ones(3), np.ones(2), np.ones(3)),
+            r"rows:2: expected a class, or 3 numbers, .* of shape \(2,\)",
+        ),
+    ],
+)
+def test_classes_that_the_head_has_no_outputs_for(outputs, labels, told, tmp_path):
+    """Of one output the loss of classes is 0, whatever it is: a run would go on and learn nothing."""
+    base = with_head(model_of(weights(), CONFIG, path="tiny"), "SEQ_CLS", outputs, np.random.default_rng(0))
+    _, adapters, sites, config = started()
+    rows = [Example(f"rows:{i}", (Tokens(np.arange(3)),), label) for i, label in enumerate(labels, 1)]
+    with pytest.raises(ConfigError, match=told):
+        train(base, adapters, rows, settings(), sites=sites, task="SEQ_CLS", lora=config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "label"), [("regression", 1, 0.5), ("single", 2, 1), ("multi", 2, np.array([0.0, 1.0]))]
+)
+def test_classes_and_numbers_that_it_has_outputs_for(kind, outputs, label):
+    base = with_head(model_of(weights(), CONFIG, path="tiny"), "SEQ_CLS", outputs, np.random.default_rng(0))
+    _, adapters, sites, _ = started()
+    rows = [Example(f"rows:{i}", (Tokens(np.arange(3)),), label, kept=np.size(label)) for i in range(3)]
+    how = {"task": "SEQ_CLS", "labels": Labels(kind, ("a", "b")[:outputs])}
+    found = train(base, adapters, rows, settings(iters=1), sites=sites, **how)
+    assert found.step == 1
 
 
 def test_what_has_no_meaning():
