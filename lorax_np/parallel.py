@@ -15,6 +15,7 @@ from .backend import Array, HostArray, from_host, launched_ranks, to_host
 from .errors import BackendError, ConfigError
 
 REDUCTIONS = "ordered", "allreduce"
+MOST = 1 << 30  # bytes that one call of MPI moves, of all ranks together: it counts in C's int
 
 
 class Communicator(Protocol):
@@ -79,27 +80,38 @@ class Mpi:
 
     def gather(self, part: HostArray) -> list[HostArray]:
         """Every rank's buffer, by MPI_Allgather of its bytes."""
-        mine = np.ascontiguousarray(part)
-        every = np.empty((self.size, mine.size), mine.dtype)
-        self._world.Allgather(_bytes(mine), _bytes(every))
-        return list(every)
+        mine, found = np.ascontiguousarray(part), []
+        for piece in self._pieces(mine):
+            every = np.empty((self.size, piece.size), mine.dtype)
+            self._world.Allgather(_bytes(piece), _bytes(every))
+            found.append(every)
+        return (
+            list(found[0]) if len(found) == 1 else [np.concatenate(rows) for rows in zip(*found, strict=True)]
+        )
 
     def allreduce(self, part: HostArray) -> HostArray:
         """The sum, by MPI_Allreduce."""
         mine = np.ascontiguousarray(part)
         every = np.empty_like(mine)
-        self._world.Allreduce(mine, every, op=self._mpi.SUM)
+        for piece, total in zip(self._pieces(mine), self._pieces(every), strict=True):
+            self._world.Allreduce(piece, total, op=self._mpi.SUM)
         return every
 
     def broadcast(self, part: HostArray) -> HostArray:
         """Rank 0's buffer, by MPI_Bcast of its bytes."""
         found = np.array(part)
-        self._world.Bcast(_bytes(found), root=0)
+        for piece in self._pieces(found):
+            self._world.Bcast(_bytes(piece), root=0)
         return found
 
     def abort(self, code: int) -> None:
         """MPI_Abort."""
         self._world.Abort(code)
+
+    def _pieces(self, flat: HostArray) -> list[HostArray]:
+        """A buffer in parts that one call can move, as many on every rank; at least one, of nothing perhaps."""
+        most = max(1, MOST // (flat.itemsize * self.size))
+        return [flat[i : i + most] for i in range(0, max(1, flat.size), most)]
 
 
 class Threads:

@@ -8,9 +8,11 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 if __name__ == "__main__":
     from small_run import examples, settings, started
 
+    from lorax_np import parallel
     from lorax_np.parallel import world
     from lorax_np.train import train
 
+    parallel.MOST = 1000  # so that buffers go in pieces, as those past 2 GiB do
     ranks = world()
     base, adapters, sites, lora = started()
     config = settings(iters=4, grad_accumulation_steps=int(sys.argv[2]))

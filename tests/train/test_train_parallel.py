@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small_run import examples, settings, started
 
+from lorax_np import parallel
 from lorax_np.errors import ConfigError
 from lorax_np.parallel import Alone, broadcast_bytes, counted, same_everywhere, summed, threads
 from lorax_np.train import train
@@ -110,6 +111,59 @@ def test_ranks_that_part_are_found(monkeypatch):
     monkeypatch.setattr(Held, "step", wrong)
     with pytest.raises(ConfigError, match="step 2: expected the same parameters on every rank"):
         on_all(2, run)
+
+
+class World:
+    """MPI among threads, whose calls count bytes up to a limit, as MPI's do up to 2³¹."""
+
+    SUM, LIMIT = "sum", 64
+
+    def __init__(self, ranks):
+        self.ranks, self.calls = ranks, 0
+
+    def _counted(self, *buffers):
+        self.calls += 1
+        for buffer in buffers:
+            assert buffer.flags.c_contiguous
+            if buffer.nbytes > self.LIMIT:
+                raise OverflowError(f"{buffer.nbytes} bytes")
+
+    def Allgather(self, mine, every):
+        self._counted(mine, every)
+        every.reshape(self.ranks.size, -1)[...] = np.array(self.ranks.gather(mine))
+
+    def Allreduce(self, mine, every, op):
+        self._counted(mine, every)
+        assert op == self.SUM
+        every[...] = np.sum(self.ranks.gather(mine), axis=0)
+
+    def Bcast(self, buffer, root):
+        self._counted(buffer)
+        buffer[...] = self.ranks.gather(buffer)[root]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 16, 17, 101])
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_buffers_past_what_mpi_counts_go_in_pieces(monkeypatch, count, dtype):
+    monkeypatch.setattr(parallel, "MOST", World.LIMIT)
+
+    def work(ranks):
+        mpi = object.__new__(parallel.Mpi)
+        mpi._mpi = mpi._world = World(ranks)
+        mpi.rank, mpi.size = ranks.rank, ranks.size
+        mine = (np.arange(count) % 50 + 50 * ranks.rank).astype(dtype)
+        mine.flags.writeable = False
+        found = mpi.gather(mine), mpi.allreduce(mine), mpi.broadcast(mine)
+        return *found, mpi._world.calls
+
+    first, second = ((np.arange(count) % 50 + 50 * rank).astype(dtype) for rank in range(2))
+    pieces = max(1, -(-count * first.itemsize * 2 // World.LIMIT))
+    for gathered, total, sent, calls in on_all(2, work):
+        assert [part.dtype for part in (*gathered, total, sent)] == [np.dtype(dtype)] * 4
+        assert np.array_equal(gathered, [first, second])
+        assert np.array_equal(total, first + second)
+        assert np.array_equal(sent, first)
+        assert calls == 3 * pieces
 
 
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
