@@ -15,14 +15,15 @@ from ..errors import BackendError, FormatError
 
 Message = Mapping[str, str]
 START, END = "<|im_start|>", "<|im_end|>"
-# The ChatML templates in use, apart from spaces; some write a system turn where none is given.
+# The ChatML templates in use, with the spaces around them that Jinja passes over; some write a system turn
+# where none is given.
 CHATML = re.compile(
-    r"\{% for message in messages %\}"
+    r"[ \t]*\{% for message in messages %\}"
     r"(?:\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}"
-    r"\{\{ ?'<\|im_start\|>system(?:\n|\\n)(?P<system>[^'\\{}]*)<\|im_end\|>(?:\n|\\n)' ?\}\}\{% endif %\})?"
+    r"\{\{ ?'<\|im_start\|>system(?:\n|\\n)(?P<system>[^'\\{}\r]+)<\|im_end\|>(?:\n|\\n)' ?\}\}\{% endif %\})?"
     r"\{\{ ?'<\|im_start\|>' ?\+ ?message\['role'\] ?\+ ?'(?:\n|\\n)' ?\+ ?message\['content'\] ?"
     r"\+ ?'<\|im_end\|>' ?\+ ?'(?:\n|\\n)' ?\}\}\{% endfor %\}"
-    r"\{% if add_generation_prompt %\}\{\{ ?'<\|im_start\|>assistant(?:\n|\\n)' ?\}\}\{% endif %\}"
+    r"\{% if add_generation_prompt %\}\{\{ ?'<\|im_start\|>assistant(?:\n|\\n)' ?\}\}\{% endif %\}\n{0,2}"
 )
 GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 
@@ -48,7 +49,7 @@ class Chat:
         """The system turn that ChatML begins with where none is given ("" for none); None: not ChatML."""
         if self.template is None:
             return ""
-        found = CHATML.fullmatch(self.template.strip())
+        found = CHATML.fullmatch(self.template)
         return None if found is None else found["system"] or ""
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> Rendered:
@@ -79,8 +80,8 @@ class Chat:
 
     def _jinja(self, messages: Sequence[Message], generation: bool) -> str:
         try:
-            values = {"messages": [dict(one) for one in messages], "add_generation_prompt": generation}
-            return str(self._compiled.render(**values, **self.words))
+            written = {"messages": [dict(one) for one in messages], "add_generation_prompt": generation}
+            return str(self._compiled.render(**written, tools=None, documents=None, **self.words))
         except (BackendError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
@@ -129,9 +130,12 @@ def _plainly(tag: re.Match[str]) -> str:
     return f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """What templates call to write JSON: letters as they are, none of them escaped for a browser."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    how: Any = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 def _raised(message: str) -> NoReturn:
