@@ -38,10 +38,11 @@ def _f1(hits: int, found: int, right: int) -> Score:
     return Score(precision, recall, 2 * hits / (found + right) if hits else 0.0)  # (data.5)
 
 
-def _same_length(predicted: Sized, right: Sized) -> None:
-    if len(predicted) != len(right) or not len(right):
+def _same_length(predicted: Sized, right: Sized, *, least: int = 1) -> None:
+    if len(predicted) != len(right) or len(right) < least:
         raise ConfigError(
-            f"predicted: expected as many as right, at least one, got {len(predicted)} for {len(right)}"
+            f"predicted: expected as many as right{', at least one' * least}, "
+            f"got {len(predicted)} for {len(right)}"
         )
 
 
@@ -82,13 +83,14 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     >>> sorted(entities(["B-LOC", "I-LOC", "O", "I-PER", "B-PER"]))
     [('LOC', 0, 2), ('PER', 3, 4), ('PER', 4, 5)]
     """
-    found, kind, begin = set(), "", 0
+    found: set[tuple[str, int, int]] = set()
+    kind, begin = None, 0  # of the entity that goes on
     for at, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
-        if kind and (mark != "I" or name != kind):
+        if kind is not None and (mark != "I" or name != kind):
             found.add((kind, begin, at))
-            kind = ""
-        if mark in ("B", "I") and not kind:
+            kind = None
+        if mark in ("B", "I") and kind is None:
             kind, begin = name, at
     return found
 
@@ -102,7 +104,7 @@ def entity_score(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[st
     _same_length(predicted, right)
     hits = found = true = 0
     for one, other in zip(predicted, right, strict=True):
-        _same_length(one, other)
+        _same_length(one, other, least=0)
         p, r = entities(one), entities(other)
         hits, found, true = hits + len(p & r), found + len(p), true + len(r)
     return _f1(hits, found, true)

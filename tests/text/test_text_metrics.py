@@ -73,8 +73,14 @@ def test_an_entity_counts_whole():
     assert entity_score([["B-X", "O", "O", "B-Y"], ["O"]], right) == (0.5, 0.5, 0.5)
     assert entity_score([["B-Y", "I-Y", "O", "B-Y"], ["B-X"]], right) == (1 / 3, 0.5, 0.4)
     assert entity_score([["O"] * 4, ["O"]], right) == (0.0, 0.0, 0.0)
-    with pytest.raises(ConfigError, match="expected as many"):
-        entity_score([["O"]], [["O", "O"]])
+    assert entity_score([[], ["B-X"]], [[], ["B-X"]]) == (1.0, 1.0, 1.0)  # a sentence whose words were all cut
+    for predicted, wanted in (([["O"]], [["O", "O"]]), ([["O"]], [[]]), ([[]], [["O"]]), ([], [])):
+        with pytest.raises(ConfigError, match="expected as many"):
+            entity_score(predicted, wanted)
+
+
+def test_an_entity_may_have_no_type():
+    assert entities(["B-", "I-", "O", "B-X", "I-"]) == {("", 0, 2), ("X", 3, 4), ("", 4, 5)}
 
 
 @pytest.mark.parametrize(
@@ -189,6 +195,8 @@ def test_scores_of_tags_leave_ignored_rows_out():
         1.0,
         pytest.approx(2 / 3),
     )
+    bare = example(np.array([-100, -100, -100, -100]), 4, kept=0)
+    assert scores("token-cls", [example(np.array([-100, 0, 1, 2]), 4), bare], [z, z], labels) == found
     plain = Labels("single", ("NOUN", "VERB", "X"))
     assert set(scores("token-cls", [example(np.array([-100, 0, 1, 2]), 4)], [z], plain)) == {
         "accuracy",
