@@ -81,7 +81,8 @@ def best_answer(window: Window, z: HostArray, longest: int = LONGEST) -> Found:
     """The best answer of a window by outputs z : (T, 2), for a first and for a last token.
 
     Of all pairs of tokens of the window's part of the context, in order and at most `longest` apart, the one
-    with the largest sum; the earliest of equal ones. An empty text where the part has no token.
+    with the largest sum; of equal ones the shortest, and of those the earliest. An empty text where the part
+    has no token.
     """
     n = len(window.offsets)
     if not n:
