@@ -82,8 +82,15 @@ def gradient(
     with quiet():  # what is not finite is seen below
         total = summed(ranks, map(part, batches, kept), reduction=config.reduction)  # (training.3)
     loss, g = number(total[-1]), total[:-1]
-    norm = clip_into(unflatten(g, layout(params)), config.max_grad_norm or None)
+    norm = clip_into(stepping(unflatten(g, layout(params)), config), config.max_grad_norm or None)
     return g, Outcome(loss, norm, labels, tokens, applied=isfinite(loss) and isfinite(norm))
+
+
+def stepping(gradients: Leaves, config: TrainConfig) -> Leaves:
+    """Those that the optimiser steps with: LoRA-FA holds every A, whose gradients then count nowhere."""
+    if config.optimizer != "lora-fa":
+        return gradients
+    return {name: g for name, g in gradients.items() if not name.startswith("adapters.") or name[-2:] != ".A"}
 
 
 def update(

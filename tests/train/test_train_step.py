@@ -137,6 +137,21 @@ def test_lora_fa_holds_every_A():
         assert np.array_equal(value, parameters(after)[name]) == name.endswith(".A"), name
 
 
+def test_of_lora_fa_the_norm_is_that_of_what_steps():
+    """A has no gradient there, so it takes no part in how far the others are clipped."""
+    before, after, _, plain = stepped("float64", lr=1.0)
+    old, new = parameters(before), parameters(after)
+    norm = np.sqrt(sum(((old[name] - new[name]) ** 2).sum() for name in old if not name.endswith(".A")))
+    _, _, _, outcome = stepped("float64", optimizer="lora-fa")
+    assert norm < 0.9 * plain.norm  # the test could see it
+    assert outcome.norm == pytest.approx(norm, rel=1e-12)
+    moments = stepped("float64", optimizer="lora-fa", max_grad_norm=0.01 * norm)[2]
+    whole = stepped("float64", optimizer="lora-fa")[2]
+    for name in new:
+        if name.endswith(".B"):  # m is a share of the clipped gradient, corrected
+            np.testing.assert_allclose(moments[f"m.{name}"], 0.01 * whole[f"m.{name}"], rtol=1e-5)
+
+
 def test_groups_have_their_rates():
     """LoRA+: B learns so many times as fast as A; one-dimensional parameters do not decay."""
     _, adapters, sites, _ = started()
