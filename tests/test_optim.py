@@ -13,6 +13,7 @@ from strategies import LIBRARIES, normals, seeds
 
 from lorax_np.errors import ConfigError, DtypeError, FormatError, ShapeError
 from lorax_np.layers.lora_fa import lora_fa_corrected
+from lorax_np.ops.experts import join_experts, split_experts
 from lorax_np.optim import (
     adamw_flat_start,
     adamw_flat_step,
@@ -380,6 +381,21 @@ def test_lora_fa_holds_a_and_corrects_b():
         lora_fa_gradients(params, grads, {})
     with pytest.raises(ConfigError, match=r"^q\.A: expected it among the parameters, got none$"):
         lora_fa_gradients({"q.B": params["q.B"]}, {"q.B": grads["q.B"]}, {"q": 0.5})
+
+
+def test_lora_fa_corrects_each_expert_by_its_own_a():
+    """Stored factors hold experts in two orders; the step of each is nearest to its own weight's."""
+    rng, experts, r, s = np.random.default_rng(0), 3, 2, 0.5
+    As, Gs = ([rng.standard_normal((n, 5)) for _ in range(experts)] for n in (r, 4))
+    A, gB = join_experts(As, [s * G @ A_e.T for A_e, G in zip(As, Gs, strict=True)])
+    params, grads = {"e.A": A, "e.B": np.zeros_like(gB)}, {"e.A": np.ones_like(A), "e.B": gB}
+    found = lora_fa_gradients(params, grads, {"e": s}, ranks={"e": r})["e.B"]
+    _, steps = split_experts(A, found, experts=experts)
+    for A_e, G, step in zip(As, Gs, steps, strict=True):
+        want = G @ np.linalg.pinv(A_e) @ A_e  # G on the span of the rows of A_e
+        assert np.abs(s * step @ A_e - want).max() < 1e-6
+    with pytest.raises(ConfigError, match=r"^ranks: expected a divisor of 6, the rows of e\.A, got 4$"):
+        lora_fa_gradients(params, grads, {"e": s}, ranks={"e": 4})
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------

@@ -106,7 +106,9 @@ def update(
     if config.optimizer == "sgd":
         return sgd_step(params, gradients, state, lr=lr, momentum=config.momentum, weight_decay=decay)
     if config.optimizer == "lora-fa":
-        gradients = lora_fa_gradients(params, gradients, {f"adapters.{s}": sites[s].scaling for s in sites})
+        scaling = {f"adapters.{name}": site.scaling for name, site in sites.items()}
+        ranks = {f"adapters.{name}": site.r for name, site in sites.items() if site.kind == "experts"}
+        gradients = lora_fa_gradients(params, gradients, scaling, ranks=ranks)
     betas = config.beta1, config.beta2
     return adamw_step(params, gradients, state, lr=lr, betas=betas, eps=config.eps, weight_decay=decay)
 

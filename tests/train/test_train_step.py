@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from small_run import examples, settings, started
 
+from lorax_np.config import Site
 from lorax_np.errors import ConfigError
 from lorax_np.models.records import Dropout, Trained
 from lorax_np.models.tasks import count
-from lorax_np.optim import adamw_start, adamw_step, clip, group_rates
+from lorax_np.optim import adamw_start, adamw_step, clip, group_rates, lora_fa_gradients
 from lorax_np.parallel import Alone
 from lorax_np.text.batches import START
 from lorax_np.train import Passes, train_step
 from lorax_np.train.held import Held
 from lorax_np.train.run import groups_of
-from lorax_np.train.step import packed, parameters, start, widened, with_parameters
+from lorax_np.train.step import packed, parameters, start, update, widened, with_parameters
 from lorax_np.tree import layout, unflatten
 
 
@@ -150,6 +151,16 @@ def test_of_lora_fa_the_norm_is_that_of_what_steps():
     for name in new:
         if name.endswith(".B"):  # m is a share of the clipped gradient, corrected
             np.testing.assert_allclose(moments[f"m.{name}"], 0.01 * whole[f"m.{name}"], rtol=1e-5)
+
+
+def test_lora_fa_takes_fused_experts_one_by_one():
+    rng, sites = np.random.default_rng(0), {"e": Site("e", "e", "experts", r=2, alpha=1.0, scaling=0.5)}
+    params = {"adapters.e.A": rng.standard_normal((6, 5)), "adapters.e.B": rng.standard_normal((4, 6))}
+    grads = {name: rng.standard_normal(value.shape) for name, value in params.items()}
+    rates, config = (dict.fromkeys(params, 0.1), dict.fromkeys(params, 0.0)), settings(optimizer="lora-fa")
+    _, state = update(params, grads, adamw_start(params), rates, config, sites)
+    want = lora_fa_gradients(params, grads, {"adapters.e": 0.5}, ranks={"adapters.e": 2})["adapters.e.B"]
+    np.testing.assert_allclose(state["m.adapters.e.B"], (1 - config.beta1) * want, rtol=1e-12)
 
 
 def test_groups_have_their_rates():
