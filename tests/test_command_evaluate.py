@@ -163,7 +163,7 @@ def test_texts_are_cut_to_the_model_s_positions(places, figures, refused, tmp_pa
     data = file_of(tmp_path / "d.jsonl", {"text": "x" * 500})
     assert figures(places["CAUSAL_LM"], data)["tokens"] == 96
     assert figures(places["CAUSAL_LM"], data, "--max-seq-length", 20)["tokens"] == 20
-    wanted = f"{data}:1: expected at most 96 tokens, the model's max_position_embeddings, got 120"
+    wanted = f"{data}:1: expected at most 96 tokens, as many as the model has positions for, got 120"
     assert refused(places["CAUSAL_LM"], data, "--max-seq-length", 120).startswith(wanted)
 
 

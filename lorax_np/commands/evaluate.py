@@ -119,9 +119,10 @@ def read(
     from ..text.data import encode_rows
     from ..text.examples import Settings
     from ..text.rows import read_rows
+    from ..train.checks import longest_text
 
     config = beside.model.config
-    longest = arguments.max_seq_length or min(1024, config.get("max_position_embeddings") or 1024)
+    longest = arguments.max_seq_length or min(1024, longest_text(beside.model) or 1024)
     how = Settings(
         longest,
         mask_prompt=arguments.mask_prompt,

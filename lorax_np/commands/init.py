@@ -136,13 +136,14 @@ def _seen(arguments: argparse.Namespace, config: "LoraConfig") -> dict[str, Any]
     from ..text.examples import Settings
     from ..text.rows import read_rows, task_name
     from ..text.tokenizer import load_tokenizer
+    from ..train.checks import longest_text
 
     task = task_name(arguments.task)
     model = load_model(arguments.base, dtype="float32")
     tokenizer = load_tokenizer(arguments.base, vocab_size=model.config.get("vocab_size"))
     rows = read_rows(arguments.data, task)
     rows = rows._replace(rows=rows.rows[: arguments.limit])
-    longest = min(1024, model.config.get("max_position_embeddings") or 1024)
+    longest = min(1024, longest_text(model) or 1024)
     how = Settings(longest, typed=None if FAMILIES[model.family].types else False)
     examples = encode_rows(rows, tokenizer, task=task, settings=how, labels=None).examples
     batches = [batch for step in Feed(examples, task, shuffle=False).epoch(0) for batch in step.batches]

@@ -22,6 +22,12 @@ EDGE = 16  # numbers at either end of a tensor that a fingerprint reads
 LONGEST = "max_position_embeddings"
 
 
+def longest_text(model: Model) -> int | None:
+    """How many tokens a text may have: as many as there are positions for one; None for any number."""
+    found = model.config.get("n_positions" if model.family == "gpt2" else LONGEST)
+    return found - model.config.get("first_position", 0) if isinstance(found, int) and found > 0 else None
+
+
 def check_start(model: Model, trained: Trained, examples: Sequence[Example], task: str) -> None:
     """Raise FormatError or ConfigError for what would only come out wrong in a step.
 
@@ -34,7 +40,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
         _looked_at(model)
-    vocab, longest = model.config.get("vocab_size"), model.config.get(LONGEST)
+    vocab, longest = model.config.get("vocab_size"), longest_text(model)
     for example in examples:
         ids = [sequence.ids for sequence in example.sequences]
         ids += [] if example.decoder is None else [example.decoder]
@@ -45,7 +51,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
                     f"{example.where}: expected tokens below {vocab}, the vocabulary, got {wrong}"
                 )
             if longest and len(part) > longest:
-                wanted = f"at most {longest} tokens, the model's {LONGEST}"
+                wanted = f"at most {longest} tokens, as many as the model has positions for"
                 raise ConfigError(f"{example.where}: expected {wanted}, got {len(part)}; lower max_seq_length")
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         _check_classes(model, examples, task)
