@@ -442,6 +442,27 @@ def test_the_signatures_that_face_md_shows():
     assert list(shown(lx.dropout_mask).items())[: len(mask)] == list(mask.items())
     judge = {"subject": None, "profile": "fp32", "level": "full", "conventions": None, "weights": None}
     assert list(shown(lx.verify.verify).items())[: len(judge)] == list(judge.items())
+    fast = {"x": None, "base": None, "adapter": None, "scaling": None, "dropout": None}
+    assert shown(lx.fast.lora_linear_forward) == fast
+    back = list(shown(lx.fast.lora_linear_backward).items())
+    assert back[3:] == [("adapter", None), ("scaling", None), ("norm_gradient", False), ("need_gx", True)]
+    assert list(shown(lx.fast.merge_into)) == ["base", "adapter", "scaling"]
+    for function, first in {
+        lx.load_model: ["path"],
+        lx.inject: ["weights", "config", "rng"],
+        lx.save_adapter: ["dir", "adapters", "config"],
+        lx.load_adapter: ["dir"],
+        lx.train: ["model", "adapters", "data", "config"],
+        lx.verify.gradcheck: ["f", "f_backward", "inputs", "method"],
+        lx.verify.subjects.peft: ["config"],
+        lx.verify.subjects.torch_module: ["module", "params"],
+        lx.verify.subjects.jax_fn: ["f", "argnames"],
+        lx.verify.subjects.ctypes: ["path"],
+        lx.verify.subjects.command: ["argv"],
+    }.items():
+        assert list(shown(function))[: len(first)] == first
+    assert "callbacks" in shown(lx.train)
+    assert shown(lx.verify.gradcheck)["method"] == "secant"
     defaults = {
         "r": 8,
         "lora_alpha": 8,
