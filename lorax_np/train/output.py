@@ -63,7 +63,8 @@ def write_adapter(
     if start == LOFTQ or (start in RESIDUAL and config.use_dora):
         saved |= {site.weight: model.weights[site.weight] for site in sites.values()}
     elif start in RESIDUAL:
-        adapters = {name: plain(a, initial.adapters[name]) for name, a in adapters.items()}  # type: ignore[type-var]
+        with_factors = {name: a for name, a in adapters.items() if a.A is not None}  # not a bias alone
+        adapters |= {name: plain(a, initial.adapters[name]) for name, a in with_factors.items()}  # type: ignore[type-var]
         sites = {name: doubled(site) for name, site in sites.items()}
         config = plain_config(config)
     if dtype not in (None, "base"):
