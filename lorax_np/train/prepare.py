@@ -28,6 +28,7 @@ from ..text.tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .settings import Settings, train_config
 from .step import widened
+from .work import sizes
 
 ALL = "all-linear"
 NONE = "none"
@@ -159,7 +160,10 @@ def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
     if last is not None and named is not None:
         raise ConfigError(f"num_layers: expected None beside layers_to_transform, got {last}")
     if last is not None:
-        L = int(model.config.get("num_hidden_layers", 0))
+        L = sizes(model)["L"]
+        if (other := model.config.get("num_decoder_layers", L)) != L:
+            wanted = f"layers_to_transform for stacks of {L} and {other} layers"
+            raise ConfigError(f"num_layers: expected {wanted}, got {last}")
         if not 0 < last <= L:
             raise ConfigError(f"num_layers: expected 1 to {L}, the model's layers, got {last}")
         named = list(range(L - last, L))
