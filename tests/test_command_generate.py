@@ -188,10 +188,10 @@ def test_adapters_that_do_not_fit(refused, place, tmp_path):
     assert "No such file" in refused(*hello, tmp_path / "nothing")
     base, pissa = lx.load_model(place), tmp_path / "pissa"
     found, _, config = writers.adapted(base, init_lora_weights="pissa")
-    left = {f"{name}.weight": base.weights[f"{name}.weight"] for name in found.adapters}
-    lx.save_adapter(pissa, found.adapters, config, saved=left, residual_base=True)
-    wanted = "an adapter for the original base: convert it to a plain one first"
-    assert wanted in refused(*hello, pissa)
+    lx.save_adapter(pissa, found.adapters, config, residual_base=True)
+    said = refused(*hello, pissa)
+    assert "expected an adapter for the original base, got one for REST" in said
+    assert said.endswith(f"lorax-np merge --residual-base REST {pissa} NEW makes a model of the two")
 
 
 def test_weights_that_are_no_numbers(refused, tmp_path):

@@ -1,6 +1,7 @@
 """A model under an adapter of a directory, for whoever only computes.  See specs/models.md."""
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 
 from ..backend import cast, compute_dtype, from_host
 from ..config import LoraConfig, Site, start_name
-from ..config.fields import RESIDUAL
+from ..config.fields import MARK, RESIDUAL
 from ..errors import ConfigError
 from ..inject import Overlay, plan
 from ..io.peft import AdapterFiles, load_adapter
@@ -18,6 +19,8 @@ from .new_head import with_head
 from .quantised import quantised
 from .records import Model, Trained
 from .tasks import family_of, head_of, trained_of
+
+LEAVING = "loftq", *RESIDUAL  # starts that leave other weights
 
 
 class Adapted(NamedTuple):
@@ -45,13 +48,11 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
     if path is None:
         head_of(model, task)
         return Adapted(model, {}, Trained({}, {}), {}, None)
-    files = load_adapter(path)
+    files = load_adapter(path, residual_base=True)  # which is looked at here
     if files.config.task_type not in (None, task):
         raise ConfigError(f"{path}: task_type: expected {task}, got {files.config.task_type}")
-    if start_name(files.config.init_lora_weights) in RESIDUAL:
-        wanted = "an adapter for the original base: convert it to a plain one first"
-        came = f"init_lora_weights={files.config.init_lora_weights!r}"
-        raise ConfigError(f"{path}: expected {wanted}, got {came}")
+    if not brings_rest(files):
+        refuse_rest(str(path), path, files)
     model = _headed(model, files, task, str(path))
     files = load_adapter(path, weights=model.weights)
     model = on_rest(model, files)
@@ -61,8 +62,8 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
 
 
 def on_rest(model: Model, files: AdapterFiles) -> Model:
-    """The model on the weights that LoftQ left, which lie beside its adapter; as it is for other starts."""
-    if start_name(files.config.init_lora_weights) != "loftq":
+    """The model on the weights that the adapter's start left, where they lie beside it; else as it is."""
+    if start_name(_start(files)) not in LEAVING:
         return model
     like = model.weights[next(iter(model.weights))]
     rests = {
@@ -71,6 +72,24 @@ def on_rest(model: Model, files: AdapterFiles) -> Model:
         if site.weight in files.saved
     }
     return replace(model, weights=Overlay(model.weights, rests))
+
+
+def brings_rest(files: AdapterFiles) -> bool:
+    """Whether the weights that the adapter's start left of the base lie beside it, all of them."""
+    return bool(files.sites) and all(site.weight in files.saved for site in files.sites.values())
+
+
+def refuse_rest(name: str, path: str | os.PathLike[str], files: AdapterFiles) -> None:
+    """Raise ConfigError for an adapter that is right beside what its start left of the base alone, not here."""
+    if start_name(_start(files)) in RESIDUAL:
+        came = f"one for REST, what init_lora_weights={_start(files)!r} left of it"
+        hint = f"lorax-np merge --residual-base REST {shlex.quote(str(path))} NEW makes a model of the two"
+        raise ConfigError(f"{name}: expected an adapter for the original base, got {came}; {hint}")
+
+
+def _start(files: AdapterFiles) -> bool | str:
+    """How an adapter was started: as its weights' file says, since a config may have been set to go on."""
+    return files.metadata.get(MARK) or files.config.init_lora_weights
 
 
 def held(beside: Adapted, way: str) -> Adapted:

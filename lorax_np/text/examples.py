@@ -14,6 +14,7 @@ from .tokenizer import Tokenizer
 
 Span = tuple[int, int]  # characters [begin, end)
 MANY = 3
+SHORTEST = 8  # tokens that a sequence must have room for
 DOUBLED = "sequences with two "  # begins the name of a count that is a warning
 
 
@@ -35,8 +36,8 @@ class Settings(NamedTuple):
 
     def checked(self) -> "Settings":
         """The same; ConfigError for lengths that leave no room."""
-        if self.max_length < 8:
-            raise ConfigError(f"max_length: expected at least 8 tokens, got {self.max_length}")
+        if self.max_length < SHORTEST:
+            raise ConfigError(f"max_length: expected at least {SHORTEST} tokens, got {self.max_length}")
         if not 0 <= self.stride < self.max_length:
             raise ConfigError(f"stride: expected 0 <= stride < max_length={self.max_length}, got {self.stride}")
         return self

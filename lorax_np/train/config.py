@@ -15,6 +15,9 @@ COUNT = Kind("an int of at least 1 (and below 2**63)", lambda v: whole(v) and v 
 NATURAL = Kind("an int of at least 0 (and below 2**63)", whole)
 POSITIVE = Kind("a finite number above 0", lambda v: finite(v) and v > 0)
 NOT_NEGATIVE = Kind("a finite number of at least 0", lambda v: finite(v) and v >= 0)
+SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of float32, in which steps are computed
+STEP = Kind(f"a number from {SMALLEST:.2g} to {LARGEST:.2g}", lambda v: finite(v) and SMALLEST <= v <= LARGEST)
+DECAY = Kind(f"0, or {STEP.wanted}", lambda v: finite(v) and (v == 0 or STEP.fits(v)))
 SHARE = Kind("a number 0 <= x < 1", lambda v: finite(v) and 0 <= v < 1)
 AUTO = "auto"
 WORKERS = Kind("auto, or an int of at least 1", lambda v: v == AUTO or COUNT.fits(v), (AUTO,))
@@ -53,18 +56,18 @@ class TrainConfig:
     max_tokens: int | None = _field(None, COUNT, "tokens of a micro-batch at most, instead of batch_size")
     max_seq_length: int = _field(1024, COUNT, "tokens of a sequence at most; longer ones are cut")
 
-    learning_rate: float = _field(2e-4, POSITIVE, "the highest one, after warm-up")
+    learning_rate: float = _field(2e-4, STEP, "the highest one, after warm-up")
     lr_schedule: str = _field("cosine", word(*SCHEDULES), "how the rate falls after warm-up")
     warmup: int | None = _field(None, NATURAL, "steps over which the rate rises from 0 (20, or a tenth)")
     optimizer: str = _field("adamw", word(*OPTIMIZERS), "the update; lora-fa holds A")
-    weight_decay: float = _field(0.0, NOT_NEGATIVE, "of matrices; magnitudes and biases have none")
+    weight_decay: float = _field(0.0, DECAY, "of matrices; magnitudes and biases have none")
     max_grad_norm: float = _field(1.0, NOT_NEGATIVE, "clip gradients to this norm; 0 does not")
-    loraplus_lr_ratio: float | None = _field(None, POSITIVE, "LoRA+: the rate of B over that of A")
-    loraplus_lr_embedding: float | None = _field(None, POSITIVE, "LoRA+: the rate of embeddings' factors")
+    loraplus_lr_ratio: float | None = _field(None, STEP, "LoRA+: the rate of B over that of A")
+    loraplus_lr_embedding: float | None = _field(None, STEP, "LoRA+: the rate of embeddings' factors")
     momentum: float = _field(0.0, SHARE, "of sgd")
     beta1: float = _field(0.9, SHARE, "of adamw")
     beta2: float = _field(0.999, SHARE, "of adamw")
-    eps: float = _field(1e-8, POSITIVE, "of adamw")
+    eps: float = _field(1e-8, STEP, "of adamw")
 
     loss_mean: str = _field("token", word("token", "sequence"), "what a step's loss is a mean over")
     engine: str = _field("fast", word(*ENGINES), "which functions compute the passes")

@@ -2,37 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..config import LoraConfig, Plan, Site, start_name
-from ..config.fields import RESIDUAL
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..inject import inject, plan, saved_tensors
 from ..io.peft import load_adapter
-from ..kinds import nearest
-from ..models.adapted import on_rest
+from ..kinds import refuse
+from ..models.adapted import brings_rest, on_rest, refuse_rest
 from ..models.file_names import named_for_files
 from ..models.load import load_model
 from ..models.new_head import with_head
-from ..models.quantised import WAYS, quantised, quantised_start
+from ..models.quantised import quantised, quantised_start
 from ..models.records import Model, Trained
 from ..models.tasks import family_of, head_of, trained_of
 from ..random import torch_generator
 from ..text.data import Data, encode_rows, load_data
+from ..text.examples import SHORTEST
 from ..text.examples import Settings as RowSettings
 from ..text.labels import Labels, labels_of_config
 from ..text.rows import read_rows, task_name
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
-from .settings import Settings, train_config
+from .settings import ALL, LORA, NONE, Settings, train_config
 from .step import widened
 from .work import sizes
 
-ALL = "all-linear"
-NONE = "none"
-HELD = (NONE, *WAYS)  # ways to hold a base
+TOLD = "eva", "corda", "lora_ga"  # starts that read inputs or gradients
+DROPOUT = 0.05
+OWN = "r", "lora_alpha", "lora_dropout", "init_lora_weights", "bias", "use_dora", "use_rslora"
 
 
 class Prepared(NamedTuple):
@@ -56,9 +57,11 @@ def prepared(settings: Settings) -> Prepared:
     for name in ("model", "data"):
         if settings[name] is None:
             raise ConfigError(f"{name}: expected a path, got nothing")
-    way = settings["quantize"]
-    if way not in HELD:
-        raise ConfigError(f"quantize: expected one of {', '.join(HELD)}, got {way!r}{nearest(way, HELD)}")
+    if start_name(settings["init_lora_weights"]) in TOLD:
+        wanted = "a start that is made of the weights alone"
+        hint = "; lorax-np init --data makes it, --resume-adapter-file goes on with it"
+        came = repr(settings["init_lora_weights"]) + hint * (settings["init_lora_weights"] == TOLD[0])
+        raise ConfigError(f"init_lora_weights: expected {wanted}, got {came}")
     config, task = train_config(settings), task_name(settings["task"])
     model = load_model(settings["model"], dtype="float32", xp=settings["backend"])
     tokenizer = load_tokenizer(settings["model"], vocab_size=model.config.get("vocab_size"))
@@ -88,7 +91,11 @@ def rows(
     settings: Settings, config: TrainConfig, model: Model, tokenizer: Tokenizer, task: str
 ) -> dict[str, Data]:
     """The rows of each split as examples; those of --valid in place of a directory's own."""
-    longest = config.max_seq_length
+    longest, valid = config.max_seq_length, settings["valid"]
+    if longest < SHORTEST:
+        raise ConfigError(f"max_seq_length: expected at least {SHORTEST} tokens, got {longest}")
+    if valid is not None and Path(valid).is_dir():
+        raise FormatError(f"valid: expected a .jsonl file, got the directory {valid}")
     how = RowSettings(
         longest,
         mask_prompt=settings["mask_prompt"],
@@ -98,11 +105,32 @@ def rows(
     )
     there = labels_of_config(model.config) if has_head(model, task) else None
     data = load_data(settings["data"], tokenizer, task=task, settings=how, labels=there)
-    if settings["valid"] is not None:
+    if (known := classes_of(model, task, data["train"].labels)) != data["train"].labels:
+        data = load_data(settings["data"], tokenizer, task=task, settings=how, labels=known)
+    if valid is not None:
         labels = data["train"].labels
-        read = read_rows(settings["valid"], task)
+        read = read_rows(valid, task)
         data["valid"] = encode_rows(read, tokenizer, task=task, settings=how, labels=labels)
     return data
+
+
+def classes_of(model: Model, task: str, labels: Labels | None) -> Labels | None:
+    """The classes that were found, or, where a head that is there has more, and they are numbers, all of its.
+
+    Raises ConfigError where the head's outputs are not those of the classes.
+    """
+    if labels is None or not has_head(model, task):
+        return labels
+    shapes = head_of(model, task).shapes(model.config, 1)
+    count = int(model.weights[next(name for name, shape in shapes.items() if shape[0] == 1)].shape[0])
+    numbered = tuple(f"LABEL_{i}" for i in range(count))
+    if labels.kind == "single" and labels.count < count and labels.names == numbered[: labels.count]:
+        return Labels("single", numbered)
+    if labels.count != count:
+        names = ", ".join(labels.names[:8]) + ", ..." * (labels.count > 8)
+        wanted = f"{count} classes, as many as the head in {model.path} has outputs"
+        raise ConfigError(f"labels: expected {wanted}, got {labels.count}: {names}")
+    return labels
 
 
 def has_head(model: Model, task: str) -> bool:
@@ -172,14 +200,17 @@ def lora_config(settings: Settings, model: Model, task: str) -> LoraConfig:
         everywhere = plan(model.weights, LoraConfig(target_modules=ALL, task_type=task)).sites
         names = list(named_for_files(model, task, everywhere, Trained({}, {}))[0])
         targets = sorted(names if task in NAMED else {name.rpartition(".")[2] for name in names})
-    alpha = 2 * settings["r"] if settings["lora_alpha"] is None else settings["lora_alpha"]
+    alpha = 2 * (settings["r"] or 1) if settings["lora_alpha"] is None else settings["lora_alpha"]
+    dropout = settings["lora_dropout"]
+    if dropout is None:
+        dropout = 0.0 if settings["target_parameters"] else DROPOUT
     same = (
-        *("r", "lora_dropout", "target_parameters", "exclude_modules", "modules_to_save"),
+        *("r", "target_parameters", "exclude_modules", "modules_to_save"),
         *("init_lora_weights", "bias", "use_dora", "use_rslora"),
     )
     return LoraConfig.from_dict(
         {name: settings[name] for name in same}
-        | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        | {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "lora_dropout": dropout}
         | {"loftq_config": _loftq(settings)}
         | {"target_modules": targets, "layers_to_transform": named, "task_type": task}
         | {"base_model_name_or_path": str(settings["model"])}
@@ -195,18 +226,29 @@ def _loftq(settings: Settings) -> dict[str, int]:
 
 def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:
     """Adapters of a directory, to train on; its config stands in for the settings."""
-    files = load_adapter(settings["resume_adapter_file"], weights=model.weights)
+    files = load_adapter(settings["resume_adapter_file"], weights=model.weights, residual_base=True)
     lora = files.config
-    if start_name(lora.init_lora_weights) in RESIDUAL:
-        wanted = "an adapter for the original base: convert it to a plain one first"
-        raise ConfigError(
-            f"resume_adapter_file: expected {wanted}, got init_lora_weights={lora.init_lora_weights!r}"
-        )
+    if not (lora.use_dora and brings_rest(files)):  # a plain form, which such a run is saved in, is of its own start
+        refuse_rest("resume_adapter_file", settings["resume_adapter_file"], files)
     if lora.task_type not in (None, task):
         raise ConfigError(f"task: expected {lora.task_type}, set by the adapter, got {task}")
+    _check_told(settings, lora)
     lora = replace(lora, task_type=task, base_model_name_or_path=str(settings["model"]))
     found, way = plan(model.weights, lora), settings["quantize"]
     model = on_rest(model, files)
     base = model if way == NONE else quantised(model, way, skip=found.saved)
     note = "r, α and targets are those of the adapter to train on"
     return Beside(base, lora, found, files.sites, trained_of(files), (note,))
+
+
+def _check_told(settings: Settings, lora: LoraConfig) -> None:
+    """Raise ConfigError for what settings say of an adapter that is there already, and is otherwise."""
+    told = {name: settings[name] for name in LORA if settings[name] != LORA[name].default}
+    known = {name: getattr(lora, name, None) for name in told}
+    refuse(
+        [
+            f"{name}: expected {known[name]!r}, set by the adapter to train on, or nothing, got {value!r}"
+            for name, value in told.items()
+            if name in OWN and value != known[name]
+        ]
+    )

@@ -1,18 +1,29 @@
 """What a run is told: by flags, by a file, by the run that it goes on with; names with their kinds, checked."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..backend import BACKENDS
+from ..config.fields import BIAS
 from ..errors import BackendError, FormatError
 from ..io.checkpoint import read_json
 from ..kinds import nearest, refuse, shown
+from ..models.codes import WAYS
+from ..text.rows import TASKS
 from .config import TrainConfig
 
 Settings = dict[str, Any]
+ALL = "all-linear"
+NONE = "none"
+HELD = (NONE, *WAYS)  # ways to hold a base
+DTYPES = "float32", "float16", "bfloat16"
+NAME = re.compile(r"[\w.-]+")
+MOST = 1 << 16  # layers; a number beyond is a slip
 
 
 class Setting(NamedTuple):
@@ -22,13 +33,25 @@ class Setting(NamedTuple):
     default: Any
     about: str
     flag: bool = False  # given without a value on a command line
+    words: tuple[str, ...] = ()  # that it may be
 
 
 def text(value: Any) -> str:
     """A word."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         raise ValueError("a word")
     return value
+
+
+def one_of(words: tuple[str, ...], default: str | None, about: str) -> "Setting":
+    """A setting that is one of these words."""
+
+    def read(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return Setting(read, default, about, words=words)
 
 
 def integer(value: Any) -> int:
@@ -60,10 +83,10 @@ def flag(value: Any) -> bool:
 
 
 def names(value: Any) -> Any:
-    """A list of names, or names with commas between; one alone stays a word, which may be an expression."""
+    """A list of names, or names with commas between; what has other signs than a name's is an expression."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
-        return parts[0] if len(parts) == 1 else parts
+        return parts[0] if len(parts) == 1 and (parts[0] == ALL or not NAME.fullmatch(parts[0])) else parts
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value) and value:
         return list(value)
     raise ValueError("names with commas between")
@@ -79,13 +102,15 @@ def layers(value: Any) -> list[int]:
     """Numbers of layers: 3, or 3,5,7, or 20-29, or a list."""
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (int, str)) for item in value) and value:
         return [layer for item in value for layer in layers(item)]
     found: list[int] = []
     for part in value.split(",") if isinstance(value, str) else ():
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError("layers as in 3,5,7 or 20-29")
+        if not int(first) <= int(last or first) < MOST:
+            raise ValueError(f"layers as in 3,5,7 or 20-29, the first first, below {MOST}")
         found += range(int(first), int(last or first) + 1)
     if not found:
         raise ValueError("layers as in 3,5,7 or 20-29")
@@ -120,32 +145,36 @@ def _trained(name: str) -> Callable[[Any], Any]:
 RUN: Mapping[str, Setting] = {
     "model": Setting(text, None, "the base: a Hugging Face directory or a .gguf file"),
     "data": Setting(text, None, "rows: a .jsonl file, or a directory of train, valid and test.jsonl"),
-    "task": Setting(text, "causal-lm", "what is learned"),
+    "task": Setting(text, "causal-lm", "what is learned", words=tuple(TASKS)),
     "valid": Setting(text, None, "rows to evaluate on (default: valid.jsonl beside train.jsonl)"),
     "adapter_path": Setting(text, "adapters", "where the adapter and its record are written"),
     "resume_adapter_file": Setting(text, None, "an adapter to train on, PEFT's or ours"),
     "mask_prompt": Setting(flag, True, "whether prompts carry no labels", flag=True),
-    "quantize": Setting(text, "none", "how the base is held: nf4, int8, bf16 or none"),
-    "lora_dtype": Setting(text, "float32", "what the adapter is saved in; it trains in float32"),
-    "backend": Setting(text, None, "numpy, cupy or auto"),
+    "quantize": one_of(HELD, NONE, "how the base is held"),
+    "lora_dtype": one_of(DTYPES, DTYPES[0], "what the adapter is saved in; it trains in float32"),
+    "backend": one_of(BACKENDS, None, "where it is computed"),
 }
 LORA: Mapping[str, Setting] = {
     "r": Setting(integer, 16, "rank"),
     "lora_alpha": Setting(number, None, "α (default: twice r)"),
-    "lora_dropout": Setting(number, 0.05, "probability of dropping an input of A"),
-    "target_modules": Setting(names, "all-linear", "ends of modules' names, or all-linear"),
+    "lora_dropout": Setting(number, None, "probability of dropping an input of A (0.05; parameters have none)"),
+    "target_modules": Setting(names, ALL, "ends of modules' names, a regular expression, or all-linear"),
     "target_parameters": Setting(several, None, "ends of parameters' names, such as experts.down_proj"),
     "exclude_modules": Setting(names, None, "ends of modules' names that are left alone"),
     "modules_to_save": Setting(several, None, "modules that train whole"),
     "layers_to_transform": Setting(layers, None, "layers that get adapters, as in 20-29"),
     "num_layers": Setting(integer, None, "the last so many layers get adapters"),
     "init_lora_weights": Setting(beginning, True, "true, gaussian, pissa, olora, orthogonal, ..."),
-    "bias": Setting(text, "none", "biases that train: none, all, lora_only"),
+    "bias": one_of(BIAS.words, NONE, "biases that train"),
     "use_dora": Setting(flag, False, "with a magnitude a row", flag=True),
     "use_rslora": Setting(flag, False, "s = α/√r", flag=True),
 }
 TRAIN: Mapping[str, Setting] = {
-    f.name: Setting(_trained(f.name), f.default, f.metadata["about"], flag=_type(f.name) == "bool")
+    f.name: Setting(
+        *(_trained(f.name), f.default, f.metadata["about"]),
+        flag=_type(f.name) == "bool",
+        words=f.metadata["kind"].words,
+    )
     for f in fields(TrainConfig)
 }
 SETTINGS: Mapping[str, Setting] = {**RUN, **LORA, **TRAIN}
@@ -160,13 +189,20 @@ def read_file(path: Path) -> dict[str, Any]:
     except ImportError:
         wanted = "PyYAML for a file that is not .json"
         raise BackendError(f"{path}: expected {wanted}, got none; pip install 'lorax-np[yaml]'") from None
+    raw = path.read_bytes()
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        root = yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
+        found = yaml.safe_load(raw)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FormatError(f"{path}: expected YAML in UTF-8, got {reason}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected names with values, got {shown(found)}")
+    seen: set[str] = set()
+    for key, _ in root.value:  # of which the last would count
+        if key.value in seen:
+            raise FormatError(f"{path}:{key.start_mark.line + 1}: expected each name once, got {key.value!r} again")
+        seen.add(key.value)
     return found
 
 
@@ -184,18 +220,22 @@ def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
     """
     found: Settings = {name: setting.default for name, setting in SETTINGS.items()}
     for where, given in said:
-        problems = []
+        problems, seen = [], set[str]()
         for name, value in given.items():
             own = str(name).replace("-", "_")
             if own not in SETTINGS:
                 problems.append(f"{where}: expected a known name, got {name!r}{nearest(own, SETTINGS)}")
+            elif own in seen:
+                problems.append(f"{where}: expected each name once, got {own} with hyphens and without")
             elif value is None:
                 found[own] = SETTINGS[own].default
             else:
                 try:
                     found[own] = SETTINGS[own].read(value)
                 except ValueError as wanted:
-                    problems.append(f"{where}: {name}: expected {wanted}, got {shown(value)}")
+                    hint = nearest(value, SETTINGS[own].words)
+                    problems.append(f"{where}: {name}: expected {wanted}, got {shown(value)}{hint}")
+            seen.add(own)
         refuse(problems)
     return found
 

@@ -1,0 +1,173 @@
+"""What people type wrong, and what they have lying about: each is one line before the first step, or is right."""
+
+import json
+
+import numpy as np
+import pytest
+from writers import BERT, ROPE, SIZES, directory
+
+import lorax_np as lx
+from lorax_np.cli import main
+from lorax_np.train import output
+from lorax_np.train.log import records
+
+WORDS = "the cat sat on a mat and then it ran".split()
+TEXTS = [{"text": " ".join(WORDS[i : i + 4])} for i in range(6)]
+EXPERTS = {"model_type": "mixtral", "head_dim": 4, "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(output, "picture", lambda rows: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models' directories: a llama, and a BERT with a head of three outputs."""
+    folder = tmp_path_factory.mktemp("models")
+    directory(folder / "llama")
+    directory(folder / "bert", BERT, task="SEQ_CLS")
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of rows."""
+
+    def write(*found, name="rows.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def run(place, rows, tmp_path, capsys):
+    """lorax-np train into tmp_path/out: its code, what it printed, what it said besides."""
+
+    def go(*more, model="llama", data=None):
+        given = ["--model", place / model, "--data", data or rows(*TEXTS), "--adapter-path", tmp_path / "out"]
+        given += ["--iters", 2, "--batch-size", 2, "--r", 2, "--max-seq-length", 64]
+        return main(["train", *map(str, [*given, *more])]), *capsys.readouterr()
+
+    return go
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """The one line of a refusal, which leaves nothing."""
+
+    def go(*more, **options):
+        code, _, err = run(*more, "--quiet", **options)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert not (tmp_path / "out").exists()
+        return err.removeprefix("lorax-np: ").rstrip()
+
+    return go
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+
+def test_one_name_is_a_name_and_not_an_expression(run, tmp_path):
+    """PEFT's expression would have to fit the whole of a module's name, which a name alone never does."""
+    assert run("--target-modules", "q_proj", "--exclude-modules", "0.self_attn.q_proj", "--quiet")[0] == 0
+    assert list(lx.load_adapter(tmp_path / "out").sites) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_an_expression_stays_one(run, tmp_path):
+    assert run("--target-modules", r".*1\.self_attn\.[qk]_proj", "--quiet")[0] == 0
+    assert len(lx.load_adapter(tmp_path / "out").sites) == 2
+
+
+def test_parameters_without_a_word_on_dropout(run, place, tmp_path):
+    """They have none; what was not asked for is not refused."""
+    directory(place / "moe", EXPERTS | SIZES | ROPE)
+    assert run("--target-parameters", "experts.down_proj", "--target-modules", "v_proj", model="moe")[0] == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["--layers-to-transform", "0-99999999999"], "layers_to_transform: expected layers as in 3,5,7 or 20-29"),
+        (["--layers-to-transform", "1,5-3"], "layers_to_transform: expected layers as in 3,5,7 or 20-29"),
+        (["--r", "0"], "r: expected an int of at least 1 (and below 2**63), got 0"),
+        (["--backend", "torch"], "backend: expected one of numpy, cupy, auto, got 'torch'"),
+        (["--lora-dtype", "float64"], "lora_dtype: expected one of float32, float16, bfloat16, got 'float64'"),
+        (["--max-seq-length", "4"], "max_seq_length: expected at least 8 tokens, got 4"),
+        (["--init-lora-weights", "eva"], "init_lora_weights: expected a start that is made of the weights alone"),
+        (["--learning-rate", "1e39"], "learning_rate: expected a number from 1.2e-38 to 3.4e+38"),
+        (["--eps", "1e-50"], "eps: expected a number from 1.2e-38 to 3.4e+38"),
+        (["--weight-decay", "1e300"], "weight_decay: expected 0, or a number from 1.2e-38 to 3.4e+38"),
+        (["--adapter-path", ""], "adapter_path: expected a word, got ''"),
+        (["--data", ""], "data: expected a word, got ''"),
+    ],
+)
+def test_values_without_a_meaning(refused, more, wanted):
+    said = refused(*more)
+    assert said.removeprefix("the command line: ").startswith(wanted)
+    assert said.count("expected") == 1
+
+
+def test_a_name_twice_in_a_file(refused, tmp_path):
+    """YAML would take the last."""
+    file = tmp_path / "run.yaml"
+    file.write_text("r: 3\nseed: 1\nr: 4\n")
+    assert refused("-c", file) == f"{file}:3: expected each name once, got 'r' again"
+    file.write_text("lora-alpha: 3\nlora_alpha: 4\n")
+    assert refused("-c", file) == f"{file}: expected each name once, got lora_alpha with hyphens and without"
+    file.write_text("layers_to_transform: [[0], [1]]\n")
+    assert "expected layers as in 3,5,7 or 20-29" in refused("-c", file)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_label_is_seen_before_the_first(refused, rows):
+    file = rows({"text": "the cat"}, {"text": ""}, {"text": "a mat"}, {"text": ""})
+    said = refused("--batch-size", 1, "--iters", 8, data=file)
+    assert said.startswith("step ")
+    assert ": expected a label that counts in its rows, got none in " in said
+    assert f"{file}:2" in said or f"{file}:4" in said
+
+
+def test_a_row_without_a_label_beside_others_is_no_matter(run, rows):
+    assert run(data=rows({"text": "the cat"}, {"text": ""}))[0] == 0
+
+
+def test_rows_to_evaluate_on_have_labels_and_fit(refused, rows):
+    """A loss over nothing would be said to be 0."""
+    file = rows({"text": ""}, name="valid.jsonl")
+    assert refused("--valid", file) == (
+        f"valid: expected a label that counts in some row of CAUSAL_LM, got none in 1 rows, first {file}:1"
+    )
+    file = rows({"text": "the cat " * 40}, name="valid.jsonl")
+    assert f"{file}:1: expected at most 96 tokens" in refused("--valid", file, "--max-seq-length", 200)
+    assert refused("--valid", file.parent) == f"valid: expected a .jsonl file, got the directory {file.parent}"
+
+
+def test_pairs_are_told_from_others_of_their_batch(refused, rows, place, tmp_path, capsys):
+    """Of one pair alone the loss is 0, whatever the model."""
+    file = rows(*({"text": word, "text_pair": word * 2} for word in WORDS))
+    task = "--task", "feature-extraction"
+    wanted = "expected at least 2, since a pair is told from the others of its micro-batch, got 1"
+    assert refused(*task, "--batch-size", 1, model="bert", data=file) == f"batch_size: {wanted}"
+    said = refused(*task, "--loss-mean", "sequence", model="bert", data=file)
+    assert said.startswith("loss_mean: expected token, since a pair is told from the others")
+    asked = ["evaluate", "--model", place / "bert", "--data", file, *task, "--batch-size", 1, "--quiet"]
+    assert main([*map(str, asked)]) == 2
+    assert capsys.readouterr().err == f"lorax-np: batch_size: {wanted}\n"
+
+
+def test_classes_are_as_many_as_the_head_has_outputs(refused, run, rows, tmp_path):
+    def labelled(*labels):
+        return rows(*({"text": "the cat", "label": label} for label in labels))
+
+    task = {"model": "bert"}
+    for labels, came in ((["a", "b"], "2: a, b"), ([0, 1000], "1001: LABEL_0, LABEL_1"), ([0.5, 1], "1: LABEL_0")):
+        said = refused("--task", "seq-cls", data=labelled(*labels), **task)
+        assert said.startswith("labels: expected 3 classes, as many as the head in ")
+        assert f"got {came}" in said
+    assert run("--task", "seq-cls", "--quiet", data=labelled(0, 1), **task)[0] == 0
+    assert json.loads((tmp_path / "out" / "labels.json").read_text())["num_labels"] == 3
