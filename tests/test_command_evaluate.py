@@ -261,7 +261,8 @@ def test_what_does_not_fit_is_refused(places, refused, tmp_path):
     assert "expected one of" in refused(places["SEQ_CLS"], data)
     assert refused(causal, data, "--limit", 0) == "--limit: expected at least 1, got 0"
     assert refused(causal, data, "--batch-size", 0) == "--batch-size: expected at least 1, got 0"
-    assert refused(causal, data, "--max-seq-length", 3) == "max_length: expected at least 8 tokens, got 3"
+    assert refused(causal, data, "--max-seq-length", 3) == "--max-seq-length: expected at least 8, got 3"
+    assert refused(causal, data, "--max-seq-length", 0) == "--max-seq-length: expected at least 8, got 0"
     other = adapter_directory(tmp_path / "a", lx.load_model(causal), task_type="CAUSAL_LM")
     assert refused(causal, data, "--task", "seq-cls", "--adapter-path", other) == (
         f"{other}: task_type: expected SEQ_CLS, got CAUSAL_LM"

@@ -62,15 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Compute and print. Exit code 1 where the loss is not finite."""
     from .. import ConfigError, evaluate, load_model
     from ..models.adapted import held, with_adapter
+    from ..text.examples import SHORTEST
     from ..text.rows import task_name
     from ..text.tokenizer import load_tokenizer
-    from ..train.checks import check_start
+    from ..train.checks import check_pairs, check_start
 
     task = task_name(arguments.task)
-    for name in ("limit", "batch_size"):
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_seq_length", SHORTEST)):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     file = data_file(Path(arguments.data), arguments.split)
     model = load_model(arguments.model, dtype="float32", xp=arguments.backend)
     beside = with_adapter(model, arguments.adapter_path, task)
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in () if arguments.quiet else data.report.lines():
         print(line, file=sys.stderr, flush=True)
     check_start(beside.model, beside.trained, data.examples, task)
+    check_pairs(data.examples, task, batch_size=arguments.batch_size)
     counting = _counting(beside, task, len(data.examples), quiet=arguments.quiet)
     began = time.perf_counter()
     metrics = evaluate(
@@ -126,10 +128,10 @@ def read(
     how = Settings(
         longest,
         mask_prompt=arguments.mask_prompt,
-        stride=max(0, min(128, longest // 2)),
+        stride=min(128, longest // 2),
         typed=None if FAMILIES[beside.model.family].types else False,
         decoder_start=config.get("decoder_start_token_id"),
-    ).checked()
+    )
     rows = read_rows(file, task)
     if arguments.limit is not None:
         rows = rows._replace(rows=rows.rows[: arguments.limit])

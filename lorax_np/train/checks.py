@@ -14,6 +14,7 @@ from ..models import tasks
 from ..models.passes import PAIRS, Pass
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Rows, Trained
+from ..text.batches import START, Feed
 from ..text.examples import Example
 from .passes import Passes
 from .step import number, parameters
@@ -40,6 +41,14 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
         _looked_at(model)
+    check_rows(model, examples)
+    check_labels("data", examples, task)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        _check_classes(model, examples, task)
+
+
+def check_rows(model: Model, examples: Sequence[Example]) -> None:
+    """Raise ConfigError for a token that the model has no row for, and a sequence past the positions it has."""
     vocab, longest = model.config.get("vocab_size"), longest_text(model)
     for example in examples:
         ids = [sequence.ids for sequence in example.sequences]
@@ -53,11 +62,38 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
             if longest and len(part) > longest:
                 wanted = f"at most {longest} tokens, as many as the model has positions for"
                 raise ConfigError(f"{example.where}: expected {wanted}, got {len(part)}; lower max_seq_length")
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
-        _check_classes(model, examples, task)
+
+
+def check_labels(name: str, examples: Sequence[Example], task: str) -> None:
+    """Raise ConfigError where no label of some rows counts, so that a loss over them has no meaning."""
     if examples and not any(example.kept for example in examples):
         came = f"none in {len(examples)} rows, first {examples[0].where}"
-        raise ConfigError(f"data: expected a label that counts in some row of {task}, got {came}")
+        raise ConfigError(f"{name}: expected a label that counts in some row of {task}, got {came}")
+
+
+def check_pairs(examples: Sequence[Example], task: str, *, batch_size: int, loss_mean: str = "token") -> None:
+    """Raise ConfigError where pairs are to be told from others of their micro-batch, and there are none."""
+    if task != "FEATURE_EXTRACTION" or all(example.labels is not None for example in examples):
+        return
+    why = "since a pair is told from the others of its micro-batch"
+    for name, count in (("data", len(examples)), ("batch_size", batch_size)):
+        if count < 2:
+            raise ConfigError(f"{name}: expected at least 2, {why}, got {count}")
+    if loss_mean != "token":
+        raise ConfigError(f"loss_mean: expected token, {why}, got {loss_mean!r}")
+
+
+def check_steps(feed: Feed, steps: int) -> None:
+    """Raise ConfigError for the first of so many steps in whose rows no label counts, by the rows."""
+    if all(example.kept for example in feed.examples):
+        return
+    position = START
+    for number in range(1, steps + 1):
+        work = feed.step(position)
+        if not work.n:
+            rows = ", ".join(feed.examples[i].where for i in work.examples[:4])
+            raise ConfigError(f"step {number}: expected a label that counts in its rows, got none in {rows}")
+        position = work.next
 
 
 def _check_classes(model: Model, examples: Sequence[Example], task: str) -> None:

@@ -65,7 +65,8 @@ def train(
         if data:
             decide(work_of(passes, given, data))
     run = Run(passes, given, data, ranks or Alone(), callbacks)
-    run.valid, run.labels, run.tables = valid, labels, tables or {}
+    run.judged_on(valid, labels)
+    run.tables = tables or {}
     run.open(None if out is None else Path(out), lora, resume=resume)
     try:
         with Stop() as stop:

@@ -17,7 +17,15 @@ from ..text.batches import Position, Step
 from ..text.examples import Example
 from ..text.labels import Labels
 from ..tree import flatten, layout, unflatten
-from .checks import check_start, fingerprint, first_bad
+from .checks import (
+    check_labels,
+    check_pairs,
+    check_rows,
+    check_start,
+    check_steps,
+    fingerprint,
+    first_bad,
+)
 from .config import TrainConfig
 from .evaluate import Metrics, evaluate
 from .held import Held
@@ -73,6 +81,9 @@ class Run:
         self.held = Held(given, self.config, self.sites)
         self.groups = groups_of(self.trained, self.config, self.sites)
         check_start(self.model, self.trained, data, self.task)
+        size, mean = self.config.batch_size, self.config.loss_mean
+        check_pairs(data, self.task, batch_size=size, loss_mean=mean)
+        check_steps(self.feed, self.steps)
         self.base = fingerprint(self.model)
         if not same_everywhere(ranks, bytes.fromhex(self.base)):
             raise ConfigError("model: expected the same base on every rank, got others")
@@ -121,6 +132,12 @@ class Run:
                 Log(place / BAD, after=after).close()
         event = "resume" if self.begun else "start"
         self.tell({"event": event, "step": self.step, **self.facts()}, write=not self.begun)
+
+    def judged_on(self, valid: Sequence[Example], labels: Labels | None) -> None:
+        """Take the rows to evaluate on, which may be none, and their classes' names. Raises ConfigError."""
+        check_rows(self.model, valid)
+        check_labels("valid", valid[: self.config.eval_rows], self.task)
+        self.valid, self.labels = valid, labels
 
     def facts(self) -> dict[str, Any]:
         """What a run is, for its first line."""
