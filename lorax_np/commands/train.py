@@ -86,13 +86,15 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     if arguments.resume:
         if not out.is_dir():
             raise ConfigError(f"--resume: expected the directory of a run as --adapter-path, got {out}")
-        if (out / RUN_FILE).is_file():
-            before = resolved((RUN_FILE, read_file(out / RUN_FILE)))
-            said.insert(0, (RUN_FILE, before))
+        if (file := out / RUN_FILE).is_file():
+            before = resolved((str(file), read_file(file)))
+            said.insert(0, (str(file), before))
             changed(before, resolved(*said), but=("adapter_path", "backend", "valid"))
+        elif None in (resolved(*said)["model"], resolved(*said)["data"]):
+            raise ConfigError(f"--resume: expected {file}, or --model and --data, got neither")
     settings = resolved(*said)
     if not arguments.resume and not arguments.dry_run and ranks.rank == 0:
-        check_free(out)
+        check_free(out, settings["model"] or "")
     say = _printer(arguments, ranks.rank)
     work = prepared(settings)
     for line in first_lines(work, colour=sys.stdout.isatty()):

@@ -114,6 +114,17 @@ def _check_classes(model: Model, examples: Sequence[Example], task: str) -> None
             raise ConfigError(f"{example.where}: expected {wanted}, got {labels.max()}")
 
 
+def check_saved(trained: Trained, step: int, last: int | None) -> None:
+    """Raise FormatError for what trained to no number, before it is saved; last is the save before."""
+    for name, value in parameters(trained).items():
+        if not all_finite(value):
+            saved = "nothing is saved" if last is None else f"step {last} is saved"
+            raise FormatError(
+                f"step {step}: expected finite numbers to save, got NaN or infinity in {name}; {saved}, and the "
+                "rate, or the weight decay, is too large"
+            )
+
+
 def fingerprint(model: Model) -> str:
     """SHA-256 of a base: names, shapes, dtypes, and the first and last numbers of every tensor."""
     digest = hashlib.sha256(model.family.encode())
@@ -199,3 +210,13 @@ def first_bad(passes: Passes, trained: Trained, batches: Sequence[Batch], dropou
                 if not all_finite(g):
                     return f"{name.partition('.')[2]}, gradient"
     return "the sum of the gradients"
+
+
+def told(example: Example) -> dict[str, Any]:
+    """An example as JSON has it."""
+    labels = example.labels
+    return {
+        "row": example.where,
+        "ids": [[int(i) for i in sequence.ids] for sequence in example.sequences],
+        "labels": labels.tolist() if hasattr(labels, "tolist") else labels,
+    }

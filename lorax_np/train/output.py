@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,17 +29,46 @@ if TYPE_CHECKING:
     from .run import Run
 
 METRICS, CURVE, PICTURE, STATE, BAD = "metrics.jsonl", "loss.csv", "loss.png", "state", "bad-batch.jsonl"
+RUN, LABELS = "run.json", "labels.json"  # of the command
+OURS = (
+    STATE,
+    METRICS,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    CARD,
+    CURVE,
+    PICTURE,
+    BAD,
+    RUN,
+    LABELS,
+)
 LOFTQ = "loftq"  # leaves a base of codes, which no adapter beside the original one gives exactly
 COLUMNS = "step", "train_loss", "valid_loss", "lr", "grad_norm", "tokens_per_second"
 
 
-def check_free(out: Path) -> None:
-    """Raise FormatError where a directory holds a run or an adapter already, which would be written over."""
+def check_free(out: Path, base: str = "") -> None:
+    """Raise FormatError where a directory holds what a run would write over, or cannot be written to.
+
+    base : where the model is, of which whoever loads it would find the adapter there
+    """
     if out.exists() and not out.is_dir():
         raise FormatError(f"{out}: expected a place for a directory, got a file")
-    there = [name for name in (STATE, METRICS, "adapter_config.json") if (out / name).exists()]
-    if there:
+    if there := [name for name in OURS if (out / name).exists()]:
         raise FormatError(f"{out}: expected a new directory, or resume, got one with {there[0]} in it")
+    if base and out.resolve() == Path(base).resolve():
+        raise FormatError(f"{out}: expected another directory than the model's, got it")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise FormatError(f"{out}: expected a place below a directory, got the file {above}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FormatError(f"{out}: expected leave to write in {above}, got none")
+
+
+def check_unfinished(out: Path) -> None:
+    """Raise FormatError where a run ended, and no save of it is there: begun again it would lose its adapter."""
+    if (out / CURVE).exists():
+        wanted = "a save to go on from, got none beside a run that ended"
+        raise FormatError(f"{out / STATE}: expected {wanted}; --resume-adapter-file trains its adapter on")
 
 
 def write_adapter(

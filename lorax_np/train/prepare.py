@@ -228,7 +228,9 @@ def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:
     """Adapters of a directory, to train on; its config stands in for the settings."""
     files = load_adapter(settings["resume_adapter_file"], weights=model.weights, residual_base=True)
     lora = files.config
-    if not (lora.use_dora and brings_rest(files)):  # a plain form, which such a run is saved in, is of its own start
+    if not (
+        lora.use_dora and brings_rest(files)
+    ):  # a plain form, which such a run is saved in, is of its own start
         refuse_rest("resume_adapter_file", settings["resume_adapter_file"], files)
     if lora.task_type not in (None, task):
         raise ConfigError(f"task: expected {lora.task_type}, set by the adapter, got {task}")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..backend import dtype_name, from_host, to_host
-from ..errors import FormatError
-from ..kinds import refuse, shown
+from ..backend import FLOATS, all_finite, dtype_name, from_host, to_host
+from ..errors import ConfigError, FormatError
+from ..kinds import finite, refuse, shown, whole
 from ..optim import check_state
 from ..parallel import broadcast_bytes
 from ..text.batches import Position
 from ..tree import Leaves
 from .checks import data_digest
-from .state import ABOUT, load_state
+from .state import ABOUT, TENSORS, load_state
 from .step import Outcome, parameters
 
 if TYPE_CHECKING:
@@ -148,6 +148,9 @@ def restore(run: "Run", folder: Path | None) -> None:
         wanted[name] = from_host(run.ranks.broadcast(here.reshape(-1)).reshape(here.shape), value)
     run.held.put(_under("p.", wanted), {**_under("o.", wanted), **known["optimizer"]})
     run.step, run.position = known["step"], Position(**known["position"])
+    if run.step > run.steps:
+        name = "epochs" if run.config.iters is None else "iters"
+        raise ConfigError(f"{name}: expected at least {run.step}, the steps that are done, got {run.steps}")
     run.counters = Counters(**known["counters"])
     run.before, run.after = known["before"], known["after"]
 
@@ -163,6 +166,9 @@ def _checked(run: "Run", tensors: Mapping[str, Any], known: Mapping[str, Any], w
         check_state({**_under("o.", tensors), **known["optimizer"]}, run.held.state)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
+    for name, value in tensors.items():
+        if dtype_name(value) in FLOATS and not all_finite(value):
+            raise FormatError(f"{where / TENSORS}: {name}: expected finite numbers, got NaN or infinity")
     return {name: to_host(value) for name, value in tensors.items()}
 
 
@@ -171,6 +177,12 @@ def _check_same(run: "Run", known: Mapping[str, Any], where: Path) -> None:
     for name in ("position", "counters", "optimizer", "before", "after", "config"):
         if not isinstance(known.get(name), dict):
             raise FormatError(f"{where}: {name}: expected a JSON object, got {shown(known.get(name))}")
+    counts, at = known["counters"], known["position"]
+    if not set(counts) <= set(Counters._fields) or not all(map(finite, counts.values())):
+        raise FormatError(f"{where}: counters: expected numbers by known names, got {shown(counts)}")
+    if set(at) != set(Position._fields) or not all(map(whole, at.values())) or at["used"] >= len(run.data):
+        wanted = f"an epoch, and used below {len(run.data)}, the rows"
+        raise FormatError(f"{where}: position: expected {wanted}, got {shown(at)}")
     problems = []
     for name, here in (
         ("task", run.task),

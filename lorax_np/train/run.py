@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..backend import from_host, to_host
+from ..backend import from_host, quiet, to_host
 from ..config import LoraConfig, Site
 from ..errors import ConfigError
 from ..models.records import Dropout, Trained
@@ -21,16 +21,18 @@ from .checks import (
     check_labels,
     check_pairs,
     check_rows,
+    check_saved,
     check_start,
     check_steps,
     fingerprint,
     first_bad,
+    told,
 )
 from .config import TrainConfig
 from .evaluate import Metrics, evaluate
 from .held import Held
 from .log import Log, with_lines
-from .output import BAD, METRICS, STATE, check_free, write_adapter, write_card, write_curve
+from .output import BAD, METRICS, STATE, check_free, check_unfinished, write_adapter, write_card, write_curve
 from .passes import Passes
 from .resume import Counters, about, restore, tensors_of
 from .state import latest_step, save_state, tidy
@@ -120,7 +122,9 @@ class Run:
         if self.begun:
             restore(self, None if place is None else place / STATE)
         elif place is not None and not resume:
-            check_free(place)
+            check_free(place, self.model.path)
+        elif place is not None:
+            check_unfinished(place)
         if place is not None:
             tidy(place / STATE)
             self._adapter(place)  # after a save it may not have been written; what cannot be is refused now
@@ -169,7 +173,8 @@ class Run:
         batches = work.batches[self.ranks.rank :: self.ranks.size]
         factor = schedule(self.config.lr_schedule, self.step, self.steps, self.warmup)
         rates = group_rates(self.groups, factor)
-        outcome = self.held.step(self.passes, batches, step=self.step, rates=rates, ranks=self.ranks)
+        with quiet():  # what runs away is seen in the next step, and before a save
+            outcome = self.held.step(self.passes, batches, step=self.step, rates=rates, ranks=self.ranks)
         self.step, self.position = self.step + 1, work.next
         self.counters = self.counters.plus(
             outcome, self.config.learning_rate * factor, time.perf_counter() - began
@@ -223,6 +228,7 @@ class Run:
         """The state first, then the adapter, which the state could write again."""
         if self.out is None or self.log is None:
             return
+        check_saved(self.trained, self.step, latest_step(self.out / STATE))
         self.log.sync()
         save_state(self.out / STATE, self.step, tensors_of(self), about(self))
         self._adapter(self.out)
@@ -282,16 +288,6 @@ def groups_of(trained: Trained, config: TrainConfig, sites: Mapping[str, Site]) 
         embedding_lr=config.loraplus_lr_embedding,
         embeddings=embeddings if config.loraplus_lr_embedding else (),
     )
-
-
-def told(example: Example) -> dict[str, Any]:
-    """An example as JSON has it."""
-    labels = example.labels
-    return {
-        "row": example.where,
-        "ids": [[int(i) for i in sequence.ids] for sequence in example.sequences],
-        "labels": labels.tolist() if hasattr(labels, "tolist") else labels,
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -201,7 +201,9 @@ def read_file(path: Path) -> dict[str, Any]:
     seen: set[str] = set()
     for key, _ in root.value:  # of which the last would count
         if key.value in seen:
-            raise FormatError(f"{path}:{key.start_mark.line + 1}: expected each name once, got {key.value!r} again")
+            raise FormatError(
+                f"{path}:{key.start_mark.line + 1}: expected each name once, got {key.value!r} again"
+            )
         seen.add(key.value)
     return found
 

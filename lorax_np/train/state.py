@@ -101,11 +101,15 @@ def load_state(folder: Path) -> Saved:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put bytes in the place of a file: on the disk, and at once."""
+    """Put bytes in the place of a file: on the disk, and at once. The system's OSError names the file."""
     part = path.with_name(f".{path.name}.tmp")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     sync_folder(path.parent)

@@ -11,7 +11,7 @@ from lorax_np.cli import main
 from lorax_np.train import output
 from lorax_np.train.log import records
 
-WORDS = "the cat sat on a mat and then it ran".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]
 TEXTS = [{"text": " ".join(WORDS[i : i + 4])} for i in range(6)]
 EXPERTS = {"model_type": "mixtral", "head_dim": 4, "num_local_experts": 3, "num_experts_per_tok": 2}
 
@@ -90,13 +90,19 @@ def test_parameters_without_a_word_on_dropout(run, place, tmp_path):
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        (["--layers-to-transform", "0-99999999999"], "layers_to_transform: expected layers as in 3,5,7 or 20-29"),
+        (
+            ["--layers-to-transform", "0-99999999999"],
+            "layers_to_transform: expected layers as in 3,5,7 or 20-29",
+        ),
         (["--layers-to-transform", "1,5-3"], "layers_to_transform: expected layers as in 3,5,7 or 20-29"),
         (["--r", "0"], "r: expected an int of at least 1 (and below 2**63), got 0"),
         (["--backend", "torch"], "backend: expected one of numpy, cupy, auto, got 'torch'"),
         (["--lora-dtype", "float64"], "lora_dtype: expected one of float32, float16, bfloat16, got 'float64'"),
         (["--max-seq-length", "4"], "max_seq_length: expected at least 8 tokens, got 4"),
-        (["--init-lora-weights", "eva"], "init_lora_weights: expected a start that is made of the weights alone"),
+        (
+            ["--init-lora-weights", "eva"],
+            "init_lora_weights: expected a start that is made of the weights alone",
+        ),
         (["--learning-rate", "1e39"], "learning_rate: expected a number from 1.2e-38 to 3.4e+38"),
         (["--eps", "1e-50"], "eps: expected a number from 1.2e-38 to 3.4e+38"),
         (["--weight-decay", "1e300"], "weight_decay: expected 0, or a number from 1.2e-38 to 3.4e+38"),
@@ -165,9 +171,190 @@ def test_classes_are_as_many_as_the_head_has_outputs(refused, run, rows, tmp_pat
         return rows(*({"text": "the cat", "label": label} for label in labels))
 
     task = {"model": "bert"}
-    for labels, came in ((["a", "b"], "2: a, b"), ([0, 1000], "1001: LABEL_0, LABEL_1"), ([0.5, 1], "1: LABEL_0")):
+    for labels, came in (
+        (["a", "b"], "2: a, b"),
+        ([0, 1000], "1001: LABEL_0, LABEL_1"),
+        ([0.5, 1], "1: LABEL_0"),
+    ):
         said = refused("--task", "seq-cls", data=labelled(*labels), **task)
         assert said.startswith("labels: expected 3 classes, as many as the head in ")
         assert f"got {came}" in said
     assert run("--task", "seq-cls", "--quiet", data=labelled(0, 1), **task)[0] == 0
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["num_labels"] == 3
+
+
+# ---- where it goes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "adapter_model.safetensors", "loss.csv", "labels.json", "run.json"]
+)
+def test_what_somebody_else_wrote_is_not_written_over(run, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    code, _, err = run("--quiet")
+    wanted = f"lorax-np: {tmp_path / 'out'}: expected a new directory, or resume, got one with {name} in it\n"
+    assert (code, err) == (2, wanted)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_not_into_the_base(run, place):
+    """Whoever loads the model would find the adapter there."""
+    before = sorted(place.joinpath("llama").iterdir())
+    code, _, err = run("--quiet", "--adapter-path", place / "llama")
+    assert (code, err) == (
+        2,
+        f"lorax-np: {place / 'llama'}: expected another directory than the model's, got it\n",
+    )
+    assert sorted(place.joinpath("llama").iterdir()) == before
+
+
+def test_a_place_that_can_be_written_to(run, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    code, out, err = run("--quiet", "--adapter-path", file / "sub" / "deep")
+    assert (code, out, err) == (
+        2,
+        "",
+        f"lorax-np: {file / 'sub' / 'deep'}: expected a place below a directory, got the file {file}\n",
+    )
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    code, out, err = run("--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path / 'out'}: expected leave to write in {tmp_path}, got none" in err
+
+
+def test_numbers_that_ran_away_are_not_saved(run, tmp_path, monkeypatch):
+    """The save before stays the last; the place says what is wrong, and nothing else is said."""
+    more = (
+        "--save-every",
+        1,
+        "--iters",
+        3,
+        "--learning-rate",
+        "3e38",
+        "--loraplus-lr-ratio",
+        "3e38",
+        "--warmup",
+        0,
+    )
+    code, _, err = run(*more, "--quiet")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "step 1: expected finite numbers to save, got NaN or infinity in adapters." in err
+    assert err.rstrip().endswith("; nothing is saved, and the rate, or the weight decay, is too large")
+    assert not (tmp_path / "out" / "state" / "latest").exists()
+    assert all(np.isfinite(a.B).all() for a in lx.load_adapter(tmp_path / "out").adapters.values())
+
+
+def test_a_file_that_has_no_room_is_named(tmp_path, monkeypatch):
+    from lorax_np.train import state
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/loss.csv'"):
+        state.write_whole(tmp_path / "loss.csv", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- going on ----------------------------------------------------------------------------------------------
+
+
+def resume(out, *more):
+    return main(["train", "--resume", "--adapter-path", str(out), "--quiet", *map(str, more)])
+
+
+def test_a_run_that_ended_is_not_begun_again_over_its_adapter(run, tmp_path, capsys):
+    """Somebody removed the state, which is large."""
+    import shutil
+
+    out = tmp_path / "out"
+    assert run("--quiet", "--learning-rate", "1e-2")[0] == 0
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert resume(out, "--iters", 1) == 2
+    assert "iters: expected at least 2, the steps that are done, got 1" in capsys.readouterr().err
+    shutil.rmtree(out / "state")
+    assert resume(out) == 2
+    assert capsys.readouterr().err == (
+        f"lorax-np: {out / 'state'}: expected a save to go on from, got none beside a run that ended; "
+        "--resume-adapter-file trains its adapter on\n"
+    )
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    (out / "run.json").unlink()
+    assert resume(out) == 2
+    wanted = f"expected {out / 'run.json'}, or --model and --data, got neither"
+    assert capsys.readouterr().err == f"lorax-np: --resume: {wanted}\n"
+    (out / "run.json").write_text('{"rank": 3}')
+    assert resume(out) == 2
+    assert capsys.readouterr().err.startswith(
+        f"lorax-np: {out / 'run.json'}: expected a known name, got 'rank'"
+    )
+
+
+CHANGES = (
+    {"counters": {"a": 1}},
+    {"counters": {"labels": "x"}},
+    {"position": {"epoch": "x", "used": 1}},
+    {"position": {"epoch": 0, "used": 99}},
+    {"position": {"epoch": 0, "used": -1}},
+)
+
+
+def test_a_damaged_state_is_refused_by_its_file(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--quiet")[0] == 0
+    file, tensors = (out / "state" / "step-2" / name for name in ("state.json", "tensors.safetensors"))
+    whole = json.loads(file.read_text())
+    for change in CHANGES:
+        file.write_text(json.dumps(whole | change))
+        assert resume(out, "--iters", 3) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"lorax-np: {file}: {next(iter(change))}: expected ")
+        assert err.count("\n") == 1
+    file.write_text(json.dumps(whole))
+    found = lx.open_safetensors(tensors)
+    arrays = {name: np.array(found[name]) for name in found.names}
+    name = next(name for name in arrays if name.startswith("p."))
+    arrays[name][0] = np.nan
+    lx.write_safetensors(tensors, arrays)
+    assert resume(out, "--iters", 3) == 2
+    wanted = f"{tensors}: {name}: expected finite numbers, got NaN or infinity"
+    assert capsys.readouterr().err == f"lorax-np: {wanted}\n"
+
+
+def test_what_is_said_of_an_adapter_that_is_there(run, tmp_path):
+    assert run("--quiet")[0] == 0
+    first = (tmp_path / "out").rename(tmp_path / "first")
+    more = "--resume-adapter-file", first
+    code, _, err = run(*more, "--quiet", "--r", 5, "--use-dora")
+    assert (code, err) == (
+        2,
+        "lorax-np: r: expected 2, set by the adapter to train on, or nothing, got 5; "
+        "use_dora: expected False, set by the adapter to train on, or nothing, got True\n",
+    )
+    assert run(*more, "--quiet")[0] == 0
+
+
+def test_a_start_that_left_another_base(run, place, tmp_path, capsys):
+    """The line says what to type; DoRA's comes with that base, and is judged and trained on beside it."""
+    begun = tmp_path / "begun"
+    assert main(["init", str(place / "llama"), str(begun), "--start", "pissa", "-r", "2", "--quiet"]) == 0
+    code, _, err = run("--quiet", "--resume-adapter-file", begun)
+    assert code == 2
+    assert "resume_adapter_file: expected an adapter for the original base, got one for REST, what " in err
+    assert err.endswith(f"lorax-np merge --residual-base REST {begun} NEW makes a model of the two\n")
+    typed = ["merge", "--residual-base", begun / "base", begun, tmp_path / "new", "--quiet"]
+    assert main([*map(str, typed)]) == 0
+    capsys.readouterr()
+    code, _, err = run("--quiet", "--init-lora-weights", "pissa", "--use-dora", model="llama")
+    assert (code, err) == (0, "")
+    last = records(tmp_path / "out" / "metrics.jsonl")[-1]
+    asked = ["evaluate", "--model", place / "llama", "--data", tmp_path / "rows.jsonl", "--json", "--quiet"]
+    assert main([*map(str, asked), "--adapter-path", str(tmp_path / "out")]) == 0
+    loss = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    assert (last["event"], loss) == ("eval", pytest.approx(last["loss"], rel=1e-6))
+    first = (tmp_path / "out").rename(tmp_path / "first")
+    assert run("--quiet", "--resume-adapter-file", first)[0] == 0
+    assert records(tmp_path / "out" / "metrics.jsonl")[1]["loss"] == pytest.approx(loss, rel=1e-6)
