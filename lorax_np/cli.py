@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 
 from . import BackendError, ConfigError, DtypeError, FormatError, ShapeError, __version__
 from .commands import COMMANDS
@@ -17,6 +17,10 @@ BAD_USAGE, INTERRUPTED, UNREAD = 2, 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every refusal is one line on standard error."""
+    sys.stdout, sys.stderr = (
+        sys.stdout or StringIO(),
+        sys.stderr or StringIO(),
+    )  # closed by whoever started this
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters
@@ -30,11 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough; that is no verdict
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not isinstance(stream, StringIO):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return UNREAD
-    except (ConfigError, FormatError, BackendError, ShapeError, DtypeError, OSError) as error:
-        print(f"lorax-np: {error}", file=sys.stderr)
+    except (ConfigError, FormatError, BackendError, ShapeError, DtypeError, OSError, MemoryError) as error:
+        print(f"lorax-np: {_line(error)}", file=sys.stderr)
         return BAD_USAGE
+
+
+def _line(error: Exception) -> str:
+    """What is said of an error; the system's own names no file where standard output has no room."""
+    if isinstance(error, MemoryError):
+        return f"expected memory for it, got: {error or 'none'}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        return f"expected room for what is written, got: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import Parsers
-from .train import HELD, LABELS_FILE, Strict
+from .train import HELD, LABELS_FILE, Strict, choice
 
 if TYPE_CHECKING:
     from ..models.adapted import Adapted
@@ -26,6 +26,8 @@ ABOUT = (
 
 def add(commands: Parsers) -> None:
     """Declare the command and its arguments."""
+    from ..text.rows import TASKS
+
     parser = commands.add_parser(
         "evaluate", help="the loss and the scores of a model", description=ABOUT, allow_abbrev=False
     )
@@ -34,7 +36,8 @@ def add(commands: Parsers) -> None:
     parser.add_argument("--adapter-path", metavar="DIR", help="an adapter for it, PEFT's or ours")
     parser.add_argument("--data", metavar="PATH", required=True, help="a .jsonl file, or a directory of splits")
     parser.add_argument("--split", choices=SPLITS, help="which file of a directory")
-    parser.add_argument("--task", default="causal-lm", metavar="TASK", help="(default: causal-lm)")
+    tasks = f"what is computed: {choice(tuple(TASKS))} (default: causal-lm)"
+    parser.add_argument("--task", default="causal-lm", metavar="TASK", help=tasks)
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences (default: 4)")
     parser.add_argument(
         "--max-seq-length",

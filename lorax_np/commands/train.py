@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .common import Parsers
 
@@ -19,17 +19,29 @@ ABOUT = (
 
 
 class Strict(argparse.ArgumentParser):
-    """Refuses a flag that there is not, with the nearest."""
+    """Refuses in one line, and a flag that there is not with the nearest, whatever else is missing."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, where nothing unknown is left."""
         from ..kinds import nearest
 
+        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = [word.partition("=")[0] for word in args or () if word.startswith("--") and word != "--"]
+        if wrong := [flag for flag in flags if flag not in known]:
+            self.error(f"{wrong[0]}: expected a known flag{nearest(wrong[0], known)}")
         found, rest = super().parse_known_args(args, namespace)
-        if wrong := [word for word in rest if word.startswith("-")]:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"{wrong[0]}: expected a known flag{nearest(wrong[0].partition('=')[0], known)}")
+        if rest:
+            self.error(f"expected flags alone, got {rest[0]!r}")
         return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line; what there is, -h says."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def choice(words: Sequence[str]) -> str:
+    """Words to choose from, as a person lists them."""
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def add(commands: Parsers) -> None:
@@ -44,13 +56,15 @@ def add(commands: Parsers) -> None:
         group = parser.add_argument_group(title)
         for name, setting in settings.items():
             action = {"action": argparse.BooleanOptionalAction} if setting.flag else {"metavar": "VALUE"}
-            default = "" if setting.default in (None, False) else f" (default: {setting.default})"
-            about = f"{setting.about}{default}".replace("%", "%%")
+            silent = setting.default is None or setting.default is False
+            default = "" if silent else f" (default: {setting.default})"
+            words = f": {choice(setting.words)}" if len(setting.words) > 1 else ""
+            about = f"{setting.about}{words}{default}".replace("%", "%%")
             group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about, **action)
     parser.add_argument("-c", "--config", metavar="FILE", help="names and values in YAML or JSON")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --adapter-path")
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and train nothing")
-    parser.add_argument("--json", metavar="-", choices=("-",), help="print what it came to as JSON")
+    parser.add_argument("--json", nargs="?", const="-", choices=("-",), help="print what it came to as JSON")
     parser.add_argument("--quiet", action="store_true", help="no lines but errors")
     parser.set_defaults(run=run)
 

@@ -48,7 +48,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
 
 
 def check_rows(model: Model, examples: Sequence[Example]) -> None:
-    """Raise ConfigError for a token that the model has no row for, and a sequence past the positions it has."""
+    """Raise ConfigError for a token that a model has no row for, and a sequence past the positions it has."""
     vocab, longest = model.config.get("vocab_size"), longest_text(model)
     for example in examples:
         ids = [sequence.ids for sequence in example.sequences]
@@ -88,11 +88,11 @@ def check_steps(feed: Feed, steps: int) -> None:
     if all(example.kept for example in feed.examples):
         return
     position = START
-    for number in range(1, steps + 1):
+    for step in range(1, steps + 1):
         work = feed.step(position)
         if not work.n:
             rows = ", ".join(feed.examples[i].where for i in work.examples[:4])
-            raise ConfigError(f"step {number}: expected a label that counts in its rows, got none in {rows}")
+            raise ConfigError(f"step {step}: expected a label that counts in its rows, got none in {rows}")
         position = work.next
 
 
@@ -120,8 +120,8 @@ def check_saved(trained: Trained, step: int, last: int | None) -> None:
         if not all_finite(value):
             saved = "nothing is saved" if last is None else f"step {last} is saved"
             raise FormatError(
-                f"step {step}: expected finite numbers to save, got NaN or infinity in {name}; {saved}, and the "
-                "rate, or the weight decay, is too large"
+                f"step {step}: expected finite numbers to save, got NaN or infinity in {name}; {saved}, and "
+                "the rate, or the weight decay, is too large"
             )
 
 

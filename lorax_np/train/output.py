@@ -65,7 +65,7 @@ def check_free(out: Path, base: str = "") -> None:
 
 
 def check_unfinished(out: Path) -> None:
-    """Raise FormatError where a run ended, and no save of it is there: begun again it would lose its adapter."""
+    """Raise FormatError where a run ended and none of its saves is left: begun again, its adapter were lost."""
     if (out / CURVE).exists():
         wanted = "a save to go on from, got none beside a run that ended"
         raise FormatError(f"{out / STATE}: expected {wanted}; --resume-adapter-file trains its adapter on")

@@ -1,4 +1,4 @@
-"""What people type wrong, and what they have lying about: each is one line before the first step, or is right."""
+"""What people type wrong and have lying about: each is one line before the first step, or is right."""
 
 import json
 
@@ -358,3 +358,81 @@ def test_a_start_that_left_another_base(run, place, tmp_path, capsys):
     first = (tmp_path / "out").rename(tmp_path / "first")
     assert run("--quiet", "--resume-adapter-file", first)[0] == 0
     assert records(tmp_path / "out" / "metrics.jsonl")[1]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def ended(argv, capsys):
+    """What argparse refuses: its code, and what it said."""
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, argv)])
+    said = capsys.readouterr()
+    assert said.out == ""
+    return left.value.code, said.err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_a_wrong_flag_is_one_line_whatever_else_is_missing(capsys, command):
+    wanted = f"lorax-np {command}: --modle: expected a known flag (did you mean '--model'?)\n"
+    assert ended([command, "--modle", "x"], capsys) == (2, wanted)
+
+
+def test_a_word_that_belongs_to_no_flag(capsys):
+    assert ended(["train", "--r", "3", "rows.jsonl"], capsys) == (
+        2,
+        "lorax-np train: expected flags alone, got 'rows.jsonl'\n",
+    )
+    code, err = ended(["train", "--use-dora=maybe"], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--use-dora" in err
+
+
+def test_help_says_what_there_is_to_choose_from_and_what_it_is_else(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "causal-lm, seq-cls, token-cls, question-ans, seq2seq-lm or feature-extraction (default: causal-lm)",
+        "numpy, cupy or auto",
+        "none, nf4, int8 or bf16 (default: none)",
+        "constant, linear or cosine (default: cosine)",
+        "none, all or lora_only (default: none)",
+        "of starts, order and dropout (default: 0)",
+        "of matrices; magnitudes and biases have none (default: 0.0)",
+    ):
+        assert part in said, part
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "causal-lm, seq-cls, token-cls" in " ".join(capsys.readouterr().out.split())
+
+
+def test_json_needs_no_dash(run):
+    code, out, _ = run("--json")
+    assert (code, json.loads(out)["ended"]) == (0, "done")
+
+
+def test_without_a_standard_output(run, monkeypatch):
+    """As a shell's >&- has it."""
+    monkeypatch.setattr("sys.stdout", None)
+    assert run()[0] == 0
+
+
+def test_a_full_disk_and_too_little_memory(run, monkeypatch):
+    from lorax_np.commands import train
+
+    def fails(error):
+        def go(*_):
+            raise error
+
+        monkeypatch.setattr(train, "_run", go)
+        code, out, err = run()
+        assert (code, out) == (2, "")
+        return err
+
+    assert fails(OSError(28, "No space left on device")) == (
+        "lorax-np: expected room for what is written, got: No space left on device\n"
+    )
+    assert fails(MemoryError("Unable to allocate 4 TiB")) == (
+        "lorax-np: expected memory for it, got: Unable to allocate 4 TiB\n"
+    )
