@@ -5,6 +5,7 @@ Nothing is put into a model: the result is dictionaries by name.  See specs/inje
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from .layers.embedding import Embedding
 from .layers.experts import Experts, init_experts_adapter
 from .layers.starting import init_conv_adapter, init_embedding_adapter
 from .params import Adapter, AnyAdapter, linear_from_stored, linear_to_stored
+from .shapes import shape_in
 
 DRAWN = True, False, "gaussian"  # starts that only draw
 Weights = Mapping[str, Array]
@@ -42,7 +44,7 @@ class Overlay(Mapping[str, Array]):
 
     def shape(self, name: str) -> Shape:
         """Shape of one tensor, which is never another than before."""
-        return _shape(self.under, name)
+        return shape_in(self.under, name)
 
     def __getitem__(self, name: str) -> Array:
         return self.over[name] if name in self.over else self.under[name]
@@ -77,9 +79,7 @@ def plan(
     (['up'], 'trainable params: 16 || all params: 51 || trainable%: 31.3725')
     """
     model = _model(weights, model_type)
-    tree, found = planned(
-        weights, lambda name: _shape(weights, name), config, model=model, kinds=kinds, groups=groups
-    )
+    tree, found = planned(weights, partial(shape_in, weights), config, model=model, kinds=kinds, groups=groups)
     return counted(found, tree, weights, config, model)
 
 
@@ -172,7 +172,7 @@ def started(
     """
     tree, found = planned(
         weights,
-        lambda name: _shape(weights, name),
+        partial(shape_in, weights),
         config,
         model=_model(weights, model_type),
         kinds=kinds,
@@ -236,14 +236,6 @@ def _model(weights: Mapping[str, Any], model_type: str | None = None) -> dict[st
     """What config.json says, where the weights bring it, under the model_type that was given."""
     found = dict(getattr(weights, "config", None) or {})
     return found | {"model_type": model_type} if model_type else found
-
-
-def _shape(weights: Mapping[str, Any], name: str) -> Shape:
-    """A tensor's shape: as the mapping tells it without reading, or an array's own, or the value itself."""
-    if callable(tell := getattr(weights, "shape", None)):
-        return tuple(tell(name))
-    value = weights[name]
-    return tuple(int(n) for n in getattr(value, "shape", value))
 
 
 # ---- starts, by kind ---------------------------------------------------------------------------------------

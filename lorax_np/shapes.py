@@ -1,5 +1,6 @@
 """Sizes of named axes, checked together, and leading axes folded into one."""
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from math import prod
 from typing import Any
@@ -78,3 +79,18 @@ def rows(x: Array) -> Array:
     """
     folded: Array = namespace_of(x=x).reshape(x, (prod(x.shape[:-1]), x.shape[-1]))
     return folded
+
+
+def shape_in(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Shape of one tensor among many, or that stands among shapes; not read where their mapping can tell it.
+
+    Raises KeyError.
+
+    >>> shape_in({"w": (2, 3)}, "w")
+    (2, 3)
+    """
+    tell = getattr(tensors, "shape", None)
+    if callable(tell):
+        return tuple(int(n) for n in tell(name))
+    value = tensors[name]
+    return tuple(int(n) for n in getattr(value, "shape", value))

@@ -11,6 +11,7 @@ from ..backend import FLOATS, Array, Namespace, all_finite, cast, dtype_name, fr
 from ..errors import ConfigError, FormatError
 from ..io.checkpoint import open_checkpoint
 from ..kinds import nearest
+from ..shapes import shape_in
 from .families import FAMILIES, MODEL_TYPES, OTHERS
 from .family import Family, Shapes, half_a_head, other_heads
 from .records import Model
@@ -47,7 +48,7 @@ class Held(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
-        return _shape(self.under, self.names[name])
+        return shape_in(self.under, self.names[name])
 
     def __getitem__(self, name: str) -> Array:
         own = self.names[name]  # two names may be one tensor's
@@ -230,20 +231,14 @@ def _check_head_shapes(weights: Mapping[str, Any], names: Mapping[str, str], sha
     """Where a head is there its shape fits, whatever its number of classes, which `shapes` has as 1."""
     for name, shape in shapes.items():
         if name in names:
-            there = _shape(weights, names[name])
+            there = shape_in(weights, names[name])
             free = tuple(there[i] if n == 1 and i < len(there) else n for i, n in enumerate(shape))
             _check_shape(weights, names[name], free, path)
 
 
 def _check_shape(weights: Mapping[str, Any], name: str, shape: tuple[int, ...], path: str) -> None:
-    if (there := _shape(weights, name)) != shape:
+    if (there := shape_in(weights, name)) != shape:
         _refuse(f"{path}: {name}", f"{shape}, set by the config", there)
-
-
-def _shape(weights: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """A tensor's shape, as the mapping tells it, or the array."""
-    tell = getattr(weights, "shape", None)
-    return tuple(int(n) for n in (tell(name) if callable(tell) else weights[name].shape))
 
 
 def _refuse(where: str, wanted: str, came: object) -> NoReturn:

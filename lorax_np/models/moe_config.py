@@ -11,6 +11,7 @@ import numpy as np
 
 from ..backend import Array, to_host
 from ..errors import FormatError
+from ..shapes import shape_in
 from .llama_config import llama_settings, llama_shapes
 from .settings import Settings
 
@@ -98,7 +99,7 @@ class Stacked(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
-        return self.shapes[name] if name in self.stacks else _shape(self.under, self.names[name])
+        return self.shapes[name] if name in self.stacks else shape_in(self.under, self.names[name])
 
     def __getitem__(self, name: str) -> Array:
         if name not in self.stacks:
@@ -141,7 +142,7 @@ def stacked(weights: Mapping[str, Any], config: Mapping[str, Any], path: str) ->
             names[name.replace(".block_sparse_moe.", ".mlp.")] = name
             continue
         e, part = int(one[3]), PARTS[one[4]]
-        if (there := _shape(weights, name)) != shapes[part] or e >= E:
+        if (there := shape_in(weights, name)) != shapes[part] or e >= E:
             wanted = f"{shapes[part]}, of one of {E} experts set by the config"
             raise FormatError(f"{path}: {name}: expected {wanted}, got {there}")
         layers.setdefault(f"{one[1]}.mlp", {})[e, part] = name
@@ -156,8 +157,3 @@ def stacked(weights: Mapping[str, Any], config: Mapping[str, Any], path: str) ->
         stacks[f"{layer}.{DOWN}"] = [[found[e, "down"]] for e in range(E)]
         sizes |= {f"{layer}.{GATE_UP}": (E, 2 * ff, d), f"{layer}.{DOWN}": (E, d, ff)}
     return Stacked(weights, names, stacks, sizes)
-
-
-def _shape(weights: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    tell = getattr(weights, "shape", None)
-    return tuple(int(n) for n in (tell(name) if callable(tell) else weights[name].shape))

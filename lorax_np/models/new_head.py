@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backend import Array, compute_dtype, from_host
 from ..errors import ConfigError
+from ..shapes import shape_in
 from .families import FAMILIES
 from .family import other_heads
 from .records import Model
@@ -30,9 +31,7 @@ class Beside(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
-        tell = getattr(self.under, "shape", None)
-        known = callable(tell) and name in self.names
-        return tuple(int(n) for n in (tell(name) if known and tell is not None else self[name].shape))
+        return shape_in(self.under if name in self.names else self.more, name)
 
     def __getitem__(self, name: str) -> Array:
         return self.under[name] if name in self.names else self.more[name]

@@ -15,6 +15,7 @@ from ..config.fields import RESIDUAL, start_name
 from ..errors import ConfigError
 from ..inject import Overlay, plan, started
 from ..params import AnyAdapter
+from ..shapes import shape_in
 from .codes import WAYS, Code, check_way, code_bytes, decode, encode
 from .families import FAMILIES
 from .records import Model
@@ -38,10 +39,7 @@ class Quantised(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without writing it out. Raises KeyError."""
-        if name in self.codes:
-            return self.codes[name].shape
-        tell = getattr(self.under, "shape", None)
-        return tuple(int(n) for n in (tell(name) if callable(tell) else self.under[name].shape))
+        return self.codes[name].shape if name in self.codes else shape_in(self.under, name)
 
     def __getitem__(self, name: str) -> Array:
         if name not in self.codes:

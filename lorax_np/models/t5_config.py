@@ -10,6 +10,7 @@ import numpy as np
 
 from ..backend import Array, to_host
 from ..errors import FormatError
+from ..shapes import shape_in
 from .parts import ACTIVATIONS
 from .settings import Settings
 
@@ -122,8 +123,7 @@ class OneTable(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where its mapping can tell. Raises KeyError."""
-        tell, own = getattr(self.under, "shape", None), self.names[name]
-        return tuple(int(n) for n in (tell(own) if callable(tell) else self.under[own].shape))
+        return shape_in(self.under, self.names[name])
 
     def __getitem__(self, name: str) -> Array:
         found: Array = self.under[self.names[name]]

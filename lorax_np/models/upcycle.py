@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backend import Array, compute_dtype, from_host, namespace_of
 from ..errors import ConfigError
+from ..shapes import shape_in
 from .moe_config import DOWN, moe_settings, moe_shapes
 from .records import Model
 
@@ -87,10 +88,7 @@ class Upcycled(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where that can be told. Raises KeyError."""
-        tell = getattr(self.dense, "shape", None)
-        if name in self.shapes:
-            return self.shapes[name]
-        return tuple(int(n) for n in (tell(name) if callable(tell) else self.dense[name].shape))
+        return self.shapes[name] if name in self.shapes else shape_in(self.dense, name)
 
     def __getitem__(self, name: str) -> Array:
         if name in self.gates:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ...config import Site
 from ...errors import ConfigError, FormatError
 from ...ops.lora import delta_forward
 from ...params import AnyAdapter, check_direction
+from ...shapes import shape_in
 from ..safetensors import show
 from .check import EMBEDDINGS, ROWS
 from .keys import some
@@ -26,7 +28,7 @@ def fit(path: Path, found: AdapterFiles, weights: Mapping[str, Array]) -> Adapte
     Raises FormatError where a site is not in the base, has another shape there, or could be two of its modules;
     ConfigError, naming the site, where a row of W + s·BA is zero under DoRA.
     """
-    shape = _shapes(weights)
+    shape = partial(shape_in, weights)
     rename, notes = _renaming(path, found, weights, shape)
     adapters = {rename(name): adapter for name, adapter in found.adapters.items()}
     sites = {
@@ -45,12 +47,6 @@ def fit(path: Path, found: AdapterFiles, weights: Mapping[str, Array]) -> Adapte
     for name, site in settled.items():
         _check_rows_of(name, site, adapters[name], weights)
     return found._replace(adapters=adapters, sites=settled, saved=saved, notes=(*found.notes, *notes))
-
-
-def _shapes(weights: Mapping[str, Any]) -> Callable[[str], Shape]:
-    """A tensor's shape, as the mapping tells it without reading, or the array's own."""
-    tell = getattr(weights, "shape", None)
-    return lambda name: tuple(int(n) for n in (tell(name) if callable(tell) else weights[name].shape))
 
 
 # ---- names -------------------------------------------------------------------------------------------------
