@@ -3,13 +3,11 @@
 On the host and in float64. A task is one array of an adapter: A, B, or its update.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..backend import HostArray
-
-Pruned = Callable[[HostArray], HostArray]
 
 
 def largest_kept(task: HostArray, density: float) -> HostArray:
