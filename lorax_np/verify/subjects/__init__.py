@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..cases import Case
 from ..conventions import Spec
 
@@ -98,9 +100,9 @@ def reference(xp: Any = None) -> Any:
 
 def fast(xp: Any = None) -> Any:
     """The fast engine, lx.fast, on NumPy, or on a device with CuPy as the given library."""
-    from .engine import Fast
+    from .engine import Fast, FastLayer
 
-    return Fast(xp)
+    return Fast() if xp is None or xp is np else FastLayer(xp)
 
 
 def peft(config: Any = None, *, autocast_adapter_dtype: bool = True, safe_merge: bool = False) -> Any:

@@ -203,8 +203,8 @@ def _scalings(cases: list[Case]) -> dict[str, float]:
     return {str(i): case.scaling for i, case in enumerate(cases)}
 
 
-class Fast(Layer, OpsFast):
-    """lx.fast on NumPy or CuPy: layers, merges, ops of its own; starts and unmerging are the reference's."""
+class FastLayer(Layer):
+    """lx.fast on NumPy or CuPy: layers and merges; starts and unmerging are the reference's."""
 
     spec = Spec(norm_gradient=(False, True), strided=True)
 
@@ -223,3 +223,7 @@ class Fast(Layer, OpsFast):
         _, base, adapter, _ = self._records(case)
         linear = fast.merge_into(Linear(self.xp.array(base.W), base.b), adapter, scaling=case.scaling)
         return {"W": linear.W} | ({} if linear.b is None else {"b": linear.b})
+
+
+class Fast(FastLayer, OpsFast):
+    """lx.fast on the host, with the ops it has of its own; on a device those of a model are the reference's."""

@@ -96,12 +96,10 @@ class OpsReference:
 
 
 class OpsFast(OpsReference):
-    """The ops as a pass of the fast engine computes them: three in its own way on the host, others as above."""
+    """The ops as a pass of the fast engine computes them on the host: three in its own way, others as above."""
 
     def layer_norm(self, case: OpCase, gy: Any) -> Answer:
         """y, and the gradients by x, w and b."""
-        if self.xp is not np:
-            return super().layer_norm(case, gy)
         x, w, b, gy = self._at(case, gy, "x", "w", "b")
         y, saved = fast.general.layer_norm_forward(x, w, b, eps=case.eps)
         gx, gw = fast.general.layer_norm_backward(gy, saved, w), ops.layer_norm_backward_w(gy, saved)
@@ -109,14 +107,10 @@ class OpsFast(OpsReference):
 
     def attention(self, case: OpCase, gy: Any) -> Answer:
         """y, and the gradients by q, k, v and R."""
-        if self.xp is not np:
-            return super().attention(case, gy)
         return self._attention(fast.general.attention_forward, fast.general.attention_backward, case, gy)
 
     def gelu(self, case: OpCase, gy: Any) -> Answer:
         """y, and the gradient by u."""
-        if self.xp is not np:
-            return super().gelu(case, gy)
         u, gy = self._at(case, gy, "u")
         y, slope = fast.general.gelu_sloped(u)
         return y, {"u": gy * slope}
