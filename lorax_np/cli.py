@@ -17,10 +17,8 @@ BAD_USAGE, INTERRUPTED, UNREAD = 2, 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every refusal is one line on standard error."""
-    sys.stdout, sys.stderr = (
-        sys.stdout or StringIO(),
-        sys.stderr or StringIO(),
-    )  # closed by whoever started this
+    sys.stdout = sys.stdout or StringIO()  # closed by whoever started this
+    sys.stderr = sys.stderr or StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters

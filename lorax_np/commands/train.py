@@ -86,10 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     from .. import ConfigError, train
     from ..train import Passes
-    from ..train.estimate import decide
+    from ..train.estimate import decide, estimated
     from ..train.lines import Lines, estimate_lines, first_lines
     from ..train.output import check_free
     from ..train.prepare import prepared
+    from ..train.run import Run
     from ..train.settings import SETTINGS, changed, read_file, resolved, stored
     from ..train.work import work_of
 
@@ -121,7 +122,13 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
         say("blocks are computed again in the backward, to save memory (--grad-checkpoint off keeps them)")
     for line in estimate_lines(work, size, ranks.size):
         say(line)
+    rows, valid = work.data["train"].examples, work.data["valid"].examples if "valid" in work.data else ()
     if arguments.dry_run:
+        would = Run(passes, work.trained, rows, ranks, ())  # which looks at all that the run is refused for
+        would.judged_on(valid, work.labels)
+        if arguments.json and ranks.rank == 0:
+            found = estimated(size)
+            print(json.dumps({"steps": would.steps, "nbytes": found.nbytes, **found._asdict()}))
         return 0
 
     def keep(record: Mapping[str, Any]) -> None:
@@ -133,14 +140,14 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
                     json.dumps(work.labels.to_config(), indent=1) + "\n", encoding="utf-8"
                 )
 
-    found = train(
+    came = train(
         work.model,
         work.trained,
-        work.data["train"].examples,
+        rows,
         work.config,
         sites=work.sites,
         task=work.task,
-        valid=work.data["valid"].examples if "valid" in work.data else (),
+        valid=valid,
         labels=work.labels,
         lora=work.lora,
         out=out,
@@ -152,8 +159,8 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
         passes=passes,
     )
     if ranks.rank == 0:
-        _told(found, settings, out, arguments, say)
-    return CODES[found.ended]
+        _told(came, settings, out, arguments, say)
+    return CODES[came.ended]
 
 
 def _printer(arguments: argparse.Namespace, rank: int) -> Any:
@@ -188,6 +195,23 @@ def _quoted(word: str) -> str:
     return shlex.quote(word)
 
 
+def _judged(settings: Mapping[str, Any]) -> str:
+    """The flags by which evaluate judges as the run did."""
+    from ..train.settings import SETTINGS
+
+    where = {
+        "model": settings["model"],
+        "data": settings["valid"] or settings["data"],
+        "task": settings["task"],
+    }
+    if settings["quantize"] != HELD[0]:
+        where["quantize"] = settings["quantize"]
+    if settings["max_seq_length"] != SETTINGS["max_seq_length"].default:
+        where["max-seq-length"] = str(settings["max_seq_length"])
+    said = " ".join(f"--{name} {_quoted(word)}" for name, word in where.items())
+    return said if settings["mask_prompt"] else f"{said} --no-mask-prompt"
+
+
 def _told(found: Any, settings: Mapping[str, Any], out: Path, arguments: argparse.Namespace, say: Any) -> None:
     """The last lines: what it came to, and what comes next."""
     from ..train.lines import PLACE
@@ -200,9 +224,7 @@ def _told(found: Any, settings: Mapping[str, Any], out: Path, arguments: argpars
         for name in shared:
             say(f"{name}: {found.before[name]:.4f} before, {found.after[name]:.4f} after")
         say(f"saved at {out}")
-        where = {name: settings[name] for name in ("model", "data", "task")} | {"adapter-path": str(out)}
-        where |= {} if settings["quantize"] == HELD[0] else {"quantize": settings["quantize"]}
-        say("next: lorax-np evaluate " + " ".join(f"--{name} {_quoted(word)}" for name, word in where.items()))
+        say(f"next: lorax-np evaluate {_judged(settings)} --adapter-path {_quoted(str(out))}")
     elif found.ended == "interrupted":
         say(f"stopped after step {found.step}, saved at {out}")
         say(f"next: lorax-np train --resume --adapter-path {_quoted(str(out))}")

@@ -183,6 +183,30 @@ def test_classes_are_as_many_as_the_head_has_outputs(refused, run, rows, tmp_pat
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["num_labels"] == 3
 
 
+def test_a_dry_run_is_refused_for_what_the_run_would_be(refused, run, rows):
+    assert refused("--dry-run", "--warmup", 9) == "warmup: expected 0 to 2, the steps of the run, got 9"
+    file = rows({"text": ""}, name="valid.jsonl")
+    assert refused("--dry-run", "--valid", file).startswith("valid: expected a label that counts")
+    code, out, _ = run("--dry-run", "--json")
+    found = json.loads(out)
+    assert (code, found["steps"], found["nbytes"]) == (0, 2, sum(found["parts"].values()))
+
+
+def test_what_comes_next_is_judged_as_the_run_was(run, rows, tmp_path, capsys):
+    """Typed as it is said, it gives the run's last loss: on the same rows, cut and labelled alike."""
+    import shlex
+
+    found = [{"prompt": word * 3, "completion": " the cat sat" * 2} for word in WORDS]
+    valid, data = rows(*found[:4], name="valid.jsonl"), rows(*found[4:])
+    more = "--valid", valid, "--no-mask-prompt", "--max-seq-length", 12, "--learning-rate", "1e-2"
+    _, out, _ = run(*more, data=data)
+    typed = out.splitlines()[-1].removeprefix("next: lorax-np ")
+    assert main([*shlex.split(typed), "--json", "--quiet"]) == 0
+    loss = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    last = records(tmp_path / "out" / "metrics.jsonl")[-1]
+    assert (last["on"], loss) == ("valid", pytest.approx(last["loss"], rel=1e-6))
+
+
 # ---- where it goes -----------------------------------------------------------------------------------------
 
 
