@@ -1,5 +1,10 @@
 """Operations of the general pass planned for a processor: the numbers of the reference, however stacked."""
 
+import faulthandler
+import os
+import threading
+import time
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +14,9 @@ from checkers import assert_close
 from lorax_np import ops
 from lorax_np.errors import DtypeError, ShapeError
 from lorax_np.fast import general
+from lorax_np.fast.gemm import engine
 from lorax_np.fast.general import attention, gelu, layer_norm
+from lorax_np.fast.llama import threads
 from lorax_np.models.masks import dropout_masks
 from lorax_np.models.passes import FAST, REFERENCE, Pass
 from lorax_np.models.records import Model, Trained
@@ -165,3 +172,43 @@ def test_masks_of_sequences_are_theirs_one_below_the_other():
         for key, (a, b) in zip(keys, pairwise(np.cumsum([0, *lengths])), strict=True):
             assert np.array_equal(whole[a:b], dropout_mask((b - a, 7), 0.3, 5, 2, 11, dtype, c3=key.c3))
     assert dropout_masks([], [], 7, dtype="float32", xp=np) is None
+
+
+# ---- threads -----------------------------------------------------------------------------------------------
+
+
+def two_threads(work):
+    if engine().threads is None:
+        pytest.skip("this BLAS cannot be told its threads, so that there is one worker")
+    return threads.in_threads(lambda who, given: work(who), [None, None])
+
+
+def test_threads_stay_and_all_have_ended_when_one_fails():
+    meet, ended = threading.Barrier(2), []
+
+    def ident(_):
+        meet.wait()
+        return threading.get_ident()
+
+    def fails(who):
+        if who == 0:
+            raise ValueError("planted")
+        time.sleep(0.1)
+        ended.append(who)
+
+    assert set(two_threads(ident)) == set(two_threads(ident))
+    with pytest.raises(ValueError, match="planted"):
+        two_threads(fails)
+    assert ended == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_makes_threads_of_its_own():
+    assert two_threads(lambda who: who) == [0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other threads that do not follow: that is the point
+        child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)
+        os._exit(0 if two_threads(lambda who: who + 1) == [1, 2] else 3)
+    assert os.waitpid(child, 0)[1] == 0
