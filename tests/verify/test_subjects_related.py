@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import lorax_np as lx
-from lorax_np.verify.batteries import blended, blending, related, related_laws
-from lorax_np.verify.batteries.blending import METHODS, Blends
+from lorax_np.verify.batteries import blended, blended_case, related, related_laws
+from lorax_np.verify.batteries.blended_case import METHODS, Blends
 from lorax_np.verify.batteries.related import GRADIENTS
 from lorax_np.verify.batteries.related_case import SHAPES, RelatedReference
 from lorax_np.verify.mutants.blended import FAULTS as BLENDED
@@ -111,7 +111,7 @@ def test_cases_are_generic():
         assert len(set(tokens["index"])) == len(tokens["index"])
         assert pickle.loads(pickle.dumps(case)).at["E"].tolist() == case.at["E"].tolist()
     for method in METHODS:
-        case = blending.draw("", method, "float32", (0, 0))
+        case = blended_case.draw("", method, "float32", (0, 0))
         assert {w < 0 for w in case.weights} == {True, False}
         assert (case.density is None) == (METHODS[method][1] == "all")
 
@@ -119,7 +119,7 @@ def test_cases_are_generic():
 @pytest.mark.parametrize("method", METHODS)
 def test_combinations_are_the_engines(method):
     """What the harness holds to be right equals lx.combine, on cases that it draws."""
-    case = blending.draw("", method, "float64", (3, 1))
+    case = blended_case.draw("", method, "float64", (3, 1))
     ours, theirs = reference().blend(case), Blends().blend(case)
     size = np.linalg.norm(theirs["A"]) * np.linalg.norm(theirs["B"])
     assert np.abs(ours["B"] @ ours["A"] - theirs["B"] @ theirs["A"]).max() <= 1e-13 * size

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..bounds.worst import FEW
 from ..cases import PROFILES, UNIT, HostArray
-from .blending import D_IN, D_OUT, METHODS, RIGHT, WIDE, BlendCase, draw, exact_case
+from .blended_case import D_IN, D_OUT, METHODS, RIGHT, WIDE, BlendCase, draw, exact_case
 from .edges import Checks, law, off
 from .tensors import ask, by_name, chosen
 

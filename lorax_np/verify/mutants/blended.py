@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batteries.blending import METHODS, BlendCase, Blends, Pair
+from ..batteries.blended_case import METHODS, BlendCase, Blends, Pair
 from ..cases import HostArray
 from .adapters import Arithmetic
 from .fault import Fault

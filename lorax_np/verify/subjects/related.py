@@ -20,7 +20,7 @@ from ... import (
     vera_linear_backward,
     vera_linear_forward,
 )
-from ..batteries.blending import METHODS, BlendCase
+from ..batteries.blended_case import METHODS, BlendCase
 from ..batteries.related_case import RelatedCase
 
 
