@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..io.checkpoint import open_checkpoint
 from .fitted import fitted
-from .plans import plan_merge, plan_unmerge
+from .merge_plans import plan_merge, plan_unmerge
 from .written import How, Outcome, Progress, Sources, written
 
 PathLike = str | os.PathLike[str]

@@ -19,8 +19,8 @@ from ..io.safetensors import BITS, show
 from ..io.writer import SafetensorsWriter
 from .begun import Begun, Piece
 from .fitted import fitted
+from .merge_plans import ROWS, indices_of
 from .plan import NAMES, FilePlan, Task
-from .plans import ROWS, indices_of
 from .reading import opened, read_into, stored_dtype
 from .update import WIDE, Blocks, Scratch, Update, matrix_shape, rounded, to_numpy, update_of
 
