@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from ..backend import Array
 from ..config.fields import MARK
 from ..errors import FormatError
+from ..shapes import shape_in
 from .layout import word_of
 from .safetensors import SafetensorsFile, _unique, open_safetensors, show
 
@@ -56,11 +57,7 @@ class Checkpoint(Mapping[str, Array]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without touching its bytes. Raises KeyError."""
-        if self.shards:
-            return self.shard(name).shape(name)
-        known: Any = self._arrays
-        found: tuple[int, ...] = tuple(known.shape(name) if hasattr(known, "shape") else known[name].shape)
-        return found
+        return self.shard(name).shape(name) if self.shards else shape_in(self._arrays, name)
 
     def word(self, name: str) -> str:
         """The safetensors format's word for the dtype of one tensor, as "F32". Raises KeyError."""
