@@ -24,6 +24,11 @@ LABELS = {  # which labels a sequence has: those of its rows, of its decoder's r
 }  # not FEATURE_EXTRACTION, where each sequence is compared with all others
 
 
+def sharers(task: str, workers: int | str, sequences: int) -> int:
+    """How many threads share so many sequences: one for a task whose loss is no sum over sequences."""
+    return worker_count(workers, sequences) if task in LABELS else 1
+
+
 def in_shares(compute: Callable[[Batch], Found], batch: Batch, *, task: str, workers: int | str) -> list[Found]:
     """What compute gives of each worker's sequences, in the workers' order: to be added up.
 
@@ -33,7 +38,7 @@ def in_shares(compute: Callable[[Batch], Found], batch: Batch, *, task: str, wor
     Which sequences go to whom depends on their lengths alone, so that the same number of workers gives the same
     bits. Raises ConfigError for another number. Source: specs/models.md, (models.28).
     """
-    count = worker_count(workers, len(batch.index)) if task in LABELS else 1
+    count = sharers(task, workers, len(batch.index))
     if count == 1:
         return [compute(batch)]
     lengths = [max(n, 1) for n in batch.rows.lengths]

@@ -10,7 +10,7 @@ from ..fast.llama.head import CHUNK as HEAD
 from ..models.records import Dropout, Model, Trained
 from ..models.tasks import kept_numbers
 from .step import parameters
-from .work import RUN, Work, linears, shapes_of, sizes, worker_count
+from .work import RUN, Work, linears, shapes_of, sizes
 
 FLOAT = 4  # bytes
 PROGRAMS = 85_000_000  # bytes of Python, NumPy, the tokenizer and the rows
@@ -23,16 +23,17 @@ def memory_of(work: Work, *, checkpoint: bool | None = None) -> dict[str, int]:
     again = work.passes.checkpoint if checkpoint is None else checkpoint
     rows = max(work.mean * work.batch, max(work.lengths))
     found = {"programs": PROGRAMS, "base": base_bytes(work)}
+    workers = work.workers
     if work.passes.planned:
-        workers = worker_count(work.passes.workers, max(1, round(work.batch)))
         each = min(max(RUN, max(work.lengths)), rows / workers)
         found["activations"] = round(workers * each * _planned_row(model, work.trained, again))
         found["logits"] = workers * min(HEAD, round(each)) * sizes(model)["V"] * FLOAT
         sums = workers
     else:
         found["activations"] = round(_general(work, round(rows), again))
-        found["logits"] = 2 * min(HEAD, round(rows)) * sizes(model)["V"] * FLOAT
-        sums = 0
+        if work.words:
+            found["logits"] = 2 * workers * min(HEAD, round(rows / workers)) * sizes(model)["V"] * FLOAT
+        sums = workers if workers > 1 else 0
     found["adapters"] = P * FLOAT  # as they were given
     found["gradients"] = (sums + 2 + (work.turns > 1)) * P * FLOAT  # by name, and flat; those so far
     found["optimiser"] = (3 if config.optimizer == "adamw" else 6) * P * FLOAT
@@ -78,14 +79,14 @@ def _planned_row(model: Model, trained: Trained, again: bool) -> float:
 
 
 def _general(work: Work, rows: int, again: bool) -> float:
-    config = work.passes.config
+    config, s = work.passes.config, sizes(work.model)
     args = work.model, work.passes.sites, work.trained, rows
     try:
         found = kept_numbers(*args, dropout=Dropout(0, 0), engine=config.engine, checkpoint=again)
     except ConfigError:  # a family that nobody has counted: about as many as a block of its sizes keeps
-        s = sizes(work.model)
         found = rows * s["L"] * (s["d"] if again else 12 * s["d"] + 3 * s["ff"])
-    return FLOAT * (found + 8.0 * rows * max(sizes(work.model)["ff"], 1))
+    used = 14 * s["d"] + 3 * s["ff"] if again else 10 * s["d"] + 3 * s["ff"]  # of a row, as measured
+    return float(FLOAT * (found + rows * used))
 
 
 def available() -> int:

@@ -9,7 +9,7 @@ from ..errors import ConfigError, DtypeError, ShapeError
 from ..models import tasks
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Trained
-from ..models.shared import added_up, in_shares
+from ..models.shared import added_up, in_shares, sharers
 from ..tree import leaves
 from .config import TrainConfig
 
@@ -75,6 +75,10 @@ class Passes:
     def planned(self) -> bool:
         """Whether a plan computes it."""
         return self._plan is not None
+
+    def threads(self, sequences: int) -> int:
+        """How many threads share a micro-batch of so many sequences."""
+        return sharers(self.task, self.workers, sequences)
 
     def recompute(self) -> None:
         """From now on keep only what enters blocks, and compute the rest of them again."""

@@ -36,6 +36,16 @@ class Work(NamedTuple):
         """Tokens of a row."""
         return float(np.mean(self.lengths))
 
+    @property
+    def workers(self) -> int:
+        """Threads that share a micro-batch."""
+        return self.passes.threads(max(1, round(self.batch)))
+
+    @property
+    def words(self) -> bool:
+        """Whether the head's outputs are over the vocabulary."""
+        return self.passes.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
 
 def work_of(passes: Passes, trained: Trained, examples: Sequence[Example]) -> Work:
     """What a run's steps are made of."""
@@ -73,10 +83,3 @@ def shapes_of(model: Model) -> dict[str, Shape]:
     """The shapes of a model's tensors by name; none in few bits is written out for it."""
     tell = getattr(model.weights, "shape", None)
     return {name: tuple(tell(name) if callable(tell) else model.weights[name].shape) for name in model.weights}
-
-
-def worker_count(workers: int | str, sequences: int) -> int:
-    """How many threads the planned pass has."""
-    from ..fast.llama.threads import worker_count as counted
-
-    return counted(workers, sequences)

@@ -2,31 +2,44 @@
 
 from math import prod
 
+import numpy as np
 import pytest
 from small_run import examples, settings, started
 
 from lorax_np.fast.llama.head import CHUNK
+from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
-from lorax_np.train import Passes
+from lorax_np.train import Passes, duration
 from lorax_np.train.memory import memory_of
 from lorax_np.train.step import parameters
 from lorax_np.train.work import work_of
+from tests.models import whole
+
+
+def work(task="CAUSAL_LM", block="", saved=(), **more):
+    """What a small run's steps are made of, whose adapters stand in one block, or in both."""
+    base, adapters, sites, _ = started()
+    if task != "CAUSAL_LM":
+        base = with_head(base, task, 3, np.random.default_rng(0))
+    adapters = {name: adapter for name, adapter in adapters.items() if block in name}
+    trained = Trained(adapters, {name: base.weights[name] for name in saved})
+    config = settings(**{"engine": "fast", "workers": 2, **more})
+    passes = Passes(base, {name: sites[name] for name in adapters}, trained, task=task, config=config)
+    return work_of(passes, trained, examples(longest=200))
 
 
 def counted(**more):
     """The parts of the estimate of a small run, and the bytes of what trains."""
-    base, adapters, sites, _ = started()
-    trained, config = Trained(adapters, {}), settings(**{"engine": "fast", "workers": 2, **more})
-    passes = Passes(base, sites, trained, task="CAUSAL_LM", config=config)
-    work = work_of(passes, trained, examples(longest=200))
-    return memory_of(work), sum(4 * prod(value.shape) for value in parameters(trained).values())
+    run = work(**more)
+    return memory_of(run), sum(4 * prod(value.shape) for value in parameters(run.trained).values())
 
 
 @pytest.mark.parametrize(
     ("more", "gradients", "optimiser"),
     [
         ({"grad_accumulation_steps": 1}, 4, 3),  # of two workers, by name, flat; p, m and v
-        ({"engine": "reference", "grad_accumulation_steps": 1}, 2, 3),
+        ({"engine": "reference", "grad_accumulation_steps": 1}, 4, 3),  # the general pass has workers too
+        ({"engine": "reference", "grad_accumulation_steps": 1, "workers": 1}, 2, 3),
         ({}, 5, 3),  # and those of the micro-batch before
         ({"optimizer": "sgd"}, 5, 2),  # p, old and new
         ({"optimizer": "sgd", "momentum": 0.5}, 5, 4),
@@ -43,3 +56,82 @@ def test_logits_are_those_of_a_chunk():
     """As many rows as the plan's head has at once, of each worker."""
     found, _ = counted(batch_size=24)
     assert found["logits"] == 2 * CHUNK * 23 * 4
+    general, _ = counted(batch_size=24, engine="reference")
+    assert general["logits"] == 2 * 2 * CHUNK * 23 * 4  # and their gradient
+    classes, _ = counted(batch_size=24, task="SEQ_CLS")
+    assert "logits" not in classes
+
+
+# ---- seconds -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What products are timed for; each takes a second a row, beside which passes over arrays are nothing."""
+    asked = []
+
+    def product_seconds(shapes, rows, workers):
+        asked.append((shapes, rows, workers))
+        return dict.fromkeys(shapes, 1.0)
+
+    monkeypatch.setattr(duration, "product_seconds", product_seconds)
+    monkeypatch.setattr(duration, "_mean_keys", lambda lengths: 0.0)  # no attention
+    return asked
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize(("workers", "sequences"), [(1, 1), (2, 2), (5, 4)])
+def test_products_are_timed_as_workers_have_them(timed, engine, workers, sequences):
+    """Both passes share a micro-batch of four among threads, and time products of as many at once."""
+    run = work(engine=engine, workers=workers, batch_size=4)
+    duration.seconds_of(run, 10.0, 5.0)
+    assert run.passes.planned == (engine == "fast")
+    _, rows, at_once = timed[0]
+    assert (rows, at_once) == (max(8, round(min(512, 4 * run.mean / sequences))), sequences)
+
+
+def test_losses_that_compare_sequences_have_one_worker():
+    config = {"model_type": "bert", "hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1}
+    base = whole.model_of({**config, "intermediate_size": 10, "vocab_size": 23}, "FEATURE_EXTRACTION")
+    trained, sites = whole.adapted(base, targets=["query"])
+    config = settings(workers=2, engine="fast")
+    assert Passes(base, sites, trained, task="FEATURE_EXTRACTION", config=config).threads(4) == 1
+
+
+PRODUCTS = 2 * 7  # of both blocks
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize(
+    ("block", "saved", "share"),
+    [
+        ("", (), 1.0),
+        (".1.", (), 0.5),
+        (".1.", ("model.embed_tokens.weight",), 1.0),
+        (".1.", ("score.weight",), 0.5),
+    ],
+)
+def test_what_is_below_the_first_adapted_block_is_not_computed_again(timed, task, block, saved, share):
+    """Nor has it a gradient; a head that trains stands above all blocks, a table below."""
+    if "score.weight" in saved and task == "CAUSAL_LM":
+        saved = ()
+    tokens, labels, seconds = 10.0, 5.0, []
+    for again in (False, True):
+        run = work(task, block, saved, grad_checkpoint="on" if again else "off")
+        less = 6 * sum(prod(value.shape) for value in parameters(run.trained).values()) * tokens / 0.4
+        less *= PRODUCTS / (2 * sum(prod(shape) for shape in duration.products(run.model)))  # low rank
+        seconds.append(duration.seconds_of(run, tokens, labels) - less)
+    head = 2 * labels if task == "CAUSAL_LM" else 0
+    assert seconds[0] == pytest.approx(PRODUCTS * tokens * (1 + share) + head, rel=1e-5)
+    assert seconds[1] - seconds[0] == pytest.approx(PRODUCTS * tokens * share, rel=1e-5)
+
+
+def test_a_token_is_multiplied_with_its_own_experts_alone():
+    config = {"model_type": "mixtral", "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 23}
+    base = whole.model_of({**config, "num_local_experts": 4, "num_experts_per_tok": 2}, "CAUSAL_LM")
+    one = [(12, 12), (4, 12), (4, 12), (12, 12), (4, 12)] + 2 * [
+        (20, 12),
+        (12, 10),
+    ]  # four, the router, experts
+    assert sorted(duration.products(base)) == sorted(2 * one)
