@@ -74,20 +74,21 @@ def _library(name: str, value: Any) -> Namespace:
 # ---- where new arrays are born -----------------------------------------------------------------------------
 
 
-def namespace(which: Namespace | str | None = None) -> Namespace:
+def namespace(which: Namespace | str | None = None, *, who: str = "xp") -> Namespace:
     """Return the library in which to make new arrays: the argument, else LORAX_NP_BACKEND, else NumPy.
 
     which : a module, or one of the words numpy, cupy, auto, in any case
+    who : what an error calls it
 
     Raises BackendError for another word, and for cupy where it does not work, with the reason.
     """
     if which is None:
         return _from_environment()
     if isinstance(which, str):
-        return _named(which, "xp")
+        return _named(which, who)
     if which is np or getattr(which, "__name__", "") == "cupy" or hasattr(which, "__array_api_version__"):
         return which
-    raise TypeError(f"xp: expected numpy, cupy or an array-standard module, got {which!r}")
+    raise TypeError(f"{who}: expected numpy, cupy or an array-standard module, got {which!r}")
 
 
 @cache

@@ -64,6 +64,7 @@ def add(commands: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compute and print. Exit code 1 where the loss is not finite."""
     from .. import ConfigError, evaluate, load_model
+    from ..backend import namespace
     from ..models.adapted import held, with_adapter
     from ..text.examples import SHORTEST
     from ..text.rows import task_name
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     file = data_file(Path(arguments.data), arguments.split)
-    model = load_model(arguments.model, dtype="float32", xp=arguments.backend)
+    model = load_model(arguments.model, dtype="float32", xp=namespace(arguments.backend, who="--backend"))
     beside = with_adapter(model, arguments.adapter_path, task)
     if arguments.quantize != HELD[0]:
         beside = held(beside, arguments.quantize)

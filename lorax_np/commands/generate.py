@@ -51,6 +51,7 @@ def add(commands: Parsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write, and say how fast it went."""
     from .. import ConfigError, Sampling, generate, load_model
+    from ..backend import namespace
     from ..generation.decoders import writer_of
     from ..models.adapted import held, with_adapter
     from ..text.tokenizer import load_tokenizer
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--stream: expected none beside --json, which is printed whole, got both")
     how = Sampling(arguments.temp, arguments.top_k, arguments.top_p, arguments.seed)
     prompt = prompt_of(arguments)
-    model = load_model(arguments.model, dtype="float32", xp=arguments.backend)
+    model = load_model(arguments.model, dtype="float32", xp=namespace(arguments.backend, who="--backend"))
     beside = with_adapter(model, arguments.adapter_path, writer_of(model).task)
     if arguments.quantize != HELD[0]:
         beside = held(beside, arguments.quantize)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..backend import namespace
 from ..config import LoraConfig, Plan, Site, start_name
 from ..errors import ConfigError, FormatError
 from ..inject import inject, plan, saved_tensors
@@ -63,12 +64,13 @@ def prepared(settings: Settings) -> Prepared:
         came = repr(settings["init_lora_weights"]) + hint * (settings["init_lora_weights"] == TOLD[0])
         raise ConfigError(f"init_lora_weights: expected {wanted}, got {came}")
     config, task = train_config(settings), task_name(settings["task"])
-    model = load_model(settings["model"], dtype="float32", xp=settings["backend"])
+    xp = namespace(settings["backend"], who="backend")
+    model = load_model(settings["model"], dtype="float32", xp=xp)
     tokenizer = load_tokenizer(settings["model"], vocab_size=model.config.get("vocab_size"))
     data = rows(settings, config, model, tokenizer, task)
     labels = data["train"].labels
     if has_head(model, task):
-        model = load_model(settings["model"], dtype="float32", task=task, xp=settings["backend"])
+        model = load_model(settings["model"], dtype="float32", task=task, xp=xp)
     model, notes = headed(model, task, labels, config.seed)
     make = begun if settings["resume_adapter_file"] is None else continued
     beside = make(settings, model, task, config.seed)

@@ -116,6 +116,16 @@ def test_values_without_a_meaning(refused, more, wanted):
     assert said.count("expected") == 1
 
 
+def test_a_library_that_is_not_there_is_named_as_it_was_asked_for(refused, rows, place, monkeypatch, capsys):
+    monkeypatch.setattr("lorax_np.backend._cupy", lambda: (None, "no such package"))
+    wanted = "backend: expected a working cupy, got: no such package"
+    assert refused("--backend", "cupy") == wanted
+    for command, more in (("evaluate", ["--data", rows(*TEXTS)]), ("generate", ["--prompt", "x"])):
+        asked = [command, "--model", place / "llama", "--backend", "cupy", *more]
+        assert main([*map(str, asked)]) == 2
+        assert capsys.readouterr().err == f"lorax-np: --{wanted}\n"
+
+
 def test_a_name_twice_in_a_file(refused, tmp_path):
     """YAML would take the last."""
     file = tmp_path / "run.yaml"
