@@ -24,11 +24,15 @@ class Strict(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, where nothing unknown is left."""
         from ..kinds import nearest
+        from ..train.settings import THEIRS
 
         known = [flag for action in self._actions for flag in action.option_strings]
         flags = [word.partition("=")[0] for word in args or () if word.startswith("--") and word != "--"]
         if wrong := [flag for flag in flags if flag not in known]:
-            self.error(f"{wrong[0]}: expected a known flag{nearest(wrong[0], known)}")
+            theirs = THEIRS.get(wrong[0].removeprefix("--").replace("-", "_"), "")
+            ours = f"--{theirs.replace('_', '-')}"
+            hint = f" (did you mean {ours!r}?)" if ours in known else nearest(wrong[0], known)
+            self.error(f"{wrong[0]}: expected a known flag{hint}")
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"expected flags alone, got {rest[0]!r}")

@@ -178,6 +178,20 @@ TRAIN: Mapping[str, Setting] = {
     for f in fields(TrainConfig)
 }
 SETTINGS: Mapping[str, Setting] = {**RUN, **LORA, **TRAIN}
+THEIRS = {  # what other programs call it, where its letters would lead elsewhere
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps"), "iters"),
+    **dict.fromkeys(("output", "output_dir", "out", "save_dir"), "adapter_path"),
+    **dict.fromkeys(("eval_steps", "eval_every"), "steps_per_eval"),
+    **dict.fromkeys(("train_file", "train_data", "dataset"), "data"),
+    **dict.fromkeys(("valid_file", "validation_file", "valid_data"), "valid"),
+    **{"lr": "learning_rate", "logging_steps": "steps_per_report", "per_device_train_batch_size": "batch_size"},
+}
+
+
+def like(name: str) -> str:
+    """The hint at the known name that an unknown one means, or an empty str."""
+    return f" (did you mean {THEIRS[name]!r}?)" if name in THEIRS else nearest(name, SETTINGS)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -226,7 +240,7 @@ def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
         for name, value in given.items():
             own = str(name).replace("-", "_")
             if own not in SETTINGS:
-                problems.append(f"{where}: expected a known name, got {name!r}{nearest(own, SETTINGS)}")
+                problems.append(f"{where}: expected a known name, got {name!r}{like(own)}")
             elif own in seen:
                 problems.append(f"{where}: expected each name once, got {own} with hyphens and without")
             elif value is None:

@@ -412,6 +412,19 @@ def test_a_wrong_flag_is_one_line_whatever_else_is_missing(capsys, command):
     assert ended([command, "--modle", "x"], capsys) == (2, wanted)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("lr", "learning-rate"), ("rank", "r"), ("max-steps", "iters"), ("output-dir", "adapter-path")],
+)
+def test_what_other_programs_call_it(refused, capsys, tmp_path, theirs, ours):
+    """By its letters alone lr would be r, and a rate a rank."""
+    wanted = f"lorax-np train: --{theirs}: expected a known flag (did you mean '--{ours}'?)\n"
+    assert ended(["train", f"--{theirs}", "1"], capsys) == (2, wanted)
+    file, name, own = tmp_path / "run.yaml", theirs.replace("-", "_"), ours.replace("-", "_")
+    file.write_text(f"{name}: 1\n")
+    assert refused("-c", file) == f"{file}: expected a known name, got {name!r} (did you mean {own!r}?)"
+
+
 def test_a_word_that_belongs_to_no_flag(capsys):
     assert ended(["train", "--r", "3", "rows.jsonl"], capsys) == (
         2,
