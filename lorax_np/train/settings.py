@@ -86,7 +86,9 @@ def names(value: Any) -> Any:
     """A list of names, or names with commas between; what has other signs than a name's is an expression."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
-        return parts[0] if len(parts) == 1 and (parts[0] == ALL or not NAME.fullmatch(parts[0])) else parts
+        if len(parts) == 1 and parts[0].lower() == ALL:
+            return ALL
+        return parts[0] if len(parts) == 1 and not NAME.fullmatch(parts[0]) else parts
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value) and value:
         return list(value)
     raise ValueError("names with commas between")

@@ -10,6 +10,7 @@ import lorax_np as lx
 from lorax_np.cli import main
 from lorax_np.train import output
 from lorax_np.train.log import records
+from lorax_np.train.settings import names
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]
 TEXTS = [{"text": " ".join(WORDS[i : i + 4])} for i in range(6)]
@@ -78,6 +79,7 @@ def test_one_name_is_a_name_and_not_an_expression(run, tmp_path):
 def test_an_expression_stays_one(run, tmp_path):
     assert run("--target-modules", r".*1\.self_attn\.[qk]_proj", "--quiet")[0] == 0
     assert len(lx.load_adapter(tmp_path / "out").sites) == 2
+    assert (names(r".*q"), names("All-Linear"), names("a.q_proj")) == (r".*q", "all-linear", ["a.q_proj"])
 
 
 def test_parameters_without_a_word_on_dropout(run, place, tmp_path):
