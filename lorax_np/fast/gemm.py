@@ -16,6 +16,8 @@ from ..errors import BackendError
 from .libraries import COARSE, MAKERS, Engine, proved
 from .split import mixed
 
+SMALL = 1 << 18  # multiplications, up to which OpenBLAS uses one thread
+
 
 def gemm(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, beta: float = 0.0) -> None:
     """Write α·ab + β·out into out; where β is 0, out is not read.
@@ -29,6 +31,20 @@ def gemm(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, beta: f
         out[...] = beta * out if beta else 0.0
         return
     engine().multiply(a, b, out, alpha, beta)
+
+
+def gemms(a: HostArray, b: HostArray, out: HostArray, beta: float = 0.0) -> None:
+    """out ← ab + β·out, β 0 or 1, of the matrices in the last two axes, as many in all three arrays.
+
+    Small ones NumPy multiplies in one call, for which its BLAS starts no thread; large ones are gemm's.
+    """
+    if a.shape[-2] * a.shape[-1] * b.shape[-1] > SMALL:
+        for i in np.ndindex(out.shape[:-2]):
+            gemm(a[i], b[i], out[i], 1.0, beta)
+    elif beta:
+        out += a @ b
+    else:
+        np.matmul(a, b, out=out)
 
 
 def gemm_stored(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, beta: float = 0.0) -> bool:

@@ -13,7 +13,7 @@ from checkers import assert_close
 
 from lorax_np import ops
 from lorax_np.errors import DtypeError, ShapeError
-from lorax_np.fast import general
+from lorax_np.fast import gemm, general
 from lorax_np.fast.gemm import engine
 from lorax_np.fast.general import attention, gelu, layer_norm
 from lorax_np.fast.llama import threads
@@ -65,8 +65,9 @@ def test_attention_is_the_references(case, table, dtype, monkeypatch):
             "L": saved.L,
             **dict(zip("qkvR", ops.attention_backward(go, saved, **options), strict=True)),
         }
-        for most in (1, 100, 1 << 18):
+        for most, small in ((1, 0), (100, 1 << 18), (1 << 18, 0), (1 << 18, 1 << 18)):
             monkeypatch.setattr(attention, "MOST", most)
+            monkeypatch.setattr(gemm, "SMALL", small)  # 0: each product for itself
             for block in (3, 128):
                 how = {**options, "block": block}
                 o, saved = general.attention_forward(*at, **how)

@@ -14,6 +14,7 @@ from ...ops.attention import AttentionSaved, Part, Rule, check, hidden_keys, par
 from ...ops.relative import Relative, relative_backward, relative_forward
 from ...shapes import bind
 from ..buffers import empty
+from ..gemm import gemms
 
 MOST = 1 << 18  # scores of a block: 1 MB in float32, which a core's own cache holds
 
@@ -49,14 +50,14 @@ def attention_forward(
         S, bias, Ls = _scores(stack, K, name), _bias(stack, rule, q, K), _rows(L, stack, K)
         ones = np.ones((1, stack.m), name)
         for j in range(H // K):
-            np.matmul(keys, Q[j].swapaxes(-1, -2), out=S)
+            gemms(keys, Q[j].swapaxes(-1, -2), S)
             if bias is not None:
                 S += bias[j]
             top = np.maximum.reduce(S, axis=-2, keepdims=True)  # (S, K, 1, n)
             S -= top
             np.exp(S, out=S)
             Z = ones @ S
-            np.matmul(S.swapaxes(-1, -2), values, out=O[j])
+            gemms(S.swapaxes(-1, -2), values, O[j])
             O[j] /= Z.swapaxes(-1, -2)
             np.log(Z, out=Z)
             np.add(Z, top, out=Ls[j])
@@ -91,19 +92,19 @@ def attention_backward(
         Ls, deltas = (np.ascontiguousarray(_rows(x, stack, K)) for x in (L, delta))  # (g, S, K, 1, n)
         gbias = None if relative is None else np.empty((H // K, *P.shape[1:]), name)
         for j in range(H // K):
-            np.matmul(keys, Q[j].swapaxes(-1, -2), out=P)
+            gemms(keys, Q[j].swapaxes(-1, -2), P)
             P -= Ls[j]
             if bias is not None:
                 P += bias[j]
             np.exp(P, out=P)
-            gvalues += P @ G[j]
-            np.matmul(values, G[j].swapaxes(-1, -2), out=gP)
+            gemms(P, G[j], gvalues, 1.0)
+            gemms(values, G[j].swapaxes(-1, -2), gP)
             gP -= deltas[j]
             gP *= P
             if gbias is not None:
                 np.sum(gP, axis=0, out=gbias[j])
-            np.matmul(gP.swapaxes(-1, -2), keys, out=gQ[j])
-            gkeys += gP @ Q[j]
+            gemms(gP.swapaxes(-1, -2), keys, gQ[j])
+            gemms(gP, Q[j], gkeys, 1.0)
         if gbias is not None and relative is not None:  # (g, K, m, n) -> (H, n, m)
             each = gbias.transpose(1, 0, 3, 2).reshape(H, stack.n, stack.m)
             gR += relative_backward(each, relative, shift=stack.part.shift)
