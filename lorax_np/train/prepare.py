@@ -71,9 +71,11 @@ def prepared(settings: Settings) -> Prepared:
     labels = data["train"].labels
     if has_head(model, task):
         model = load_model(settings["model"], dtype="float32", task=task, xp=xp)
+    there = set(model.weights)
     model, notes = headed(model, task, labels, config.seed)
     make = begun if settings["resume_adapter_file"] is None else continued
     beside = make(settings, model, task, config.seed)
+    check_drawn(model, set(model.weights) - there - set(beside.trained.saved))
     return Prepared(
         task,
         beside.model,
@@ -149,6 +151,14 @@ def headed(model: Model, task: str, labels: Labels | None, seed: int) -> tuple[M
     count = 2 if labels is None else labels.count
     made = with_head(model, task, count, np.random.default_rng(seed))
     return made, (f"a new head for {task}, {count} outputs, drawn from the seed; it trains whole",)
+
+
+def check_drawn(model: Model, lost: set[str]) -> None:
+    """Raise ConfigError for tensors that were drawn and do not train whole, so that no file would have them."""
+    for name in sorted(lost):
+        module = name.removeprefix(family_of(model).prefix).partition(".")[0]
+        why = f"since {model.path} lacks it, and what is drawn for it would be in no file"
+        raise ConfigError(f"modules_to_save: expected {module} among them, {why}, got none")
 
 
 class Beside(NamedTuple):
