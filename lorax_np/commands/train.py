@@ -124,6 +124,8 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     size = work_of(passes, work.trained, work.data["train"].examples)
     if decide(size):
         say("blocks are computed again in the backward, to save memory (--grad-checkpoint off keeps them)")
+    if arguments.dry_run:  # a run says so as it starts
+        Lines(say).wrapped(passes.what)
     for line in estimate_lines(work, size, ranks.size):
         say(line)
     rows, valid = work.data["train"].examples, work.data["valid"].examples if "valid" in work.data else ()

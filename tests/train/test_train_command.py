@@ -208,6 +208,22 @@ def test_a_base_in_few_bits(place, tmp_path, capsys, more):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], ["--iters", "1"]], ids=["dry", "wet"])
+@pytest.mark.parametrize("dora", [True, False])
+def test_which_pass_computes_it_is_said_once_and_why(place, tmp_path, capsys, more, dora):
+    flag = ["--use-dora"] if dora else []
+    assert (
+        main(
+            flags(place, tmp_path / "run", "--workers", "1", "--target-modules", "q_proj,o_proj", *more, *flag)
+        )
+        == 0
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    why = "general pass, engine fast, since model.layers.0.self_attn.q_proj: m: expected no magnitude in"
+    assert said.count(why if dora else "planned Llama pass, workers 1") == 1
+    assert said.count("general pass") == dora
+
+
 def test_a_dry_run_writes_nothing(place, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(flags(place, out, "--dry-run")) == 0
