@@ -228,6 +228,27 @@ def test_a_head_that_the_adapter_brings(places, run, figures, tmp_path):
     assert beside.trained.saved["score.weight"].tolist() == score.tolist()
 
 
+def test_half_a_head_that_the_adapter_brings(places, tmp_path):
+    """A pooler below a classifier that the base has, which says how many classes there are."""
+    whole = lx.load_model(places["SEQ_CLS"])
+    weights = {name: np.array(value) for name, value in whole.weights.items() if "pooler" not in name}
+    place = directory(tmp_path / "bare", BERT, task="SEQ_CLS")
+    lx.write_safetensors(place / "model.safetensors", weights)
+    found, _, config = writers.adapted(
+        whole, targets=["query"], task_type="SEQ_CLS", modules_to_save=["classifier", "pooler"]
+    )
+    names = [name for name in whole.weights if "pooler" in name or "classifier" in name]
+    assert len(names) == 4
+    lx.save_adapter(tmp_path / "a", found.adapters, config, saved={name: whole.weights[name] for name in names})
+    batch = Batch(np.array([3, 5, 4]), (0, 2, 3), None, (0, 1))
+    bare, full = (
+        with_adapter(lx.load_model(at), tmp_path / "a", "SEQ_CLS") for at in (place, places["SEQ_CLS"])
+    )
+    one, other = (outputs(b.model, b.sites, b.trained, batch, task="SEQ_CLS") for b in (bare, full))
+    assert one.shape == (2, 3)
+    assert np.array_equal(one, other)
+
+
 def test_numbers_that_are_no_loss_end_with_1(places, run, tmp_path, monkeypatch):
     monkeypatch.setattr(Passes, "loss", lambda *_, **__: float("nan"))
     data = file_of(tmp_path / "d.jsonl", {"text": "Hello"})

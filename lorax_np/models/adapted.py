@@ -111,5 +111,6 @@ def _headed(model: Model, files: AdapterFiles, task: str, path: str) -> Model:
     if len(brought) < len(lacking):
         wanted = f"a model or an adapter with {next(n for n in lacking if n not in brought)}"
         raise ConfigError(f"{path}: expected {wanted}, the head of {task}, got neither")
-    rows = next((files.saved[brought[n]].shape[0] for n in lacking if needed[n][0] == 1), 1)
+    there = (files.saved[brought[n]] if n in brought else model.weights[n] for n in needed if needed[n][0] == 1)
+    rows = next((value.shape[0] for value in there), 1)  # one for each output
     return with_head(model, task, int(rows), np.random.default_rng(0))
