@@ -15,7 +15,7 @@ from .work import RUN, Shape, Work, linears, shapes_of, sizes
 
 MOST = 4096  # rows of a matrix that are timed
 BUDGET = 0.3  # seconds that products are timed
-GENERAL = 2.5  # times as long as the planned pass the general one is over arrays
+GENERAL = 2.0  # times as long as the planned pass the general one is over arrays
 TABLES = "embed", ".wte.", ".wpe.", "shared."  # parts of the names of what stands below the first block
 
 
