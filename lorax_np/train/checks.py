@@ -20,6 +20,9 @@ from .passes import Passes
 from .step import number, parameters
 
 EDGE = 16  # numbers at either end of a tensor that a fingerprint reads
+AHEAD = (
+    100_000  # steps that are planned before the first, where some rows have no label; of ten seconds at most
+)
 LONGEST = "max_position_embeddings"
 
 
@@ -84,11 +87,11 @@ def check_pairs(examples: Sequence[Example], task: str, *, batch_size: int, loss
 
 
 def check_steps(feed: Feed, steps: int) -> None:
-    """Raise ConfigError for the first of so many steps in whose rows no label counts, by the rows."""
+    """Raise ConfigError for the first of so many steps, or of AHEAD, in whose rows no label counts, by the rows."""
     if all(example.kept for example in feed.examples):
         return
     position = START
-    for step in range(1, steps + 1):
+    for step in range(1, min(steps, AHEAD) + 1):
         work = feed.step(position)
         if not work.n:
             rows = ", ".join(feed.examples[i].where for i in work.examples[:4])

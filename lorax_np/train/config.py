@@ -140,10 +140,10 @@ class TrainConfig:
         """How many steps the whole run takes."""
         if self.iters is not None:
             return self.iters
-        epochs = 1.0 if self.epochs is None else self.epochs
-        return max(
-            1, ceil(sum(feed.steps(i) for i in range(int(epochs))) + epochs % 1 * feed.steps(int(epochs)))
-        )
+        whole, part = divmod(1.0 if self.epochs is None else self.epochs, 1.0)
+        if feed.max_tokens is None:  # as many in each
+            return max(1, ceil(int(whole) * feed.steps() + part * feed.steps()))
+        return max(1, ceil(sum(map(feed.steps, range(int(whole)))) + part * feed.steps(int(whole))))
 
     def warm(self, steps: int) -> int:
         """How many steps of a run warm up: 20 where nothing is said, or a tenth of the run if that is less.

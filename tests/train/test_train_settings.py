@@ -54,6 +54,7 @@ def test_how_long_a_run_is():
         ({"batch_size": 4, "epochs": 2}, 1, 6),
         ({"batch_size": 2, "epochs": 1}, 2, 3),
         ({"batch_size": 4, "epochs": 0.5}, 1, 2),
+        ({"batch_size": 4, "epochs": 1e15}, 1, 3 * 10**15),  # at once
         ({"batch_size": 1, "grad_accumulation_steps": 3}, 1, 4),
     ]:
         config = TrainConfig(**given)
