@@ -23,7 +23,7 @@ NONE = "none"
 HELD = (NONE, *WAYS)  # ways to hold a base
 DTYPES = "float32", "float16", "bfloat16"
 NAME = re.compile(r"[\w.-]+")
-MOST = 1 << 16  # layers; a number beyond is a slip
+MOST = 1 << 16  # layers, and a rank; a number beyond is a slip
 
 
 class Setting(NamedTuple):
@@ -61,6 +61,13 @@ def integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a whole number")
     return value
+
+
+def rank(value: Any) -> int:
+    """A whole number that some matrix may have as its rank."""
+    if (found := integer(value)) >= MOST:
+        raise ValueError(f"a whole number below {MOST}")
+    return found
 
 
 def number(value: Any) -> float:
@@ -157,7 +164,7 @@ RUN: Mapping[str, Setting] = {
     "backend": one_of(BACKENDS, None, "where it is computed"),
 }
 LORA: Mapping[str, Setting] = {
-    "r": Setting(integer, 16, "rank"),
+    "r": Setting(rank, 16, "rank"),
     "lora_alpha": Setting(number, None, "α (default: twice r)"),
     "lora_dropout": Setting(number, None, "probability of dropping an input of A (0.05; parameters have none)"),
     "target_modules": Setting(names, ALL, "ends of modules' names, a regular expression, or all-linear"),

@@ -98,6 +98,7 @@ def test_parameters_without_a_word_on_dropout(run, place, tmp_path):
         ),
         (["--layers-to-transform", "1,5-3"], "layers_to_transform: expected layers as in 3,5,7 or 20-29"),
         (["--r", "0"], "r: expected an int of at least 1 (and below 2**63), got 0"),
+        (["--r", "10000000000"], "r: expected a whole number below 65536, got '10000000000'"),
         (["--backend", "torch"], "backend: expected one of numpy, cupy, auto, got 'torch'"),
         (["--lora-dtype", "float64"], "lora_dtype: expected one of float32, float16, bfloat16, got 'float64'"),
         (["--max-seq-length", "4"], "max_seq_length: expected at least 8 tokens, got 4"),
