@@ -20,9 +20,7 @@ from .passes import Passes
 from .step import number, parameters
 
 EDGE = 16  # numbers at either end of a tensor that a fingerprint reads
-AHEAD = (
-    100_000  # steps that are planned before the first, where some rows have no label; of ten seconds at most
-)
+AHEAD = 100_000  # steps that are planned before the first, where some rows have no label
 LONGEST = "max_position_embeddings"
 
 
@@ -87,7 +85,7 @@ def check_pairs(examples: Sequence[Example], task: str, *, batch_size: int, loss
 
 
 def check_steps(feed: Feed, steps: int) -> None:
-    """Raise ConfigError for the first of so many steps, or of AHEAD, in whose rows no label counts, by the rows."""
+    """Raise ConfigError for the first of so many steps, AHEAD at most, in whose rows no label counts."""
     if all(example.kept for example in feed.examples):
         return
     position = START

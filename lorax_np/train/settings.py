@@ -241,7 +241,7 @@ def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
     8
     >>> resolved(("FILE", {"rank": 4}))
     Traceback (most recent call last):
-    lorax_np.errors.ConfigError: FILE: expected a known name, got 'rank'
+    lorax_np.errors.ConfigError: FILE: expected a known name, got 'rank' (did you mean 'r'?)
     """
     found: Settings = {name: setting.default for name, setting in SETTINGS.items()}
     for where, given in said:
