@@ -296,9 +296,14 @@ def other_products(source):
 
 def test_one_pool_does_all_the_work():
     """No product in fast/ but gemm's: a second pool would cost 5 to 50 times the step (specs/speed.md)."""
-    on_the_host = [path for path in FAST.glob("*.py") if not path.name.startswith("gpu")]
-    found = {path.name: list(other_products(path.read_text(encoding="utf-8"))) for path in on_the_host}
+    on_the_host = [path for path in FAST.rglob("*.py") if not path.name.startswith("gpu")]
+    found = {
+        str(path.relative_to(FAST)): list(other_products(path.read_text(encoding="utf-8")))
+        for path in on_the_host
+    }
     assert found.pop("libraries.py") == ["np.matmul"], "the engine numpy"
+    assert found.pop("gemm.py") == ["a @ b", "np.matmul"], "small ones, for which no thread starts"
+    assert {"general/attention.py", "llama/attention.py"} < set(found)
     assert not any(found.values()), found
 
 

@@ -48,7 +48,6 @@ def attention_forward(
         Q, O = _queries(scaled, stack, K), _queries(o, stack, K)  # (g, S, K, n, D)
         keys, values = _keys(k, stack), _keys(v, stack)  # (S, K, m, D)
         S, bias, Ls = _scores(stack, K, name), _bias(stack, rule, q, K), _rows(L, stack, K)
-        ones = np.ones((1, stack.m), name)
         for j in range(H // K):
             gemms(keys, Q[j].swapaxes(-1, -2), S)
             if bias is not None:
@@ -56,7 +55,7 @@ def attention_forward(
             top = np.maximum.reduce(S, axis=-2, keepdims=True)  # (S, K, 1, n)
             S -= top
             np.exp(S, out=S)
-            Z = ones @ S
+            Z = np.add.reduce(S, axis=-2, keepdims=True)
             gemms(S.swapaxes(-1, -2), values, O[j])
             O[j] /= Z.swapaxes(-1, -2)
             np.log(Z, out=Z)
