@@ -29,7 +29,7 @@ def cupy(monkeypatch):
     "profile",
     [
         pytest.param("fp64", marks=pytest.mark.thorough),
-        "fp32",
+        pytest.param("fp32", marks=pytest.mark.thorough),
         "bf16",
         pytest.param("fp16", marks=pytest.mark.thorough),
     ],

@@ -82,6 +82,7 @@ def test_an_expression_stays_one(run, tmp_path):
     assert (names(r".*q"), names("All-Linear"), names("a.q_proj")) == (r".*q", "all-linear", ["a.q_proj"])
 
 
+@pytest.mark.thorough
 def test_parameters_without_a_word_on_dropout(run, place, tmp_path):
     """They have none; what was not asked for is not refused."""
     directory(place / "moe", EXPERTS | SIZES | ROPE)
@@ -339,6 +340,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.thorough
 def test_a_damaged_state_is_refused_by_its_file(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--quiet")[0] == 0
@@ -361,6 +363,7 @@ def test_a_damaged_state_is_refused_by_its_file(run, tmp_path, capsys):
     assert capsys.readouterr().err == f"lorax-np: {wanted}\n"
 
 
+@pytest.mark.thorough
 def test_what_is_said_of_an_adapter_that_is_there(run, tmp_path):
     assert run("--quiet")[0] == 0
     first = (tmp_path / "out").rename(tmp_path / "first")
@@ -457,11 +460,13 @@ def test_help_says_what_there_is_to_choose_from_and_what_it_is_else(capsys):
     assert "causal-lm, seq-cls, token-cls" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.thorough
 def test_json_needs_no_dash(run):
     code, out, _ = run("--json")
     assert (code, json.loads(out)["ended"]) == (0, "done")
 
 
+@pytest.mark.thorough
 def test_without_a_standard_output(run, monkeypatch):
     """As a shell's >&- has it."""
     monkeypatch.setattr("sys.stdout", None)
