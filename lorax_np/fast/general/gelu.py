@@ -9,10 +9,11 @@ from ...ops import activation as reference
 from ...ops.erf import SINGLE_D, SINGLE_END, SINGLE_N
 from ..buffers import empty
 
-BLOCK = 32768  # entries: four arrays of them stay in a core's own cache
+BLOCK = 32768  # entries: six arrays of them are 768 kB, which a core's own cache holds
 HALF = sqrt(0.5)
-ABOVE = [c * HALF ** (2 * i + 1) for i, c in enumerate(SINGLE_N)]  # of erf's quotient, in u² and not in u²/2,
-BELOW = [c * 0.5**i for i, c in enumerate(SINGLE_D)]  # and √½ beside the numerator
+# of erf's quotient, in powers of u² and not of u²/2; the numerator times the √½ that stands before it
+ABOVE = [c * HALF ** (2 * i + 1) for i, c in enumerate(SINGLE_N)]
+BELOW = [c * 0.5**i for i, c in enumerate(SINGLE_D)]
 
 
 def gelu_sloped(u: HostArray) -> tuple[HostArray, HostArray]:

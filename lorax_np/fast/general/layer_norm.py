@@ -7,7 +7,7 @@ from ...ops.norm import NormSaved
 from ...shapes import bind
 from ..buffers import empty
 
-HEIGHT = 128
+HEIGHT = 128  # rows of a block
 
 
 def layer_norm_forward(x: HostArray, w: HostArray, b: HostArray, *, eps: float) -> tuple[HostArray, NormSaved]:

@@ -56,8 +56,10 @@ def in_threads(work: Callable[[int, Work], Found], given: list[Work]) -> list[Fo
             waiting.append(_threads(len(given)).submit(copy_context().run, quietly, who))
         return [each.result() for each in waiting]
     finally:
-        wait(waiting)
-        control.set(before)
+        try:
+            wait(waiting)
+        finally:  # whoever interrupts this too gets the process's threads back all the same
+            control.set(before)
 
 
 @cache
