@@ -85,7 +85,9 @@ def _general(work: Work, rows: int, again: bool) -> float:
         found = kept_numbers(*args, dropout=Dropout(0, 0), engine=config.engine, checkpoint=again)
     except ConfigError:  # a family that nobody has counted: about as many as a block of its sizes keeps
         found = rows * s["L"] * (s["d"] if again else 12 * s["d"] + 3 * s["ff"])
-    used = 14 * s["d"] + 3 * s["ff"] if again else 10 * s["d"] + 3 * s["ff"]  # of a row, as measured
+    used = (14 if again else 10) * s["d"] + 8 * s[
+        "ff"
+    ]  # of a row, and what threads keep for reuse; as measured
     return float(FLOAT * (found + rows * used))
 
 
