@@ -162,7 +162,7 @@ def test_what_is_missing_is_said(name):
         engines.make(name, TINY[0], cases.draw(TINY[0]))
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.thorough), True])
 @labels
 def test_engines_for_a_device_are_judged_over_a_stand_in(case, graph, monkeypatch):
     """Not run on a GPU: the engines of `bench gpu` over NumPy that stands for CuPy, its kernels run as C++."""

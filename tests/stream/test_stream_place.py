@@ -232,7 +232,10 @@ def test_an_error_leaves_nothing(made):
 
 
 @posix
-@pytest.mark.parametrize(("work", "shards"), [("merge", 12), ("merge", 1), ("init", 1), ("pissa", 2)])
+@pytest.mark.parametrize(
+    ("work", "shards"),
+    [("merge", 12), ("merge", 1), ("init", 1), pytest.param("pissa", 2, marks=pytest.mark.thorough)],
+)
 def test_killed_at_random_moments(tmp_path, work, shards):
     killed_at_random(tmp_path, 3, shards=shards, work=work)
 

@@ -191,7 +191,8 @@ def test_nothing_right_is_refused(name, profile):
         assert set(wrong.values()) == {"."}, "every check has something to judge"
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [1, 2])
 def test_batteries_pass_what_is_right_at_the_full_level_and_other_seeds(seed):
     for name, battery in BATTERIES.items():
         checks = [check for found in battery(Whole(), "fp32", seed, "full", "") for check in found]

@@ -280,7 +280,15 @@ def pages():
     }
 
 
-@pytest.mark.parametrize("name", ["pass", "fail", "crash", "named", "hostile", "matrix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fail",
+        "hostile",
+        "matrix",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("pass", "crash", "named")),
+    ],
+)
 def test_pages_in_a_browser(name, browser, tmp_path):
     """In each setting: no overflow, enough contrast, a picture that is not blank, light or dark as asked."""
     path = tmp_path / f"{name}.html"

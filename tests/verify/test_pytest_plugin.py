@@ -100,7 +100,7 @@ def test_what_is_right_passes_and_can_be_chosen(project):
     ("target", "more", "linked"),
     [
         ("lorax_np.verify", (), True),
-        ("lorax_np.verify", ("--rootdir=/",), False),
+        pytest.param("lorax_np.verify", ("--rootdir=/",), False, marks=pytest.mark.thorough),
         pytest.param("lorax_np.verify.conformance", (), False, marks=pytest.mark.thorough),
         pytest.param("lorax_np.verify.conformance", ("-n", "2"), True, marks=pytest.mark.thorough),
         pytest.param("lorax_np.verify.conformance", ("-k", "lora/1"), False, marks=pytest.mark.thorough),
