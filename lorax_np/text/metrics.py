@@ -11,6 +11,7 @@ import numpy as np
 
 from ..backend import HostArray
 from ..errors import ConfigError
+from .labels import IGNORED
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -150,9 +151,19 @@ def likelihood(total: float, labels: int, nbytes: int) -> Likelihood:
     return Likelihood(nll, exp(nll) if nll < 700 else float("inf"), total / log(2) / nbytes if nbytes else None)
 
 
-def text_match(predicted: Sequence[str], right: Sequence[str]) -> float:
-    """The share of texts that are equal apart from spaces around them."""
-    return accuracy([text.strip() for text in predicted], [text.strip() for text in right])
+def written_match(likeliest: Sequence[HostArray], right: Sequence[HostArray]) -> float:
+    """The share of texts that would be written token for token as they should be, the likeliest at each step.
+
+    likeliest : (T,) of each text, the likeliest token after the right ones before it
+    right     : (T,) of each text, the token that should stand there, −100 where any may
+
+    >>> written_match([np.array([5, 6, 1]), np.array([5, 7, 1])], [np.array([5, 6, 1])] * 2)
+    0.5
+    """
+    _same_length(likeliest, right)
+    pairs = zip(likeliest, right, strict=True)
+    hits = [bool(((found == wanted) | (wanted == IGNORED)).all()) for found, wanted in pairs]  # (data.6)
+    return sum(hits) / len(hits)
 
 
 def recall_at_1(y1: HostArray, y2: HostArray) -> float:

@@ -6,10 +6,12 @@ from math import isfinite
 from ..backend import HostArray, quiet, to_host
 from ..config import Site
 from ..models.records import Batch, Model, Trained
+from ..models.shared import chosen
 from ..models.tasks import count
 from ..text.batches import Feed, Position
 from ..text.examples import Example
 from ..text.labels import Labels
+from ..text.metrics import written_match
 from ..text.scoring import likelihood_of, outputs_by_example, scores
 from .passes import Passes
 
@@ -38,17 +40,29 @@ def evaluate(
     text/scoring.py gives for the task. Source: specs/training.md.
     """
     passes = passes or Passes(model, sites, trained, task=task)
-    total, kept, outputs = 0.0, 0, list[HostArray]()
+    total, kept, outputs, written = 0.0, 0, list[HostArray](), list[HostArray]()
     with quiet():
         for batch in batches_of(data, task, batch_size):
             n = count(task, batch.labels, batch.starts)
             total, kept = total + (n * passes.loss(trained, batch, n=n) if n else 0.0), kept + n  # (training.7)
-            if task not in WRITTEN:
+            if task == "SEQ_2_SEQ_LM":
+                written += _likeliest(passes, trained, batch)
+            elif task not in WRITTEN:
                 outputs += outputs_by_example(task, batch, to_host(passes.outputs(trained, batch)))
     found: Metrics = {"loss": total / max(kept, 1), "rows": len(data), "labels": kept}
     if not isfinite(total) or not kept:
         return found
-    return found | (likelihood_of(data, total) if task in WRITTEN else scores(task, data, outputs, labels))
+    if task not in WRITTEN:
+        return found | scores(task, data, outputs, labels)
+    found |= likelihood_of(data, total)
+    return found | ({"exact match": written_match(written, [one.labels for one in data])} if written else {})
+
+
+def _likeliest(passes: Passes, trained: Trained, batch: Batch) -> Iterator[HostArray]:
+    """The likeliest token at each row of the decoder, a text at a time: there may be no room for all logits."""
+    for place in range(len(batch.index)):
+        z = passes.outputs(trained, chosen(batch, [place], passes.task))
+        yield to_host(z).argmax(axis=1)
 
 
 def batches_of(data: Sequence[Example], task: str, size: int) -> Iterator[Batch]:

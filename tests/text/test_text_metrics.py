@@ -22,7 +22,7 @@ from lorax_np.text.metrics import (
     plain_answer,
     recall_at_1,
     spearman,
-    text_match,
+    written_match,
 )
 from lorax_np.text.scoring import likelihood_of, outputs_by_example, scores
 
@@ -145,7 +145,7 @@ def test_spearman_is_the_correlation_of_mean_ranks(pairs):
         assert found == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-12)
 
 
-@pytest.mark.parametrize("score", [accuracy, macro_f1, text_match, spearman, answer_score])
+@pytest.mark.parametrize("score", [accuracy, macro_f1, written_match, spearman, answer_score])
 def test_nothing_has_no_score(score):
     for predicted, right in (([], []), (["a"], ["a", "b"])):
         with pytest.raises(ConfigError, match="predicted: expected as many as right"):

@@ -9,7 +9,8 @@ import lorax_np as lx
 from lorax_np.models.families import FAMILIES, MODEL_TYPES
 from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
-from lorax_np.models.records import Trained
+from lorax_np.models.records import Batch, Trained
+from lorax_np.models.t5_greedy import t5_greedy
 from lorax_np.models.tasks import family_of
 from lorax_np.parallel import Alone
 from lorax_np.text.examples import Example, Tokens, Window
@@ -74,7 +75,7 @@ CASES = [
     ("bert", "QUESTION_ANS", "token F1"),
     ("bert", "FEATURE_EXTRACTION", "recall@1"),
     ("gpt2", "SEQ_CLS", "macro F1"),
-    ("t5", "SEQ_2_SEQ_LM", "perplexity"),
+    ("t5", "SEQ_2_SEQ_LM", "exact match"),
 ]
 
 
@@ -99,3 +100,23 @@ def test_a_task_from_start_to_figures(kind, task, figure):
     long = run(Alone(), 3, iters=20, eval_rows=12)
     print(f"{kind} {task}: loss {long.before['loss']:.4f} to {long.after['loss']:.4f}")
     assert long.after["loss"] < long.before["loss"] - 0.03
+
+
+def test_exact_match_is_what_greedy_writing_gives():
+    """(data.6): of texts that the model writes, of others, of one cut short; in batches of any size."""
+    base, end = tiny("t5", "SEQ_2_SEQ_LM"), CONFIGS["t5"].get("eos_token_id", 1)
+    trained, found, hits = Trained({}, {}), [], []
+    for i, row in enumerate(rows("SEQ_2_SEQ_LM")):
+        ids = row.sequences[0].ids
+        one = t5_greedy(base, {}, trained, Batch(ids, (0, len(ids)), None, (0,)), most=5)[0]
+        one = np.array([*one, *[end] * (len(one) < 5)])
+        if i % 3 == 1:
+            one[i % len(one)] = (one[i % len(one)] + 1) % V
+        elif i % 3 == 2:
+            one = one[: 1 + i % len(one)]
+        found.append(row._replace(labels=one, decoder=np.append(0, one[:-1]), kept=len(one)))
+        hits.append(i % 3 != 1)
+    assert 0 < sum(hits) < len(hits)
+    for size in (1, 5):
+        figures = lx.evaluate(base, {}, trained, found, "SEQ_2_SEQ_LM", batch_size=size)
+        assert figures["exact match"] == sum(hits) / len(hits)
