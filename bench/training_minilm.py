@@ -18,6 +18,8 @@ LORA = {
 class Ours:
     """As lorax-np train runs it: masks, the general pass, clipping, AdamW."""
 
+    blas = "openblas"
+
     def open(self, p: float, checkpoint: bool, workers: int | str = "auto") -> dict[str, Any]:
         import lorax_np as lx
         from lorax_np.inject import saved_tensors
@@ -26,7 +28,8 @@ class Ours:
         from lorax_np.train import Passes, TrainConfig
         from lorax_np.train.step import start
 
-        rng = np.random.default_rng(7)
+        self.context = lx.fast.blas(self.blas)
+        engine, rng = self.context.__enter__(), np.random.default_rng(7)
         model = with_head(lx.load_model(minilm_path()), "SEQ_CLS", CLASSES, rng)
         lora = lx.LoraConfig(**LORA, lora_dropout=p)
         _, adapters, sites = lx.inject(model.weights, lora, rng)
@@ -34,7 +37,7 @@ class Ours:
         config = TrainConfig(learning_rate=LR, seed=SEED, workers=workers, grad_checkpoint="off")
         self.passes = Passes(model, sites, self.trained, task="SEQ_CLS", config=config)
         self.state, self.t = start(self.trained, config), 0
-        return {"engine": f"lorax_np {lx.__version__}, {self.passes.what}"}
+        return {"engine": f"lorax_np {lx.__version__}, {self.passes.what}, {engine.what}"}
 
     def step(self, ids: list[list[int]], labels: list[int]) -> float:
         from lorax_np.models.records import Batch
@@ -48,6 +51,12 @@ class Ours:
         self.trained, self.state, outcome = train_step(self.passes, self.trained, self.state, [batch], **how)
         self.t += 1
         return outcome.loss
+
+
+class OursMkl(Ours):
+    """The same with MKL behind gemm."""
+
+    blas = "mkl"
 
 
 class Peft:
@@ -72,7 +81,14 @@ class Peft:
 
     def step(self, ids: list[list[int]], labels: list[int]) -> float:
         self.optimizer.zero_grad()
-        tensors = {"input_ids": self.torch.tensor(ids), "labels": self.torch.tensor(labels)}
+        longest = max(map(len, ids))  # padded on the right to it
+        tensors = {
+            "input_ids": self.torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
+            "labels": self.torch.tensor(labels),
+        }
+        if any(len(row) < longest for row in ids):
+            seen = [[1] * len(row) + [0] * (longest - len(row)) for row in ids]
+            tensors["attention_mask"] = self.torch.tensor(seen)
         loss = self.model(**tensors).loss
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -19,7 +19,8 @@ from .training_rows import Row, Told
 from .turns import ROOT, THREADS
 
 TURN = 2  # steps
-OURS, PEFT, GEMM = ("ours", "mkl", "minilm"), ("peft", "minilm peft"), ("gemm", "gemm mkl")
+OURS = "ours", "mkl", "minilm", "minilm mkl"
+PEFT, GEMM = ("peft", "minilm peft"), ("gemm", "gemm mkl")
 
 
 class Process:
@@ -130,7 +131,7 @@ def race(row: Row, steps: int, gate: Gate, told: Told) -> None:
 
 def text_of(row: Row, count: int) -> list[Batch]:
     """So many steps of text, in the tokens of the row's model. RuntimeError where there is no model."""
-    small = "minilm" in row.engines
+    small = "minilm peft" in row.engines
     ids, label = (minilm_ids(), kind) if small else (smollm2_ids(), next_tokens)
     return batches(ids, row.lengths, count, label)
 

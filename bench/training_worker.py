@@ -1,7 +1,7 @@
 """One engine that trains SmolLM2 in a process of its own: commands as JSON lines in, answers out.
 
 python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the products nobody avoids;
-                                           minilm, minilm peft; micro: gradients, no training
+                                           minilm, minilm mkl, minilm peft; micro: gradients, no training
 
 open {p, checkpoint, workers, bits}    the model, and LoRA of rank 16 on all seven linear layers
 step {ids, labels}                     a list of rows each; forward, backward, AdamW: {seconds, loss}
@@ -21,6 +21,7 @@ import numpy as np
 
 from .training_micro import Micro
 from .training_minilm import Ours as MiniLM
+from .training_minilm import OursMkl as MiniLMMkl
 from .training_minilm import Peft as MiniLMPeft
 from .training_models import ALPHA, LR, RANK, SEED, model_path, start
 from .training_peft import Peft
@@ -157,7 +158,7 @@ class GemmMkl(Gemm):
 
 ENGINES = {
     "ours": Ours, "mkl": OursMkl, "peft": Peft, "gemm": Gemm, "gemm mkl": GemmMkl,
-    "minilm": MiniLM, "minilm peft": MiniLMPeft, "micro": Micro,
+    "minilm": MiniLM, "minilm mkl": MiniLMMkl, "minilm peft": MiniLMPeft, "micro": Micro,
 }  # fmt: skip
 
 
