@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoraConfig, Site
+from ..errors import ConfigError
+from ..inject import plan
 from ..models.records import Model, Trained
 from ..parallel import Alone, Communicator
 from ..params import AnyAdapter
@@ -25,7 +27,7 @@ def train(
     data: Sequence[Example],
     config: TrainConfig | None = None,
     *,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, Site] | None = None,
     task: str = "CAUSAL_LM",
     valid: Sequence[Example] = (),
     labels: Labels | None = None,
@@ -43,7 +45,7 @@ def train(
     model    : load_model's, its weights those that inject returned
     adapters : inject's; or a Trained, which has more that trains
     data, valid : examples of load_data; without valid the first rows of data are evaluated
-    sites    : inject's
+    sites    : inject's; None for those that lora means on the model
     task, labels : PEFT's task type, and the classes by name
     lora     : the config that the adapters were made by: the adapter's directory is written by it
     out      : a new directory, for the adapter, metrics.jsonl, loss.csv, README.md, and state/; or None
@@ -59,6 +61,7 @@ def train(
     Raises ConfigError, FormatError or OSError, one line, for whatever can be known before the first step.
     Source: specs/training.md.
     """
+    sites = _sites(model, lora) if sites is None else sites
     given = widened(adapters if isinstance(adapters, Trained) else Trained(adapters, {}))
     if passes is None:
         passes = Passes(model, sites, given, task=task, config=config or TrainConfig(), tokens=tokens)
@@ -79,3 +82,10 @@ def train(
     finally:
         if run.log is not None:
             run.log.close()
+
+
+def _sites(model: Model, lora: LoraConfig | None) -> Mapping[str, Site]:
+    """The places of adapters, with their factors and dropout, as a config means them."""
+    if lora is None:
+        raise ConfigError("sites: expected inject's, or lora, the config that says them, got neither")
+    return plan(model.weights, lora).sites

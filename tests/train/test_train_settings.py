@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import examples
+from small_run import examples, settings, started
 
+import lorax_np as lx
 from lorax_np.errors import ConfigError, FormatError
 from lorax_np.train import TrainConfig
 from lorax_np.train.settings import SETTINGS, changed, read_file, resolved, stored, train_config
+from lorax_np.train.step import parameters
 
 
 @pytest.mark.parametrize(
@@ -163,3 +165,15 @@ def test_order_is_a_permutation_that_the_seed_decides():
     assert not np.array_equal(orders[0], orders[2])
     assert not np.array_equal(orders[0], feeds[0].order(1))
     assert sorted(orders[0].tolist()) == list(range(50))
+
+
+def test_sites_are_those_that_the_config_means():
+    """Without inject's: the same bits; with neither, one line."""
+    base, adapters, sites, config = started()
+    given = base, adapters, examples(6), settings(iters=2)
+    want = lx.train(*given, sites=sites, lora=config)
+    found = lx.train(*given, lora=config)
+    for name, value in parameters(want.trained).items():
+        assert np.array_equal(parameters(found.trained)[name], value), name
+    with pytest.raises(ConfigError, match=r"^sites: expected inject's, or lora, .* got neither$"):
+        lx.train(*given)
