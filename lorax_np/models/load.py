@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..backend import FLOATS, Array, Namespace, all_finite, cast, dtype_name, from_host, namespace, to_host
+from ..backend import Array, Namespace, cast, dtype_name, from_host, namespace, to_host
 from ..errors import ConfigError, FormatError
 from ..io.checkpoint import open_checkpoint
 from ..kinds import nearest
@@ -180,13 +180,6 @@ def check_head(model: Model, task: str) -> None:
             _refuse(model.path, f"the tensor {name} for {task}", "none; with_head makes one")
     if more := half_a_head(family, model.config, task, model.weights):
         _refuse(model.path, f"the head of {task}, which has no {more}", "that of another task, which has one")
-
-
-def check_finite(model: Model) -> None:
-    """Read every tensor of a model, and raise FormatError for the first that holds NaN or infinity."""
-    for name, value in model.weights.items():
-        if dtype_name(value) in FLOATS and not all_finite(value):
-            raise FormatError(f"{model.path}: {name}: expected finite numbers, got NaN or infinity")
 
 
 # ---- names and shapes --------------------------------------------------------------------------------------

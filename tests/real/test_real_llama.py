@@ -12,7 +12,7 @@ import pytest
 
 import lorax_np as lx
 from lorax_np.io.gguf_names import to_ggml_rows
-from lorax_np.models.load import check_finite, model_of
+from lorax_np.models.load import model_of
 from lorax_np.models.records import Batch, Trained
 from lorax_np.models.tasks import count, loss, loss_and_gradients
 from lorax_np.tree import tree_map
@@ -62,7 +62,7 @@ def nll(model):
 def test_the_loss_of_a_text(file):
     """As transformers has it. With the rows of Q and K left in ggml's order a model talks on, only worse."""
     model = lx.load_model(file, task="CAUSAL_LM")
-    check_finite(model)
+    assert all(np.isfinite(w).all() for w in model.weights.values())
     assert len(model.weights) == 273
     heads = {"q_proj": 9, "k_proj": 3}
     turned = {
