@@ -19,16 +19,11 @@ from lorax_np.train.log import records
 from .machine import Gate
 from .training_models import model_path, topics
 from .training_race import Process, say, text_of
-from .training_rows import SEQUENCES, SINGLE, WIDTH, Row, Told
+from .training_rows import SEQUENCES, WIDTH, Row, Told
 from .turns import ROOT, THREADS
 
 TICK = 0.02  # seconds between looks at a process
 ROUNDS = 2  # of each side of the ranks
-MICRO = {  # dtype, and BLAS threads of a sequence that is alone: all, whose sums are in another order, or one
-    "float32": ("float32", None),
-    SINGLE: ("float32", 1),
-    "float64": ("float64", None),
-}
 RANK = "--workers", "1", "--batch-size", "2", "--grad-checkpoint", "off"
 CASES = {  # flags by what they are called
     "float32": ("--grad-checkpoint", "off"),
@@ -49,18 +44,18 @@ ROOT_MAY = {  # Open MPI asks for both, and here two ranks are wanted whatever t
 def micro(row: Row, steps: int, gate: Gate, told: Told) -> None:
     """Gradients of one batch in parts, in float32 and float64; of no weight in time, so nothing waits."""
     (batch,) = text_of(row, 1)
-    for case, (dtype, threads) in MICRO.items():
-        say(f"{told.name}: {case}")
-        process = Process("micro", {"p": 0.05, "dtype": dtype, "threads": threads})
+    for dtype in ("float32", "float64"):
+        say(f"{told.name}: {dtype}")
+        process = Process("micro", {"p": 0.05, "dtype": dtype})
         try:
             gaps = process.ask("compare", **batch)["gaps"]
         finally:
             process.close()
             say("")
         shown = ", ".join(f"{parts} {gap:.1e}" for parts, gap in gaps.items())
-        told.lines.append(f"{case:<25}off from 1x8: {shown}")
-        told.details.append({"case": case, "about": process.about, "gaps": gaps})
-        told.figures[case] = max(gaps.values())
+        told.lines.append(f"{dtype:<25}off from 1x8: {shown}")
+        told.details.append({"case": dtype, "about": process.about, "gaps": gaps})
+        told.figures[dtype] = max(gaps.values())
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------

@@ -12,17 +12,12 @@ PARTS = (8, 4, 2, 1)  # sequences of a micro-batch; the first is all of them
 class Micro:
     """The planned pass in float32 or float64, with masks."""
 
-    def open(self, p: float, dtype: str, threads: int | None, checkpoint: bool = False) -> dict[str, Any]:
-        """threads : of BLAS where a worker is alone; None for all cores."""
+    def open(self, p: float, dtype: str, checkpoint: bool = False) -> dict[str, Any]:
         import lorax_np as lx
         from lorax_np.config import Site
-        from lorax_np.fast.gemm import engine
         from lorax_np.models.records import Trained
         from lorax_np.train import Passes, TrainConfig
 
-        if threads is not None:
-            control: Any = engine().threads
-            control.set(threads)
         model = lx.load_model(model_path(), task="CAUSAL_LM", dtype=dtype)
         given = start(model.weights, model.config["num_hidden_layers"])
         adapters = {site: lx.Adapter(*(part.astype(dtype) for part in pair)) for site, pair in given.items()}

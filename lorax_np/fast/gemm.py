@@ -14,6 +14,7 @@ import numpy as np
 from ..backend import HostArray, add_fact, dtype_name
 from ..errors import BackendError
 from .libraries import COARSE, MAKERS, Engine, proved
+from .parts import multiply_parts, parts_of
 from .split import mixed
 
 SMALL = 1 << 18  # multiplications, up to which OpenBLAS uses one thread
@@ -30,7 +31,11 @@ def gemm(a: HostArray, b: HostArray, out: HostArray, alpha: float = 1.0, beta: f
     if not a.shape[1]:
         out[...] = beta * out if beta else 0.0
         return
-    engine().multiply(a, b, out, alpha, beta)
+    multiply, count = engine().multiply, parts_of(a, b)
+    if count == 1:
+        multiply(a, b, out, alpha, beta)
+    else:
+        multiply_parts(multiply, count, a, b, out, alpha, beta)
 
 
 def gemms(a: HostArray, b: HostArray, out: HostArray, beta: float = 0.0) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 
 from ...errors import ConfigError
 from ..gemm import engine
+from ..parts import in_parts
 
 BUFFER = 16  # entries, NumPy's least: it then works on rows where they lie, and does not gather several to copy
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
@@ -33,33 +34,39 @@ def worker_count(workers: int | str, sequences: int) -> int:
 def in_threads(work: Callable[[int, Work], Found], given: list[Work]) -> list[Found]:
     """[work(0, given[0]), work(1, given[1]), ...], each in a thread; all have ended when this returns.
 
-    Products of several threads use one thread of BLAS each meanwhile; alone, one has all there are.
+    BLAS has one thread meanwhile. Where it had more of them than there are workers, large products are cut into
+    parts for the others (fast/parts.py).
     """
-
-    def quietly(who: int) -> Found:
-        size = np.setbufsize(BUFFER)
-        try:
-            with np.errstate(all="ignore"):  # e^-u may overflow, which is right: its reciprocal is 0
-                return work(who, given[who])
-        finally:
-            np.setbufsize(size)
-
     control = engine().threads
-    if len(given) == 1 or control is None:
-        return [quietly(who) for who in range(len(given))]
-    from concurrent.futures import Future, wait
+    if control is None:  # there is one worker, and BLAS does as it likes
+        return [_quietly(work, who, 1, each) for who, each in enumerate(given)]
+    from concurrent.futures import wait
 
-    before, waiting = control.get(), list[Future[Found]]()
+    waiting: list[Future[Found]] = []
+    before = control.get()
+    parts = max(1, before // max(1, len(given)))
     control.set(1)
     try:
-        for who in range(len(given)):
-            waiting.append(_threads(len(given)).submit(copy_context().run, quietly, who))
+        if len(given) == 1:
+            return [_quietly(work, 0, parts, given[0])]
+        for who, each in enumerate(given):
+            run = copy_context().run
+            waiting.append(_threads(len(given)).submit(run, _quietly, work, who, parts, each))
         return [each.result() for each in waiting]
     finally:
         try:
             wait(waiting)
         finally:  # whoever interrupts this too gets the process's threads back all the same
             control.set(before)
+
+
+def _quietly(work: Callable[[int, Work], Found], who: int, parts: int, given: Work) -> Found:
+    size = np.setbufsize(BUFFER)
+    try:
+        with np.errstate(all="ignore"), in_parts(parts):  # e^-u may overflow: its reciprocal is rightly 0
+            return work(who, given)
+    finally:
+        np.setbufsize(size)
 
 
 @cache
