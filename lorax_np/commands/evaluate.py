@@ -194,9 +194,19 @@ def _counting(beside: "Adapted", task: str, total: int, *, quiet: bool) -> Any:
         def loss(self, trained: Any, batch: Any, *, n: int) -> float:
             """As Passes.loss."""
             found = super().loss(trained, batch, n=n)
+            self.count(batch)
+            return found
+
+        def judged(self, trained: Any, batch: Any, *, n: int) -> Any:
+            """As Passes.judged."""
+            found = super().judged(trained, batch, n=n)
+            self.count(batch)
+            return found
+
+        def count(self, batch: Any) -> None:
+            """The rows of a batch are done."""
             self.rows += len(batch.index) // (2 if task == "FEATURE_EXTRACTION" else 1)
             progress(f"rows of {total}", self.rows, 0)
-            return found
 
         def done(self) -> None:
             """Leave the line empty."""

@@ -38,12 +38,23 @@ def in_shares(compute: Callable[[Batch], Found], batch: Batch, *, task: str, wor
     Which sequences go to whom depends on their lengths alone, so that the same number of workers gives the same
     bits. Raises ConfigError for another number. Source: specs/models.md, (models.28).
     """
+    mine = dealt(batch, task=task, workers=workers)
+    if len(mine) == 1:
+        return [compute(batch)]
+    return in_threads(lambda _, part: compute(part), [chosen(batch, places, task) for places in mine])
+
+
+def dealt(batch: Batch, *, task: str, workers: int | str) -> list[list[int]]:
+    """Which sequences of a batch each worker has, by their places.
+
+    >>> dealt(Batch(np.arange(6), (0, 1, 5, 6), None, (0, 1, 2)), task="SEQ_CLS", workers=2)
+    [[1], [0, 2]]
+    """
     count = sharers(task, workers, len(batch.index))
     if count == 1:
-        return [compute(batch)]
+        return [list(range(len(batch.index)))]
     lengths = [max(n, 1) for n in batch.rows.lengths]
-    mine = [runs[0] for runs in shares(lengths, count, sum(lengths))]
-    return in_threads(lambda _, part: compute(part), [chosen(batch, places, task) for places in mine])
+    return [runs[0] for runs in shares(lengths, count, sum(lengths))]
 
 
 def chosen(batch: Batch, places: Sequence[int], task: str) -> Batch:

@@ -119,6 +119,25 @@ def outputs(
     return head_of(model, task).outputs(at, h, batch)
 
 
+def judged(
+    model: Model,
+    sites: Mapping[str, Site],
+    trained: Trained,
+    batch: Batch,
+    *,
+    task: str,
+    n: int,
+    engine: str = "fast",
+    tokens: Tokens | None = None,
+) -> tuple[Array, Array]:
+    """The loss and the outputs, of one forward; arguments as loss, what comes out as of loss and outputs."""
+    check_for(model, batch, labels=task != "FEATURE_EXTRACTION")
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
+    head = head_of(model, task)
+    h, _ = family_of(model).forward(at, batch, "nothing")
+    return head.loss(at, h, batch, n), head.outputs(at, h, batch)
+
+
 def trained_of(files: AdapterFiles) -> Trained:
     """What trains of an adapter that load_adapter gave: all of it but bases that lie beside their adapters.
 

@@ -3,16 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 
-from ..backend import HostArray, quiet, to_host
+from ..backend import HostArray, quiet
 from ..config import Site
 from ..models.records import Batch, Model, Trained
-from ..models.shared import chosen
 from ..models.tasks import count
 from ..text.batches import Feed, Position
 from ..text.examples import Example
 from ..text.labels import Labels
 from ..text.metrics import written_match
-from ..text.scoring import likelihood_of, outputs_by_example, scores
+from ..text.scoring import likelihood_of, scores
 from .passes import Passes
 
 Metrics = dict[str, float]
@@ -43,26 +42,22 @@ def evaluate(
     total, kept, outputs, written = 0.0, 0, list[HostArray](), list[HostArray]()
     with quiet():
         for batch in batches_of(data, task, batch_size):
-            n = count(task, batch.labels, batch.starts)
-            total, kept = total + (n * passes.loss(trained, batch, n=n) if n else 0.0), kept + n  # (training.7)
+            n, value = count(task, batch.labels, batch.starts), 0.0
+            if task not in WRITTEN:
+                value, found = passes.judged(trained, batch, n=max(n, 1))
+                outputs += found
+            elif n:
+                value = passes.loss(trained, batch, n=n)
             if task == "SEQ_2_SEQ_LM":
-                written += _likeliest(passes, trained, batch)
-            elif task not in WRITTEN:
-                outputs += outputs_by_example(task, batch, to_host(passes.outputs(trained, batch)))
-    found: Metrics = {"loss": total / max(kept, 1), "rows": len(data), "labels": kept}
+                written += passes.likeliest(trained, batch)
+            total, kept = total + (n * value if n else 0.0), kept + n  # (training.7)
+    figures: Metrics = {"loss": total / max(kept, 1), "rows": len(data), "labels": kept}
     if not isfinite(total) or not kept:
-        return found
+        return figures
     if task not in WRITTEN:
-        return found | scores(task, data, outputs, labels)
-    found |= likelihood_of(data, total)
-    return found | ({"exact match": written_match(written, [one.labels for one in data])} if written else {})
-
-
-def _likeliest(passes: Passes, trained: Trained, batch: Batch) -> Iterator[HostArray]:
-    """The likeliest token at each row of the decoder, a text at a time: there may be no room for all logits."""
-    for place in range(len(batch.index)):
-        z = passes.outputs(trained, chosen(batch, [place], passes.task))
-        yield to_host(z).argmax(axis=1)
+        return figures | scores(task, data, outputs, labels)
+    figures |= likelihood_of(data, total)
+    return figures | ({"exact match": written_match(written, [one.labels for one in data])} if written else {})
 
 
 def batches_of(data: Sequence[Example], task: str, size: int) -> Iterator[Batch]:

@@ -1,19 +1,23 @@
 """Who computes losses and gradients: a pass planned for speed where there is one, else the general one."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-from ..backend import Array, on_device
+import numpy as np
+
+from ..backend import Array, HostArray, on_device, to_host
 from ..config import Site
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..models import tasks
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Trained
-from ..models.shared import added_up, in_shares, sharers
+from ..models.shared import added_up, chosen, dealt, in_shares, sharers
+from ..text.scoring import outputs_by_example
 from ..tree import leaves
 from .config import TrainConfig
 
 DEFAULT = TrainConfig()
+Found = TypeVar("Found")
 
 
 class Passes:
@@ -134,7 +138,39 @@ class Passes:
 
         return sum(in_shares(compute, batch, task=self.task, workers=self.workers))
 
-    def outputs(self, trained: Trained, batch: Batch) -> Array:
-        """What the task's head gives, without dropout."""
-        args = self.model, self.sites, trained, batch
-        return tasks.outputs(*args, task=self.task, engine=self.config.engine, tokens=self.tokens)
+    def judged(self, trained: Trained, batch: Batch, *, n: int) -> tuple[float, list[HostArray]]:
+        """The loss, and of each example what the task's head gives, of one forward without dropout."""
+
+        def compute(part: Batch) -> tuple[float, list[HostArray]]:
+            args = self.model, self.sites, trained, part
+            found = tasks.judged(*args, task=self.task, n=n, engine=self.config.engine, tokens=self.tokens)
+            value: Any = found[0]
+            return float(value), list(outputs_by_example(self.task, part, to_host(found[1])))
+
+        found = self._in_order(compute, batch)
+        return sum(value for value, _ in found[0]), found[1]
+
+    def likeliest(self, trained: Trained, batch: Batch) -> list[HostArray]:
+        """The likeliest token at each row of a decoder, by its texts, without dropout."""
+
+        def compute(part: Batch) -> tuple[None, list[HostArray]]:
+            found = []
+            for place in range(len(part.index)):  # a text at a time: there may be no room for all logits
+                args = self.model, self.sites, trained, chosen(part, [place], self.task)
+                z = tasks.outputs(*args, task=self.task, engine=self.config.engine, tokens=self.tokens)
+                found.append(to_host(z).argmax(axis=1))
+            return None, found
+
+        return self._in_order(compute, batch)[1]
+
+    def _in_order(
+        self, compute: Callable[[Batch], tuple[Found, list[HostArray]]], batch: Batch
+    ) -> tuple[list[tuple[Found, list[HostArray]]], list[HostArray]]:
+        """What compute gives of each worker's sequences, and the arrays of all in the batch's order."""
+        how: Any = {"task": self.task, "workers": self.workers}
+        places, found = dealt(batch, **how), in_shares(compute, batch, **how)
+        if len(found) == 1:
+            return found, found[0][1]
+        order = np.argsort(np.concatenate(places))
+        arrays = [each for _, arrays in found for each in arrays]
+        return found, [arrays[i] for i in order]

@@ -1,5 +1,7 @@
 """(models.28): a micro-batch shared among threads has the loss and gradients of the whole, on every family."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import test_models_bert as bert
@@ -10,7 +12,8 @@ from whole import leaves
 
 from lorax_np.errors import ConfigError
 from lorax_np.models import shared
-from lorax_np.models.tasks import loss_and_gradients
+from lorax_np.models.tasks import loss, loss_and_gradients, outputs
+from lorax_np.text.scoring import outputs_by_example
 from lorax_np.train.config import TrainConfig
 from lorax_np.train.passes import Passes
 
@@ -44,6 +47,34 @@ def test_shares_add_up_to_the_whole(what):
             assert np.array_equal(got[leaf], again[leaf])
     alone = passes_of(step, 1).loss(step.trained, step.batch, n=step.n)
     assert passes_of(step, 2).loss(step.trained, step.batch, n=step.n) == pytest.approx(alone, rel=1e-13)
+
+
+@pytest.mark.parametrize("what", ["classes", "several classes", "tokens", "spans"])
+def test_one_forward_gives_loss_and_outputs_in_the_batchs_order(what):
+    """Whoever computed them: those of the whole batch."""
+    step = STEPS[what]()
+    args = step.model, step.sites, step.trained, step.batch
+    z = np.asarray(outputs(*args, task=step.task))
+    want = list(outputs_by_example(step.task, step.batch, z))
+    value = float(loss(*args, task=step.task, n=step.n))
+    assert len(want) == len(step.batch.index)
+    for workers in (1, 2, 9):
+        got, found = passes_of(step, workers).judged(step.trained, step.batch, n=step.n)
+        assert got == pytest.approx(value, rel=1e-13)
+        for one, other in zip(found, want, strict=True):
+            assert one.shape == other.shape
+            assert np.abs(one - other).max() <= 1e-12 * np.abs(z).max()
+
+
+def test_the_likeliest_tokens_are_in_the_batchs_order():
+    step = t5.step_of()
+    z = np.asarray(outputs(step.model, step.sites, step.trained, step.batch, task=step.task))
+    starts = step.batch.decoder_starts
+    want = [z[a:b].argmax(axis=1).tolist() for a, b in pairwise(starts)]
+    assert len(set(map(tuple, want))) > 1
+    for workers in (1, 2, 9):
+        found = passes_of(step, workers).likeliest(step.trained, step.batch)
+        assert [each.tolist() for each in found] == want
 
 
 def sequences_of(step, workers):
