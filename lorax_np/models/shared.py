@@ -39,9 +39,8 @@ def in_shares(compute: Callable[[Batch], Found], batch: Batch, *, task: str, wor
     bits. Raises ConfigError for another number. Source: specs/models.md, (models.28).
     """
     mine = dealt(batch, task=task, workers=workers)
-    if len(mine) == 1:
-        return [compute(batch)]
-    return in_threads(lambda _, part: compute(part), [chosen(batch, places, task) for places in mine])
+    parts = [batch] if len(mine) == 1 else [chosen(batch, places, task) for places in mine]
+    return in_threads(lambda _, part: compute(part), parts)
 
 
 def dealt(batch: Batch, *, task: str, workers: int | str) -> list[list[int]]:
