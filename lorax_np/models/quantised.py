@@ -18,6 +18,7 @@ from ..params import AnyAdapter
 from ..shapes import shape_in
 from .codes import WAYS, Code, check_way, code_bytes, decode, encode
 from .families import FAMILIES
+from .load import Held
 from .records import Model
 
 __all__ = ["WAYS", "Quantised", "code_bytes", "quantised", "quantised_start"]
@@ -169,10 +170,14 @@ def coded_names(model: Model, skip: Iterable[str] = ()) -> dict[str, bool]:
     return {name: transposed for name, transposed in found.items() if name not in left}
 
 
-def let_go(weights: Any) -> None:
-    """Have whoever holds copies of a checkpoint's tensors, or pages of its files, let go of them."""
+def let_go(weights: Any, *, copies: bool = True) -> None:
+    """Have whoever holds pages of a checkpoint's files, or copies of its tensors, let go of them.
+
+    copies : False for the pages alone, where the copies will be asked for again
+    """
     while weights is not None:
-        if callable(release := getattr(weights, "release", None)):
+        own = copies or not isinstance(weights, Held)
+        if own and callable(release := getattr(weights, "release", None)):
             release()
         weights = getattr(weights, "under", None)
 

@@ -30,8 +30,12 @@ def longest_text(model: Model) -> int | None:
     return found - model.config.get("first_position", 0) if isinstance(found, int) and found > 0 else None
 
 
-def check_start(model: Model, trained: Trained, examples: Sequence[Example], task: str) -> None:
+def check_start(
+    model: Model, trained: Trained, examples: Sequence[Example], task: str, *, hold: bool = False
+) -> None:
     """Raise FormatError or ConfigError for what would only come out wrong in a step.
+
+    hold : whether what is read of the base stays in memory, since a pass asks for it again
 
     That is a number of the base, or of what trains, that is not finite; a token that the model has no row for;
     a sequence longer than the positions that it has; a class that the head has no output for, or that is its
@@ -41,7 +45,7 @@ def check_start(model: Model, trained: Trained, examples: Sequence[Example], tas
         if dtype_name(value) in FLOATS and not all_finite(value):
             where = f"{model.path}: {name}" if name in model.weights else name.partition(".")[2]
             raise FormatError(f"{where}: expected finite numbers, got NaN or infinity")
-        _looked_at(model)
+        _looked_at(model, hold)
     check_rows(model, examples)
     check_labels("data", examples, task)
     if task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -126,8 +130,11 @@ def check_saved(trained: Trained, step: int, last: int | None) -> None:
             )
 
 
-def fingerprint(model: Model) -> str:
-    """SHA-256 of a base: names, shapes, dtypes, and the first and last numbers of every tensor."""
+def fingerprint(model: Model, *, hold: bool = False) -> str:
+    """SHA-256 of a base: names, shapes, dtypes, and the first and last numbers of every tensor.
+
+    hold : as of check_start
+    """
     digest = hashlib.sha256(model.family.encode())
     for name in sorted(model.weights):
         value: Any = model.weights[name]
@@ -136,14 +143,18 @@ def fingerprint(model: Model) -> str:
         last = tuple(slice(max(0, n - EDGE), n) for n in value.shape)
         for edge in (first, last):
             digest.update(np.ascontiguousarray(to_host(value[edge])).tobytes())
-        _looked_at(model)
+        _looked_at(model, hold)
     return digest.hexdigest()
 
 
-def _looked_at(model: Model) -> None:
-    """Let go of what was read for a look; beside codes no more is held than what a pass holds anyway."""
+def _looked_at(model: Model, hold: bool) -> None:
+    """Let go of what was read for a look; beside codes no more is held than what a pass holds anyway.
+
+    What is held goes on being so in the memory of this thread: were it let go of here, to be read again by
+    workers, each from memory of its own, the system would have it twice.
+    """
     if not hasattr(model.weights, "codes"):
-        let_go(model.weights)
+        let_go(model.weights, copies=not hold)
 
 
 def data_digest(examples: Sequence[Example]) -> str:

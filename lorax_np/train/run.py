@@ -82,11 +82,12 @@ class Run:
             raise ConfigError("adapters: expected something that trains, got nothing")
         self.held = Held(given, self.config, self.sites)
         self.groups = groups_of(self.trained, self.config, self.sites)
-        check_start(self.model, self.trained, data, self.task)
+        hold = not passes.planned  # a plan has the base in its own form, the general pass asks for it as it is
+        check_start(self.model, self.trained, data, self.task, hold=hold)
         size, mean = self.config.batch_size, self.config.loss_mean
         check_pairs(data, self.task, batch_size=size, loss_mean=mean)
         check_steps(self.feed, self.steps)
-        self.base = fingerprint(self.model)
+        self.base = fingerprint(self.model, hold=hold)
         if not same_everywhere(ranks, bytes.fromhex(self.base)):
             raise ConfigError("model: expected the same base on every rank, got others")
         passes.settle()

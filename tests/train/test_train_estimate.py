@@ -1,15 +1,18 @@
 """What a run will take: counts of (training.10) where they can be done by hand.  specs/training.md."""
 
+from collections import Counter
 from math import prod
 
 import numpy as np
 import pytest
-from small_run import examples, settings, started
+from small_run import CONFIG, examples, lora, settings, started, weights
 
+import lorax_np as lx
 from lorax_np.fast.llama.head import CHUNK
+from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
-from lorax_np.train import Passes, duration
+from lorax_np.train import Passes, duration, train
 from lorax_np.train.memory import memory_of
 from lorax_np.train.step import parameters
 from lorax_np.train.work import work_of
@@ -60,6 +63,43 @@ def test_logits_are_those_of_a_chunk():
     assert general["logits"] == 2 * 2 * CHUNK * 23 * 4  # and their gradient
     classes, _ = counted(batch_size=24, task="SEQ_CLS")
     assert "logits" not in classes
+
+
+class File(dict):
+    """Tensors of which it is counted how often each is read, and how often pages are let go of."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.reads, self.released = Counter(), 0
+
+    def __getitem__(self, name):
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+    def shape(self, name):
+        return self.get(name).shape
+
+    def release(self):
+        self.released += 1
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_the_base_is_there_once(dora):
+    """Workers of the general pass have it from where it was looked at, a plan in its own form."""
+    file = File(weights(dtype="float64"))  # held in float32, so each is a copy
+    base, config = model_of(file, CONFIG, dtype="float32"), lora(use_dora=dora)
+    _, adapters, sites = lx.inject(base.weights, config, lx.torch_generator(0))
+    how = settings(engine="fast", workers=2, iters=2, eval_rows=4)
+    passes = Passes(base, sites, Trained(adapters, {}), task="CAUSAL_LM", config=how)
+    assert passes.planned != dora
+    file.reads.clear()
+    train(base, adapters, examples(), how, sites=sites, lora=config, passes=passes)
+    assert file.released > len(file)  # pages of the file, of either
+    assert set(file.reads) == set(file)
+    if dora:
+        assert set(file.reads.values()) == {1}
+    else:
+        assert "0 held" in repr(base.weights)
 
 
 # ---- seconds -----------------------------------------------------------------------------------------------
