@@ -113,6 +113,7 @@ def bert_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Bert
         x = h
         h, block = block_forward(at, f"{name}.{i}", x, rows, form, kept=keep == "all" and i >= first)
         blocks.append(to_keep(keep if i >= first else "nothing", x, block))
+        del block  # what is not kept makes room for the next block's
     return h, BertSaved(rows, words, of_types, places, norm, tuple(blocks), first)
 
 

@@ -93,6 +93,7 @@ def gpt2_forward(at: Pass, batch: Batch, keep: str = "all") -> tuple[Array, Gpt2
         kept = keep == "all" and i >= first
         h, block = block_forward(at, f"transformer.h.{i}", x, rows, form, scale=scale, kept=kept)
         blocks.append(to_keep(keep if i >= first else "nothing", x, block))
+        del block  # what is not kept makes room for the next block's
     y, norm = at.layer_norm("transformer.ln_f", h, form.eps)  # (N, d)  (gpt.6)
     return y, Gpt2Saved(rows, words, places, tuple(blocks), first, norm)
 

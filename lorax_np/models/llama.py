@@ -104,6 +104,7 @@ def llama_forward(
             blocks.append(saved)
         elif keep == INPUTS and i >= first:
             blocks.append(BlockSaved(x, None, None))
+        del saved  # what is not kept makes room for the next block's
     h, norm = at.rms_norm(NORM, h, eps)  # (models.10)
     if keep == NOTHING:
         return h, LlamaSaved(rows, turn, None, first, (), None)

@@ -111,6 +111,7 @@ def stack_forward(
         x = h
         h, block = block_forward(at, f"{stack}.block.{i}", x, rows, form, relative, memory)
         blocks.append(to_keep(keep if i >= first else "nothing", x, block))
+        del block  # what is not kept makes room for the next block's
     y, norm = at.rms_norm(f"{stack}.final_layer_norm", h, form.eps)  # (N, d)  (encdec.9)
     return y, StackSaved(rows, words, relative, table, tuple(blocks), first, norm)
 
