@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -256,7 +257,7 @@ print("ended", found.ended, found.step)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_ends_after_the_step(tmp_path, number):
     code = CHILD.format(
         paths=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], out=repr(str(tmp_path / "run"))
@@ -273,6 +274,49 @@ def test_the_first_signal_ends_after_the_step(tmp_path, number):
     assert last[:2] == ["ended", "interrupted"]
     assert load_state(tmp_path / "run" / "state").step == int(last[2])
     assert "stopping after this step" in errors
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
+    """As nohup has it: the run goes on to its end."""
+    code = CHILD.format(
+        paths=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], out=repr(str(tmp_path / "run"))
+    )
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + code.replace("4000", "6")
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line == "train 2\n":
+            os.kill(child.pid, signal.SIGHUP)
+            break
+    rest, _ = child.communicate(timeout=60)
+    assert rest.splitlines()[-1] == "ended done 6"
+
+
+def test_a_terminal_that_closes_ends_after_the_step(tmp_path):
+    """Of which shell and system may both tell, and to which nothing more can be said."""
+    code = CHILD.format(
+        paths=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], out=repr(str(tmp_path / "run"))
+    )
+    twice = (
+        "import fcntl, os, signal, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "def say(record):\n"
+        '    print(record["event"], record["step"], flush=True)\n'
+        "    stop = getattr(signal.getsignal(signal.SIGHUP), '__self__', None)\n"
+        "    if stop and stop.asked: os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    code = code.replace('say = lambda record: print(record["event"], record["step"], flush=True)', twice)
+    terminal, other = pty.openpty()
+    both = dict.fromkeys(("stdin", "stdout", "stderr"), other)
+    child = subprocess.Popen([sys.executable, "-c", code], **both, start_new_session=True)
+    os.close(other)
+    said = b""
+    while b"train 2" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)  # the system sends SIGHUP to whom it was the terminal of
+    assert child.wait(timeout=60) == 0
+    saved = load_state(tmp_path / "run" / "state").step
+    assert 2 <= saved < 4000
+    assert records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == saved
 
 
 def test_the_second_signal_ends_at_once(tmp_path):
