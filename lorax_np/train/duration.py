@@ -2,70 +2,76 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ..fast.gemm import engine
-from ..models.records import Model, Trained
+from ..models.records import Model
 from .step import parameters
-from .work import RUN, Shape, Work, linears, shapes_of, sizes
+from .work import RUN, Shape, Stack, Work, fed_by, linears, queries, shapes_of, sizes, stack_of, stacks_of
 
 MOST = 4096  # rows of a matrix that are timed
 BUDGET = 0.3  # seconds that products are timed
 GENERAL = 2.0  # times as long as the planned pass the general one is over arrays
-TABLES = "embed", ".wte.", ".wpe.", "shared."  # parts of the names of what stands below the first block
 
 
 def seconds_of(work: Work, tokens: float, labels: float) -> float:
-    """Seconds of one step: products at the rates of this machine now, passes over arrays.  (training.11)"""
-    model, s, workers = work.model, sizes(work.model), work.workers
-    each = max(8.0, work.mean * work.batch / workers)  # rows of a worker, which the planned pass takes in runs
-    shapes, words = products(model), (s["V"], s["d"])
-    times = product_seconds({*shapes, *([words] if work.words else [])}, round(min(RUN, each)), workers)
-    below = _first(work.trained, s["L"]) / max(s["L"], 1)
-    forward, gx = forwards(below, again=work.passes.checkpoint), 1 - below
-    blocks = sum(times[shape] for shape in shapes)
-    head = 2 * times[words] * labels if work.words else 0.0
-    rate = sum(2 * prod(shape) for shape in shapes) / max(blocks, 1e-12)  # operations a second, of all workers
-    share = (2 * forward + 5 * gx) / 7  # of attention's products
-    attention = 7 * 2 * s["d"] * 0.6 * _mean_keys(work.lengths) * s["L"] * tokens * share / (0.5 * rate)
-    P = sum(prod(value.shape) for value in parameters(work.trained).values())
-    dropped = sum(a.A.shape[1] for a in work.trained.adapters.values() if a.A is not None and _dropped(work))
-    lora = 6 * P * tokens / (0.4 * rate) + 4e-9 * dropped * tokens / workers
-    ups = 2 if model.family in ("llama", "moe") or model.config.get("is_gated_act") else 1
-    passes = (13 * s["d"] + 8 * ups * s["ff"] + 5 * s["H"] * work.mean / 2) * (forward + 2 * gx) / 3
-    elements = 1e-9 * passes * s["L"] * tokens * (1 if work.passes.planned else GENERAL) / workers
-    at_once = min(RUN, each) if work.passes.planned else each
-    sweeps = (forward + gx) * tokens / at_once / workers  # of each worker, for its rows at a time
-    return (
-        blocks * tokens * (forward + gx)
-        + head
-        + attention
-        + lora
-        + elements
-        + 25e-9 * P
-        + sweeps * decode_seconds(model)
-    )
+    """Seconds of one step: products at the rates of this machine now, passes over arrays.  (training.11)
 
-
-def forwards(below: float, *, again: bool) -> float:
-    """How often the blocks go forward: once, and again those that have a backward, where they are recomputed.
-
-    below : the share of the blocks below all that trains
-
-    >>> forwards(0.75, again=False), forwards(0.75, again=True), forwards(0.0, again=True)
-    (1.0, 1.25, 2.0)
+    tokens : of the step, the decoder's too
     """
-    return 1 + (1 - below) * again
+    s, workers, stacks = sizes(work.model), work.workers, stacks_of(work, tokens)
+    each = max(8.0, work.mean * work.batch / workers)  # rows of a worker, which the planned pass takes in runs
+    shapes, words = products(work.model), (s["V"], s["d"])
+    wanted = {shape for _, shape in shapes} | ({words} if work.words else set())
+    times = product_seconds(wanted, round(min(RUN, each)), workers)
+    given = [(shape, stacks[fed_by(name)].tokens, stacks[stack_of(name)]) for name, shape in shapes]
+    blocks = sum(times[shape] * rows * (at.forward + at.gx) for shape, rows, at in given)
+    head = 2 * times[words] * labels if work.words else 0.0
+    once = max(sum(times[shape] * rows for shape, rows, _ in given), 1e-12)
+    rate = sum(2 * prod(shape) * rows for shape, rows, _ in given) / once  # operations a second, of all workers
+    all_heads = queries(work.model)
+    attention = sum(2 * all_heads * at.attended / (0.5 * rate) for at in stacks.values())
+    P = sum(prod(value.shape) for value in parameters(work.trained).values())
+    at_once = min(RUN, each) if work.passes.planned else each
+    rows = tokens * work.mean / work.all
+    sweeps = max(at.forward + at.gx for at in stacks.values()) * rows / at_once / workers  # of each worker
+    updates = _low_rank(work, stacks, rate) + 25e-9 * P
+    return blocks + head + attention + _elements(work, stacks) + updates + sweeps * decode_seconds(work.model)
 
 
-def products(model: Model) -> list[Shape]:
+def _elements(work: Work, stacks: Mapping[str, Stack]) -> float:
+    """Seconds of passes over arrays in blocks, a third of them forward."""
+    model, s = work.model, sizes(work.model)
+    ups = 2 if model.family in ("llama", "moe") or model.config.get("is_gated_act") else 1
+    found = 0.0
+    for at in stacks.values():
+        passes = 6.5 * at.halves * s["d"] + 8 * ups * s["ff"] + 5 * s["H"] * at.keys
+        found += passes * (at.forward + 2 * at.gx) / 3 * at.L * at.tokens
+    return 1e-9 * found * (1 if work.passes.planned else GENERAL) / work.workers
+
+
+def _low_rank(work: Work, stacks: Mapping[str, Stack], rate: float) -> float:
+    """Seconds of what trains, multiplied with the tokens that it is given, and of inputs dropped."""
+    found, drops = 0.0, any(site.p for site in work.passes.sites.values())
+    *_, last = stacks.values()  # which heads stand above
+    for name, value in parameters(work.trained).items():
+        rows = stacks.get(fed_by(name), last).tokens
+        found += 6 * prod(value.shape) * rows / (0.4 * rate)
+        if drops and name.startswith("adapters.") and name.endswith(".A"):
+            found += 4e-9 * value.shape[1] * rows / work.workers
+    return found
+
+
+def products(model: Model) -> list[tuple[str, Shape]]:
     """The matrices of the blocks that a token is multiplied with: of experts as many as it is sent to."""
-    experts = [shape[1:] for name, shape in shapes_of(model).items() if len(shape) == 3 and ".experts." in name]
-    return [*linears(model).values(), *experts * int(model.config.get("num_experts_per_tok") or 0)]
+    experts = [
+        (name, shape[1:]) for name, shape in shapes_of(model).items() if len(shape) == 3 and ".experts." in name
+    ]
+    return [*linears(model).items(), *experts * int(model.config.get("num_experts_per_tok") or 0)]
 
 
 def decode_seconds(model: Model) -> float:
@@ -82,26 +88,6 @@ def decode_seconds(model: Model) -> float:
         weights.into(name, out)
         times.append(time.perf_counter() - start)
     return float(statistics.median(times) * sum(size.values()) / size[name])
-
-
-def _dropped(work: Work) -> bool:
-    return any(site.p for site in work.passes.sites.values())
-
-
-def _mean_keys(lengths: Sequence[int]) -> float:
-    """Keys that a token's query is multiplied with, before causality halves them: Σ T²/Σ T."""
-    return sum(T * T for T in lengths) / max(sum(lengths), 1)
-
-
-def _first(trained: Trained, L: int) -> int:
-    """The first block that something trains in: 0 where tables do, L where heads and last norms alone do."""
-    names = [*trained.adapters, *trained.saved]
-    outside = [0 if any(table in name for table in TABLES) else L for name in names]
-    numbers = [
-        next((int(part) for part in name.split(".") if part.isdecimal()), else_)
-        for name, else_ in zip(names, outside, strict=True)
-    ]
-    return min(numbers, default=L)
 
 
 def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, float]:

@@ -16,7 +16,7 @@ BITS = {"int8": 8.0, "nf4": 4.5}  # of a number, its share of the scales include
 class Estimate(NamedTuple):
     """What one step takes, and what is in memory at its height.
 
-    tokens, labels : of one step of one rank;  seconds : of one step
+    tokens, labels : of one step of one rank, the decoder's too;  seconds : of one step
     parts : bytes, by what they are for
     """
 
@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
 def estimated(work: Work) -> Estimate:
     """Return the estimate of a run, for which products of its shapes are timed."""
-    tokens = work.mean * work.batch * work.turns
+    tokens = work.all * work.batch * work.turns
     labels = float(np.mean(work.labels)) * work.batch * work.turns
     return Estimate(tokens, labels, seconds_of(work, tokens, labels), memory_of(work))
 

@@ -6,11 +6,12 @@ from math import prod
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..fast.cpu_dora import FEATURES
 from ..fast.llama.head import CHUNK as HEAD
 from ..models.records import Dropout, Model, Trained
 from ..models.tasks import kept_numbers
 from .step import parameters
-from .work import RUN, Work, linears, shapes_of, sizes
+from .work import RUN, Work, is_table, linears, shapes_of, sizes
 
 FLOAT = 4  # bytes
 PROGRAMS = 85_000_000  # bytes of Python, NumPy, the tokenizer and the rows
@@ -85,10 +86,22 @@ def _general(work: Work, rows: int, again: bool) -> float:
         found = kept_numbers(*args, dropout=Dropout(0, 0), engine=config.engine, checkpoint=again)
     except ConfigError:  # a family that nobody has counted: about as many as a block of its sizes keeps
         found = rows * s["L"] * (s["d"] if again else 12 * s["d"] + 3 * s["ff"])
-    used = (14 if again else 10) * s["d"] + 8 * s[
-        "ff"
-    ]  # of a row, and what threads keep for reuse; as measured
-    return float(FLOAT * (found + rows * used))
+    used = 10 * s["d"] + 8 * s["ff"]  # of a row, and what threads keep for reuse; as measured
+    return float(FLOAT * (found + rows * used + _dora(work, rows, again)))
+
+
+def _dora(work: Work, rows: int, again: bool) -> float:
+    """Numbers that DoRA has besides in lx.fast: WAᵀ of each norm, and where gy∘k goes back through W."""
+    sites = [
+        (a.A.shape, a.B.shape[0])
+        for name, a in work.trained.adapters.items()
+        if a.m is not None and a.A is not None and a.B is not None and not is_table(name)
+    ]
+    if not sites or work.passes.config.engine != "fast":
+        return 0.0
+    norms = sum(r * d_out for (r, _), d_out in sites) / (sizes(work.model)["L"] if again else 1)
+    pieces = [d_in + (d_out if d_out <= 2 * FEATURES else FEATURES) for (_, d_in), d_out in sites]
+    return work.workers * norms + rows * max(pieces)
 
 
 def available() -> int:

@@ -12,7 +12,10 @@ from lorax_np.fast.llama.head import CHUNK
 from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Trained
+from lorax_np.text.examples import Example, Tokens
 from lorax_np.train import Passes, duration, train
+from lorax_np.train import work as of_work
+from lorax_np.train.estimate import estimated
 from lorax_np.train.memory import memory_of
 from lorax_np.train.step import parameters
 from lorax_np.train.work import work_of
@@ -115,7 +118,7 @@ def timed(monkeypatch):
         return dict.fromkeys(shapes, 1.0)
 
     monkeypatch.setattr(duration, "product_seconds", product_seconds)
-    monkeypatch.setattr(duration, "_mean_keys", lambda lengths: 0.0)  # no attention
+    monkeypatch.setattr(of_work, "mean_keys", lambda lengths, keys: 0.0)  # no attention
     return asked
 
 
@@ -159,7 +162,7 @@ def test_what_is_below_the_first_adapted_block_is_not_computed_again(timed, task
     for again in (False, True):
         run = work(task, block, saved, grad_checkpoint="on" if again else "off")
         less = 6 * sum(prod(value.shape) for value in parameters(run.trained).values()) * tokens / 0.4
-        less *= PRODUCTS / (2 * sum(prod(shape) for shape in duration.products(run.model)))  # low rank
+        less *= PRODUCTS / (2 * sum(prod(shape) for _, shape in duration.products(run.model)))  # low rank
         seconds.append(duration.seconds_of(run, tokens, labels) - less)
     head = 2 * labels if task == "CAUSAL_LM" else 0
     assert seconds[0] == pytest.approx(PRODUCTS * tokens * (1 + share) + head, rel=1e-5)
@@ -174,4 +177,74 @@ def test_a_token_is_multiplied_with_its_own_experts_alone():
         (20, 12),
         (12, 10),
     ]  # four, the router, experts
-    assert sorted(duration.products(base)) == sorted(2 * one)
+    assert sorted(shape for _, shape in duration.products(base)) == sorted(2 * one)
+
+
+# ---- both stacks of a T5, and heads of their own width -----------------------------------------------------
+
+
+def read_and_written(lengths, written):
+    """Rows of a T5, by their tokens."""
+    return [
+        Example("", (Tokens(np.zeros(M, "int64")),), np.zeros(N, "int64"), np.zeros(N, "int64"), kept=N)
+        for M, N in zip(lengths, written, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "encoder", "decoder"),  # how often each stack goes back: not below the first that trains
+    [
+        (r"decoder.*\.1\.layer.*\.q", 0, 1 / 2),
+        (r"decoder.*\.0\.layer.0.*\.q", 0, 1),
+        (r"encoder.*\.2\..*\.q", 1 / 3, 1),
+    ],
+)
+def test_each_stack_of_a_t5_has_its_own_tokens(timed, targets, encoder, decoder):
+    """Keys and values of what was read are made of the encoder's tokens, all else of the decoder of its own."""
+    config = {"model_type": "t5", "d_model": 8, "d_kv": 2, "d_ff": 12, "num_heads": 3, "vocab_size": 23}
+    config |= {"num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu"}
+    base = whole.model_of(config, "SEQ_2_SEQ_LM", dtype="float32")
+    trained, sites = whole.adapted(base, targets=targets)
+    passes = Passes(base, sites, trained, task="SEQ_2_SEQ_LM", config=settings(engine="fast", workers=1))
+    run = work_of(passes, trained, read_and_written([4, 6], [1, 2]))
+    found, tokens = estimated(run), 2 * 2 * (5 + 1.5)  # two rows of two micro-batches
+    assert (found.tokens, found.labels) == (tokens, 2 * 2 * 1.5)
+    read, written = 2 * 2 * 5, 2 * 2 * 1.5
+    blocks = 3 * 7 * read * (1 + encoder) + 2 * (9 * written + 2 * read) * (1 + decoder)
+    per = sum(2 * m * n * (read if fed else written) for m, n, fed in matrices_of_t5())
+    rate = per / (3 * 7 * read + 2 * (9 * written + 2 * read))
+    low = {name: sum(v.size for v in (a.A, a.B)) for name, a in trained.adapters.items()}
+    low_rank = sum(6 * n * (read if "encoder" in name else written) for name, n in low.items()) / (0.4 * rate)
+    assert found.seconds == pytest.approx(blocks + 2 * found.labels + low_rank, rel=1e-4)
+
+
+def matrices_of_t5():
+    """(d_out, d_in, whether it is given what is read), of three blocks that read and two that write."""
+    attention, dense = 3 * [(6, 8)] + [(8, 6)], [(12, 8), (12, 8), (8, 12)]
+    read = [(*shape, True) for shape in attention + dense]
+    own = [(*shape, False) for shape in attention + dense]
+    cross = [(6, 8, False), (6, 8, True), (6, 8, True), (8, 6, False)]
+    return 3 * read + 2 * (own + cross)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "width", "seen"),
+    [("qwen3", 6, 6 * 4, 0.6), ("llama", 6, 6 * 4, 0.6), ("bert", 3, 12, 1.0)],
+)
+def test_attention_is_as_wide_as_its_heads(monkeypatch, kind, heads, width, seen):
+    """Seven products a step of all queries with the keys that they see, at half the rate of the matrices."""
+    monkeypatch.setattr(duration, "product_seconds", lambda shapes, rows, workers: dict.fromkeys(shapes, 1.0))
+    config = {"model_type": kind, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": heads}
+    config |= {"num_hidden_layers": 1, "vocab_size": 23}
+    config |= {} if kind == "bert" else {"num_key_value_heads": 2, "head_dim": 4}
+    base = whole.model_of(config, "TOKEN_CLS", dtype="float32")
+    trained, sites = whole.adapted(base, targets=["query" if kind == "bert" else "q_proj"])
+    passes = Passes(base, sites, trained, task="TOKEN_CLS", config=settings(engine="fast", workers=1))
+    rows = [Example("", (Tokens(np.zeros(T, "int64")),), np.zeros(T, "int64"), kept=T) for T in (2, 6)]
+    run, tokens, found = work_of(passes, trained, rows), 10.0, []
+    for keys in (of_work.mean_keys, lambda lengths, keys: 0.0):
+        monkeypatch.setattr(of_work, "mean_keys", keys)
+        found.append(duration.seconds_of(run, tokens, 5.0))
+    rate = np.mean([2 * prod(shape) for _, shape in duration.products(base)])
+    keys = seen * (2 * 2 + 6 * 6) / (2 + 6)
+    assert found[0] - found[1] == pytest.approx(7 * 2 * width * keys * tokens / (0.5 * rate), rel=1e-5)
