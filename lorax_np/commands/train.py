@@ -95,7 +95,8 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
     from ..train.output import check_free
     from ..train.prepare import prepared
     from ..train.run import Run
-    from ..train.settings import SETTINGS, changed, read_file, resolved, stored
+    from ..train.settings import SETTINGS, changed, resolved, stored
+    from ..train.told import read_file
     from ..train.work import work_of
 
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS}

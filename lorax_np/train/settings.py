@@ -4,14 +4,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..backend import BACKENDS
 from ..config.fields import BIAS
-from ..errors import BackendError, FormatError
-from ..io.checkpoint import read_json
 from ..kinds import nearest, refuse, shown
 from ..models.codes import WAYS
 from ..text.rows import TASKS
@@ -24,6 +20,7 @@ HELD = (NONE, *WAYS)  # ways to hold a base
 DTYPES = "float32", "float16", "bfloat16"
 NAME = re.compile(r"[\w.-]+")
 MOST = 1 << 16  # layers, and a rank; a number beyond is a slip
+DIGITS = re.compile(r"-?\d+(_\d+)*")
 
 
 class Setting(NamedTuple):
@@ -55,8 +52,12 @@ def one_of(words: tuple[str, ...], default: str | None, about: str) -> "Setting"
 
 
 def integer(value: Any) -> int:
-    """A whole number, or the digits of one."""
-    if isinstance(value, str) and value.lstrip("-").isdecimal():
+    """A whole number, or the digits of one.
+
+    >>> integer("010"), integer("1_000")
+    (10, 1000)
+    """
+    if isinstance(value, str) and DIGITS.fullmatch(value):
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a whole number")
@@ -203,34 +204,6 @@ def like(name: str) -> str:
     return f" (did you mean {THEIRS[name]!r}?)" if name in THEIRS else nearest(name, SETTINGS)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The settings of a JSON file, or a YAML one where PyYAML is there. Raises FormatError, BackendError."""
-    if path.suffix == ".json":
-        return read_json(path)
-    try:
-        yaml: Any = import_module("yaml")
-    except ImportError:
-        wanted = "PyYAML for a file that is not .json"
-        raise BackendError(f"{path}: expected {wanted}, got none; pip install 'lorax-np[yaml]'") from None
-    raw = path.read_bytes()
-    try:
-        root = yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
-        found = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{path}: expected YAML in UTF-8, got {reason}") from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected names with values, got {shown(found)}")
-    seen: set[str] = set()
-    for key, _ in root.value:  # of which the last would count
-        if key.value in seen:
-            raise FormatError(
-                f"{path}:{key.start_mark.line + 1}: expected each name once, got {key.value!r} again"
-            )
-        seen.add(key.value)
-    return found
-
-
 def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
     """Return every setting: of several sources, each with what it is called, the last that says something.
 
@@ -259,7 +232,9 @@ def resolved(*said: tuple[str, Mapping[str, Any]]) -> Settings:
                     found[own] = SETTINGS[own].read(value)
                 except ValueError as wanted:
                     hint = nearest(value, SETTINGS[own].words)
-                    problems.append(f"{where}: {name}: expected {wanted}, got {shown(value)}{hint}")
+                    line = getattr(given, "lines", {}).get(name)  # of a file that has lines
+                    place = where if line is None else f"{where}:{line}"
+                    problems.append(f"{place}: {name}: expected {wanted}, got {shown(value)}{hint}")
             seen.add(own)
         refuse(problems)
     return found

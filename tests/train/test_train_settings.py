@@ -9,8 +9,9 @@ from small_run import examples, settings, started
 import lorax_np as lx
 from lorax_np.errors import ConfigError, FormatError
 from lorax_np.train import TrainConfig
-from lorax_np.train.settings import SETTINGS, changed, read_file, resolved, stored, train_config
+from lorax_np.train.settings import SETTINGS, changed, resolved, stored, train_config
 from lorax_np.train.step import parameters
+from lorax_np.train.told import read_file
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,57 @@ def test_files_that_are_no_settings(tmp_path):
     with pytest.raises(FormatError, match="expected YAML"):
         read_file(file)
     assert not Path("planted").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "wanted"),
+    [
+        ("010", "iters", 10),
+        ("1_000", "iters", 1000),
+        ("+7", "iters", 7),
+        ("-1", "seed", -1),
+        ("1e-4", "learning_rate", 1e-4),
+        ("1.5e+3", "lora_alpha", 1500.0),
+        (".5", "lora_dropout", 0.5),
+        ("off", "grad_checkpoint", "off"),
+        ("on", "grad_checkpoint", "on"),
+        ("no", "use_dora", False),
+        ("Yes", "use_dora", True),
+        ("TRUE", "use_dora", True),
+        ("no", "data", "no"),
+        ("2026-11-27", "adapter_path", "2026-11-27"),
+        ("1:30", "adapter_path", "1:30"),
+        ("010", "adapter_path", "010"),
+        ("[03, 5]", "layers_to_transform", [3, 5]),
+        ("[on]", "target_modules", ["on"]),
+        ("~", "r", 16),
+        ("", "r", 16),
+    ],
+)
+def test_a_file_is_read_as_it_stands(tmp_path, said, name, wanted):
+    """Where YAML 1.1 would have octal digits, truth of words, minutes in base 60, or a date."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"batch_size: 2\n{name}: {said}\n")
+    found = resolved((str(file), read_file(file)))[name]
+    assert (found, type(found)) == (wanted, type(wanted))
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "wanted"),
+    [
+        ("1:30", "iters", "iters: expected a whole number, got '1:30'"),
+        ("0x10", "iters", "iters: expected a whole number, got '0x10'"),
+        ("1:30", "learning_rate", "learning_rate: expected a number, got '1:30'"),
+        ("off", "r", "r: expected a whole number, got 'off'"),
+        ("nein", "use_dora", "use_dora: expected true or false, got 'nein'"),
+    ],
+)
+def test_a_value_of_a_file_is_refused_with_its_line(tmp_path, said, name, wanted):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"# a run\nbatch_size: 2\n\n{name}: {said}\n")
+    with pytest.raises(ConfigError) as refused:
+        resolved((str(file), read_file(file)))
+    assert str(refused.value) == f"{file}:4: {wanted}"
 
 
 def test_a_run_that_goes_on_is_told_the_same():
