@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     file = data_file(Path(arguments.data), arguments.split)
     model = load_model(arguments.model, dtype="float32", xp=namespace(arguments.backend, who="--backend"))
     beside = with_adapter(model, arguments.adapter_path, task)
+    if beside.note and not arguments.quiet:
+        print(f"note: {beside.note}", file=sys.stderr, flush=True)
     if arguments.quantize != HELD[0]:
         beside = held(beside, arguments.quantize)
     tokenizer = load_tokenizer(arguments.model, vocab_size=model.config.get("vocab_size"))

@@ -19,6 +19,7 @@ from .new_head import with_head
 from .quantised import quantised
 from .records import Model, Trained
 from .tasks import family_of, head_of, trained_of
+from .vectors import note_of_base
 
 LEAVING = "loftq", *RESIDUAL  # starts that leave other weights
 
@@ -28,6 +29,7 @@ class Adapted(NamedTuple):
 
     tokens : which rows of embeddings the adapter brings, by the embedding's name
     config : the adapter's; None where there is none
+    note : what is to be said of it, where it was trained beside another base
     """
 
     model: Model
@@ -35,6 +37,7 @@ class Adapted(NamedTuple):
     trained: Trained
     tokens: Mapping[str, Sequence[int]]
     config: LoraConfig | None
+    note: str = ""
 
 
 def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -> Adapted:
@@ -53,12 +56,13 @@ def with_adapter(model: Model, path: str | os.PathLike[str] | None, task: str) -
         raise ConfigError(f"{path}: task_type: expected {task}, got {files.config.task_type}")
     if not brings_rest(files):
         refuse_rest(str(path), path, files)
+    note = note_of_base(model, files.metadata, path)
     model = _headed(model, files, task, str(path))
     files = load_adapter(path, weights=model.weights)
     model = on_rest(model, files)
     like = model.weights[next(iter(model.weights))]
     trained = tree_map(lambda value: from_host(cast(value, compute_dtype(like)), like), trained_of(files))
-    return Adapted(model, files.sites, trained, plan(model.weights, files.config).tokens, files.config)
+    return Adapted(model, files.sites, trained, plan(model.weights, files.config).tokens, files.config, note)
 
 
 def on_rest(model: Model, files: AdapterFiles) -> Model:

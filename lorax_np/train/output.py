@@ -20,6 +20,7 @@ from ..io.peft.card import CARD, card
 from ..io.system import sync_folder
 from ..models.file_names import named_for_files
 from ..models.records import Model, Trained
+from ..models.vectors import BASE, vectors_digest
 from ..params import AnyAdapter
 from ..plain import plain, plain_config
 from .log import records
@@ -103,7 +104,8 @@ def write_adapter(
     part = out / ".adapter.tmp"
     shutil.rmtree(part, ignore_errors=True)
     try:
-        save_adapter(part / "new", both.adapters, config, sites=named, saved=both.saved)
+        beside = {BASE: vectors_digest(model)}
+        save_adapter(part / "new", both.adapters, config, sites=named, saved=both.saved, metadata=beside)
         for file in sorted((part / "new").iterdir()):
             file.replace(out / file.name)  # each at once; the config is the same throughout a run
     except OSError as error:

@@ -20,6 +20,7 @@ from ..models.new_head import with_head
 from ..models.quantised import quantised, quantised_start
 from ..models.records import Model, Trained
 from ..models.tasks import family_of, head_of, trained_of
+from ..models.vectors import note_of_base
 from ..random import torch_generator
 from ..text.data import Data, encode_rows, load_data
 from ..text.examples import SHORTEST
@@ -251,8 +252,9 @@ def continued(settings: Settings, model: Model, task: str, seed: int) -> Beside:
     found, way = plan(model.weights, lora), settings["quantize"]
     model = on_rest(model, files)
     base = model if way == NONE else quantised(model, way, skip=found.saved)
-    note = "r, α and targets are those of the adapter to train on"
-    return Beside(base, lora, found, files.sites, trained_of(files), (note,))
+    other = note_of_base(model, files.metadata, settings["resume_adapter_file"])
+    notes = ("r, α and targets are those of the adapter to train on", *([other] if other else []))
+    return Beside(base, lora, found, files.sites, trained_of(files), notes)
 
 
 def _check_told(settings: Settings, lora: LoraConfig) -> None:

@@ -1,6 +1,7 @@
 """What a run will take: counts of (training.10) where they can be done by hand.  specs/training.md."""
 
 from collections import Counter
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -11,7 +12,8 @@ import lorax_np as lx
 from lorax_np.fast.llama.head import CHUNK
 from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
-from lorax_np.models.records import Trained
+from lorax_np.models.records import Dropout, Trained
+from lorax_np.models.tasks import kept_numbers
 from lorax_np.text.examples import Example, Tokens
 from lorax_np.train import Passes, duration, train
 from lorax_np.train import work as of_work
@@ -66,6 +68,29 @@ def test_logits_are_those_of_a_chunk():
     assert general["logits"] == 2 * 2 * CHUNK * 23 * 4  # and their gradient
     classes, _ = counted(batch_size=24, task="SEQ_CLS")
     assert "logits" not in classes
+
+
+@pytest.mark.parametrize(("checkpoint", "blocks"), [("off", 2), ("on", 1)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_dora_has_besides(checkpoint, blocks, workers):
+    """WAᵀ of each site that is kept, in every worker; of each row, what goes back through W in the widest."""
+    base, adapters, sites, _ = started()
+    how = settings(engine="fast", workers=workers, grad_checkpoint=checkpoint, batch_size=24)
+    bytes_of = {}
+    for dora in (False, True):
+        given = {
+            name: replace(a, m=np.ones(len(a.B), "float32") if dora else None) for name, a in adapters.items()
+        }
+        trained = Trained(given, {})
+        passes = Passes(base, sites, trained, task="CAUSAL_LM", config=how)
+        passes._plan = None  # the general pass, of either
+        run = work_of(passes, trained, examples(longest=200))
+        rows = round(run.mean * 24)
+        again = checkpoint == "on"
+        kept = kept_numbers(base, sites, trained, rows, dropout=Dropout(0, 0), checkpoint=again)
+        bytes_of[dora] = memory_of(run)["activations"] - 4 * kept
+    norms = workers * blocks * 3 * (24 + 8 + 12 + 20 + 12)  # of q, v, o, gate and down
+    assert bytes_of[True] - bytes_of[False] == 4 * (norms + rows * (24 + 12))  # q's or o's, by 12 to 24
 
 
 class File(dict):
