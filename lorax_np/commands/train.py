@@ -131,7 +131,7 @@ def _run(arguments: argparse.Namespace, ranks: Any) -> int:
         say(line)
     rows, valid = work.data["train"].examples, work.data["valid"].examples if "valid" in work.data else ()
     if arguments.dry_run:
-        would = Run(passes, work.trained, rows, ranks, ())  # which looks at all that the run is refused for
+        would = Run(passes, work.trained, rows, ranks, (), dry=True)  # all that the run is refused for
         would.judged_on(valid, work.labels)
         if arguments.json and ranks.rank == 0:
             found = estimated(size)

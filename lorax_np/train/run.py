@@ -70,8 +70,10 @@ class Run:
         data: Sequence[Example],
         ranks: Communicator,
         callbacks: Sequence[Callback],
+        *,
+        dry: bool = False,
     ) -> None:
-        """Check everything that can be wrong, and stand before the first step."""
+        """Check everything that can be wrong, and stand before the first step, which a dry run never takes."""
         self.passes, self.data, self.ranks, self.callbacks = passes, data, ranks, callbacks
         self.model, self.sites, self.task, self.config = passes.model, passes.sites, passes.task, passes.config
         self.feed = self.config.feed(data, self.task, ranks=ranks.size)
@@ -82,7 +84,7 @@ class Run:
             raise ConfigError("adapters: expected something that trains, got nothing")
         self.held = Held(given, self.config, self.sites)
         self.groups = groups_of(self.trained, self.config, self.sites)
-        hold = not passes.planned  # a plan has the base in its own form, the general pass asks for it as it is
+        hold = not (passes.planned or dry)  # a plan has a form of its own; the general pass reads it as it is
         check_start(self.model, self.trained, data, self.task, hold=hold)
         size, mean = self.config.batch_size, self.config.loss_mean
         check_pairs(data, self.task, batch_size=size, loss_mean=mean)

@@ -14,11 +14,13 @@ from lorax_np.models.load import model_of
 from lorax_np.models.new_head import with_head
 from lorax_np.models.records import Dropout, Trained
 from lorax_np.models.tasks import kept_numbers
+from lorax_np.parallel import Alone
 from lorax_np.text.examples import Example, Tokens
 from lorax_np.train import Passes, duration, train
 from lorax_np.train import work as of_work
 from lorax_np.train.estimate import estimated
 from lorax_np.train.memory import memory_of
+from lorax_np.train.run import Run
 from lorax_np.train.step import parameters
 from lorax_np.train.work import work_of
 from tests.models import whole
@@ -120,6 +122,10 @@ def test_the_base_is_there_once(dora):
     how = settings(engine="fast", workers=2, iters=2, eval_rows=4)
     passes = Passes(base, sites, Trained(adapters, {}), task="CAUSAL_LM", config=how)
     assert passes.planned != dora
+    file.reads.clear()
+    Run(passes, Trained(adapters, {}), examples(), Alone(), (), dry=True)
+    assert file.reads
+    assert "0 held" in repr(base.weights)  # by who looks and takes no step
     file.reads.clear()
     train(base, adapters, examples(), how, sites=sites, lora=config, passes=passes)
     assert file.released > len(file)  # pages of the file, of either
