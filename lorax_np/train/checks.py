@@ -35,11 +35,11 @@ def check_start(
 ) -> None:
     """Raise FormatError or ConfigError for what would only come out wrong in a step.
 
-    hold : whether what is read of the base stays in memory, since a pass asks for it again
-
     That is a number of the base, or of what trains, that is not finite; a token that the model has no row for;
     a sequence longer than the positions that it has; a class that the head has no output for, or that is its
     only one; and data in which no label counts.
+
+    hold : whether what is read of the base stays in memory, since a pass asks for it again
     """
     for name, value in chain(model.weights.items(), parameters(trained).items()):  # one is there at a time
         if dtype_name(value) in FLOATS and not all_finite(value):
