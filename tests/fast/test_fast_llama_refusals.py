@@ -59,6 +59,24 @@ def test_what_the_plan_does_not_compute_is_refused_by_name(change, error, words)
         case.plan()
 
 
+def test_adapters_are_refused_before_the_base_is_copied():
+    """A base of gigabytes would be copied for nothing: only what says its dtype is read."""
+    case = Case(config=dict(CONFIG))
+    dora(case)
+
+    class Watched(dict):
+        read = ()
+
+        def __getitem__(self, name):
+            self.read = (*self.read, name)
+            return super().__getitem__(name)
+
+    watched = Watched(case.weights)
+    with pytest.raises(ConfigError, match="no magnitude"):
+        case.plan(watched)
+    assert set(watched.read) == {"model.embed_tokens.weight"}
+
+
 def test_more_refusals_of_a_plan():
     case = Case(dtype="float32")
     with pytest.raises(

@@ -83,6 +83,13 @@ def group_of(
     return Group(product, tuple(branches), fold, orders, fresh((product.R, product.k), weights.dtype))
 
 
+def check_all(product: Product, adapters: Mapping[str, Adapter], dtype: str) -> None:
+    """Refuse what the plan does not compute of a product's adapters."""
+    for site, rows in zip(product.sites, product.rows, strict=True):
+        if site in adapters:
+            check(adapters[site], site, rows.stop - rows.start, product.k, dtype)
+
+
 def check(adapter: Any, site: str, d_out: int, d_in: int, dtype: str) -> int:
     """Refuse an adapter that the plan does not compute; return its rank."""
     if not isinstance(adapter, Adapter):

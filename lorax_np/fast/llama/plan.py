@@ -90,7 +90,10 @@ class LlamaPlan:
         ranks = {site: 0 if parts[0] is None else parts[0][0] for site, parts in self._parts.items()}
         products = [products_of(self.shape, i, ranks) for i in range(self.shape.layers)]
         _check_sites(adapters, sites, {name for layer in products for p in layer.values() for name in p.sites})
-        self.weights = Weights(weights, self.shape, products, _dtype(adapters, weights))
+        dtype = _dtype(adapters, weights)
+        for product in (product for layer in products for product in layer.values()):
+            grouped.check_all(product, adapters, dtype)  # before all weights are copied
+        self.weights = Weights(weights, self.shape, products, dtype)
         self.groups = [
             {
                 name: grouped.group_of(product, self.weights.fold(i, name), sites, adapters, self.weights)
