@@ -82,8 +82,12 @@ def number(value: Any) -> float:
 
 
 def flag(value: Any) -> bool:
-    """True or False, or the word for it."""
-    known = {"true": True, "yes": True, "false": False, "no": False}
+    """True or False, or a word for it.
+
+    >>> flag("off"), flag("Yes")
+    (False, True)
+    """
+    known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     found = known.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(found, bool):
         raise ValueError("true or false")

@@ -155,6 +155,8 @@ def test_files_that_are_no_settings(tmp_path):
 @pytest.mark.parametrize(
     ("said", "name", "wanted"),
     [
+        ("off", "mask_prompt", False),
+        ("on", "use_dora", True),
         ("010", "iters", 10),
         ("1_000", "iters", 1000),
         ("+7", "iters", 7),
