@@ -1,6 +1,6 @@
 """What is asked of an array, whatever its library, and the dtypes it may have.  Reasons: specs/backend.md."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -60,12 +60,17 @@ def one_dtype(**arrays: Array | None) -> str:
     complex128 may stand among float64, so that one argument alone can take a complex step.
     Raises DtypeError where two dtypes meet, and where one cannot be computed with.
     """
-    given = {name: dtype_name(value) for name, value in arrays.items() if value is not None}
-    for name, got in given.items():
+    return _shared(*[(name, dtype_name(value)) for name, value in arrays.items() if value is not None])
+
+
+@lru_cache(maxsize=1024)  # a step asks for the same few again and again
+def _shared(*given: tuple[str, str]) -> str:
+    """The one dtype, of names and the dtypes they have."""
+    for name, got in given:
         if got not in FLOATS:
             raise DtypeError(f"{name}: expected one of {', '.join(FLOATS)}, got {got}")
-    (first, want), *rest = given.items()
+    (first, want), *rest = given
     for name, got in rest:
         if got != want and {got, want} != {"float64", "complex128"}:
             raise DtypeError(f"{name}: expected {want}, set by {first}, got {got}")
-    return "complex128" if "complex128" in given.values() else want
+    return "complex128" if any(got == "complex128" for _, got in given) else want

@@ -57,7 +57,7 @@ class Adapter:
             )
         if self.m is not None and self.bB is not None:
             raise ConfigError("bB: expected None beside m, since DoRA has no bias of B, got an array")
-        if all(getattr(self, field.name) is None for field in fields(self)):
+        if self.A is None and self.b is None:
             raise ConfigError("Adapter: expected A and B, or b, got nothing")
         d_out = "? d_out"
         axes(

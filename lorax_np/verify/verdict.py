@@ -127,12 +127,15 @@ def _judge(
         from .batteries.weights import battery_weights
 
         batteries = {"weights": battery_weights(weights, report)}
+    failed = 0
     with np.errstate(all="ignore"):  # what is not finite is judged, not warned of
         for name, battery in batteries.items():
             for checks in battery(subject, profile, seed, level, case):
-                report.checks.extend(check for check in checks if chosen(check.id, case))
+                judged = [check for check in checks if chosen(check.id, case)]
+                report.checks += judged
+                failed += sum(check.verdict in ("fail", "crash") for check in judged)
                 if progress is not None:
-                    progress(name, len(report.checks), report.count("fail") + report.count("crash"))
+                    progress(name, len(report.checks), failed)
         report.notes += graded(report.checks, profile)
         if layered(subject) and weights is None and not case and PROFILES[profile] in ("float16", "bfloat16"):
             with suppress(Absent, Crash):  # which the batteries have said
