@@ -153,22 +153,26 @@ def test_a_subject_that_is_none(subject, says, capsys):
     assert capsys.readouterr() == ("", f"lorax-np: {says}\n")
 
 
+RAISES = {  # what a module holds: what is said of it
+    "raise ValueError('two\\nlines')": "ValueError: two",
+    "raise KeyError('HOME')": "KeyError: 'HOME'",
+    "import sys; sys.exit(0)": "SystemExit: 0",
+    "x = (": "SyntaxError: '(' was never closed",
+    "from lorax_np import ConfigError; raise ConfigError('mine')": "ConfigError: mine",
+    "class x:\n    def __init__(self): raise LookupError('made')": "LookupError: made",
+}
+CRASHES = [(source, isolation) for source in RAISES for isolation in ("process", "none")]
+SHOWN = CRASHES[0], CRASHES[5], CRASHES[10]  # the others are thorough
+
+
 @pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("raise ValueError('two\\nlines')", "ValueError: two"),
-        ("raise KeyError('HOME')", "KeyError: 'HOME'"),
-        ("import sys; sys.exit(0)", "SystemExit: 0"),
-        ("x = (", "SyntaxError: '(' was never closed"),
-        ("from lorax_np import ConfigError; raise ConfigError('mine')", "ConfigError: mine"),
-        ("class x:\n    def __init__(self): raise LookupError('made')", "LookupError: made"),
-    ],
+    ("source", "isolation"),
+    [one if one in SHOWN else pytest.param(*one, marks=pytest.mark.thorough) for one in CRASHES],
 )
-@pytest.mark.parametrize("isolation", ["process", "none"])
-def test_a_module_that_raises_on_import_is_a_crash(source, says, isolation, tmp_path):
+def test_a_module_that_raises_on_import_is_a_crash(source, isolation, tmp_path):
     (tmp_path / "kernel.py").write_text(source)
     line = refusal(cli("verify", "kernel:x", "--isolation", isolation, cwd=tmp_path), code=3)
-    assert line.startswith(f"lorax-np: kernel:x crashed on import: {says}")
+    assert line.startswith(f"lorax-np: kernel:x crashed on import: {RAISES[source]}")
 
 
 def test_a_module_that_ends_its_process_on_import_is_a_crash(tmp_path):
@@ -210,8 +214,15 @@ def test_a_backend_is_for_the_engines_own_layers(capsys):
 
 
 @pytest.mark.skipif(not PIPES, reason="closed pipes are POSIX's")
-@pytest.mark.parametrize("arguments", [["info"], ["verify", "--case", "exact/lora"]], ids=" ".join)
-@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize(
+    ("arguments", "both"),
+    [
+        pytest.param(["info"], False, marks=pytest.mark.thorough),
+        pytest.param(["info"], True, marks=pytest.mark.thorough),
+        (["verify", "--case", "exact/lora"], False),
+        pytest.param(["verify", "--case", "exact/lora"], True, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_reader_that_went_away_is_no_traceback_and_no_pass(arguments, both, tmp_path):
     """As before `head`, which has left by the time the table comes; 141 is what a shell says of SIGPIPE."""
     read, write = os.pipe()

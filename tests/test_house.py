@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import array_api_strict
@@ -85,10 +86,26 @@ def room(file):
     raise AssertionError(f"{file}: no floor of the house has this room")
 
 
-def imports(file, source):
-    """The package's own files that a file imports, each with the names taken from it and the line."""
+parsed = cache(ast.parse)  # one rule after another looks at the same files
+
+
+@cache
+def nodes(source):
+    return tuple(ast.walk(parsed(source)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """Trees take much memory: they go with this file."""
+    yield
+    parsed.cache_clear()
+    nodes.cache_clear()
+
+
+def imports(file, found):
+    """The package's own files that nodes of a file import, each with the names taken from it and the line."""
     folder = Path(file).parent.parts
-    for node in ast.walk(ast.parse(source)):
+    for node in found:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "lorax_np":
@@ -121,7 +138,7 @@ def file_of(parts):
 
 
 def at_once(source):
-    """The statements that run when a file is imported."""
+    """The nodes of the statements that run when a file is imported."""
     tree = ast.parse(source)
 
     def waits(node):
@@ -130,8 +147,8 @@ def at_once(source):
         )
 
     for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
-        owner.body = [node for node in owner.body if not waits(node)] or [ast.Pass()]
-    return ast.unparse(tree)
+        owner.body = [node for node in owner.body if not waits(node)]
+    return ast.walk(tree)
 
 
 # ---- the rules ---------------------------------------------------------------------------------------------
@@ -140,7 +157,7 @@ def at_once(source):
 def wrong_imports(file, source):
     """Upward or sideways imports, and what sees more than the public face."""
     floor, place, name = room(file)
-    for line, target, names in imports(file, source):
+    for line, target, names in imports(file, nodes(source)):
         if target not in FILES:
             yield f"{file}:{line} imports lorax_np {target}"
             continue
@@ -160,7 +177,7 @@ def environment_or_cupy(file, source):
     """Outside backend.py: CuPy by name, or the environment."""
     if file == "backend.py":
         return
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -171,8 +188,8 @@ def environment_or_cupy(file, source):
         elif isinstance(node, ast.Name):
             names = [node.id]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = ast.unparse(node.func)
-            names = [str(node.args[0].value)] if called.endswith(("import_module", "__import__")) else []
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            names = [str(node.args[0].value)] if called in ("import_module", "__import__") else []
         for name in names:
             if {"cupy", "environ", "getenv", "environb"} & set(name.split(".")):
                 yield f"{file}:{node.lineno} names {name}"
@@ -182,7 +199,7 @@ def array_libraries(file, source):
     """In ops/: an array library imported."""
     if not file.startswith("ops/"):
         return
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module]
@@ -209,7 +226,7 @@ def spellings(file, source):
 
 def asked(source):
     """Lines and names asked of a namespace: xp.name, or namespace_of(...).name."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute):
             of = node.value.func if isinstance(node.value, ast.Call) else node.value
             known = MAKERS_OF_NAMESPACES if isinstance(node.value, ast.Call) else NAMESPACES
@@ -218,14 +235,14 @@ def asked(source):
 
 
 def bare_asserts(file, source):
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Assert):
             yield f"{file}:{node.lineno} asserts"
 
 
 def passed_along(file, source):
     """**kwargs handed on. Named arrays (Array, Named) are data, not options: those may be."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if not isinstance(node, ast.FunctionDef | ast.Lambda) or not node.args.kwarg:
             continue
         taken, kind = node.args.kwarg.arg, node.args.kwarg.annotation
@@ -264,14 +281,14 @@ def undocumented(file, source):
     def protocol(node, owner):  # one line of dots, whose class says what it is
         return bool(owner) and ast.unparse(node.body[-1]) == "..."
 
-    yield from visit(ast.parse(source).body, "")
+    yield from visit(parsed(source).body, "")
 
 
 def without_source(file, source):
     """In ops/ and layer.py: public functions that cite neither a spec nor an equation."""
     if not file.startswith("ops/") and file != "layer.py":
         return
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             lines = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
             if not re.search(r"specs/\w+\.md|\(\w+\.\d+\)", lines):

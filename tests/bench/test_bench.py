@@ -162,8 +162,15 @@ def test_what_is_missing_is_said(name):
         engines.make(name, TINY[0], cases.draw(TINY[0]))
 
 
-@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.thorough), True])
-@labels
+@pytest.mark.parametrize(
+    ("case", "graph"),
+    [
+        (TINY[-1], True),  # has all that there is; the others are thorough
+        *(pytest.param(case, True, marks=pytest.mark.thorough) for case in TINY[:-1]),
+        *(pytest.param(case, False, marks=pytest.mark.thorough) for case in TINY),
+    ],
+    ids=lambda value: value.label if isinstance(value, cases.Case) else None,
+)
 def test_engines_for_a_device_are_judged_over_a_stand_in(case, graph, monkeypatch):
     """Not run on a GPU: the engines of `bench gpu` over NumPy that stands for CuPy, its kernels run as C++."""
     sys.path.insert(0, str(ROOT / "tests" / "fast"))

@@ -14,6 +14,7 @@ import tempfile
 import time
 import zlib
 from base64 import b64decode
+from math import inf
 from pathlib import Path
 
 FLAGS = (
@@ -121,8 +122,8 @@ class Browser:
         return b64decode(self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
 
 
-def colours(png):
-    """The different colours of a PNG of eight bits a channel, as a set of bytes."""
+def colours(png, enough=inf):
+    """The different colours of a PNG of eight bits a channel, as a set of bytes; no more once there are enough."""
     at, data, width, channels = 8, b"", 0, 0
     while at < len(png):
         size, name = struct.unpack(">I4s", png[at : at + 8])
@@ -138,6 +139,8 @@ def colours(png):
     for start in range(0, len(raw), stride + 1):
         line = _unfiltered(raw[start], bytearray(raw[start + 1 : start + 1 + stride]), above, channels)
         found |= {bytes(line[i : i + 3]) for i in range(0, stride, channels)}
+        if len(found) > enough:
+            break
         above = line
     return found
 

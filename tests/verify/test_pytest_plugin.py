@@ -58,7 +58,8 @@ def project(tmp_path):
         path = os.pathsep.join(map(str, (root, tmp_path / "site")))
         environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
         environment.pop("PYTEST_ADDOPTS", None)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
+        others = "-p", "no:anyio", "-p", "no:hypothesispytest"  # which take as long as pytest itself to start
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *others, "-rA", *arguments]
         found = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
@@ -88,6 +89,7 @@ def test_one_item_for_each_check(project):
     assert "Traceback" not in text
 
 
+@pytest.mark.thorough
 def test_what_is_right_passes_and_can_be_chosen(project):
     code, text = project(*JUDGE, "--lorax-np-subject", "kernels:right", "-k", "exact/lora/1")
     assert code == 0, text
@@ -181,10 +183,15 @@ def test_a_crash_fails(project):
     ("arguments", "says"),
     [
         (["--lorax-np-subject", "kernels:none"], "expected 'none' in module kernels, got none"),
-        (["--lorax-np-subject", "kernels:right", "--lorax-np-xfails", "no.txt"], "--lorax-np-xfails: expected"),
-        (
+        pytest.param(
+            ["--lorax-np-subject", "kernels:right", "--lorax-np-xfails", "no.txt"],
+            "--lorax-np-xfails: expected",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
             ["--lorax-np-subject", "kernels:right", "--lorax-np-report", "no/r.json"],
             "--lorax-np-report: expected",
+            marks=pytest.mark.thorough,
         ),
     ],
 )

@@ -109,9 +109,20 @@ def again(text):
 
 # ---- what is wrong is convicted, and named -----------------------------------------------------------------
 
+ALWAYS = {  # the subtlest of each tensor; the others are thorough
+    *("RankTailDropped", "BOffByAThousandth", "MaskMissingInX", "MagnitudeWithoutAdapter", "BiasOfBUnscaled"),
+    *("BiasFrozen", "NormNotDetached", "AlphaNotDividedByRank"),
+}
+
 
 @pytest.mark.parametrize("profile", ["fp32", pytest.param("fp64", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("kind", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=() if name in ALWAYS else pytest.mark.thorough)
+        for name, kind in BROKEN.items()
+    ],
+)
 def test_a_broken_subject_fails_in_the_tensors_that_are_wrong_and_in_no_other(kind, profile):
     """By every battery that knows the truth of a tensor; what laws and differences say comes on top."""
     report = quick(kind(), profile)
@@ -231,7 +242,7 @@ def test_the_diagnosis_names_the_cause_first_and_ends_with_the_command():
 
 def test_there_are_enough_of_them():
     assert len(BROKEN) >= 14
-    assert set().union(*(kind.wrong for kind in BROKEN.values())) == {"y", "x", "A", "B", "m", "b", "bB"}
+    assert set().union(*(BROKEN[name].wrong for name in ALWAYS)) == {"y", "x", "A", "B", "m", "b", "bB"}
 
 
 def test_diagnosis_says_where_alone_it_shows():
@@ -615,12 +626,12 @@ def test_garbage_never_breaks_the_harness(made, code, only, profile):
 @pytest.mark.parametrize(
     ("profile", "some"),
     [
-        ("bf16", slice(0, None, 2)),
-        pytest.param("bf16", slice(1, None, 2), marks=pytest.mark.thorough),
+        ("bf16", slice(0, None, 4)),
+        pytest.param("bf16", slice(None), marks=pytest.mark.thorough),
         pytest.param("tf32", slice(None), marks=pytest.mark.thorough),
         pytest.param("fp16", slice(None), marks=pytest.mark.thorough),
     ],
-    ids=["bf16", "bf16-rest", "tf32", "fp16"],
+    ids=["bf16-some", "bf16", "tf32", "fp16"],
 )
 def test_garbage_never_breaks_the_harness_in_narrow_formats(profile, some):
     """What is no array of the right dtype and shape is refused there too; nothing of it passes by rounding."""
@@ -642,8 +653,8 @@ def test_gradients_under_other_names_are_no_pass():
 # ---- JSON --------------------------------------------------------------------------------------------------
 
 
-def test_json_round_trips(reference, tmp_path):
-    for report in (reference["fp32"], quick(broken.Nan()), quick(broken.Crashes())):
+def test_json_round_trips(tmp_path):
+    for report in (quick("reference"), quick(broken.Nan()), quick(broken.Crashes())):
         path = tmp_path / "report.json"
         report.to_json(path)
         assert [path] == list(tmp_path.iterdir())
