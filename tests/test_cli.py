@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from often import one_in
 
 import lorax_np as lx
 from lorax_np.cli import main
@@ -134,19 +135,28 @@ def test_the_module_is_the_entry_point():
 
 @pytest.mark.parametrize(
     ("subject", "says"),
-    [
-        ("nope", "SUBJECT: expected reference, fast, peft or module:attribute, got 'nope'"),
-        ("nope:x", "SUBJECT: expected a module that can be imported, got 'nope:x': No module named 'nope'"),
-        ("os:nothing", "SUBJECT: expected 'nothing' in module os, got none"),
-        ("os:sep", "SUBJECT: expected methods forward and backward, or run, got str"),
-        ("os:path", "SUBJECT: expected methods forward and backward, or run, got module"),
-        ("os:getcwd", "SUBJECT: expected methods forward and backward, or run, got builtin_function_or_method"),
-        ("os:", "SUBJECT: expected reference, fast, peft or module:attribute, got 'os:'"),
-        (":x", "SUBJECT: expected reference, fast, peft or module:attribute, got ':x'"),
-        ("..os:x", "SUBJECT: expected reference, fast, peft or module:attribute, got '..os:x'"),
-        ("./kernel.py:x", "SUBJECT: expected reference, fast, peft or module:attribute, got './kernel.py:x'"),
-        ("", "SUBJECT: expected reference, fast, peft or module:attribute, got ''"),
-    ],
+    one_in(
+        2,
+        [
+            ("nope", "SUBJECT: expected reference, fast, peft or module:attribute, got 'nope'"),
+            ("nope:x", "SUBJECT: expected a module that can be imported, got 'nope:x': No module named 'nope'"),
+            ("os:nothing", "SUBJECT: expected 'nothing' in module os, got none"),
+            ("os:sep", "SUBJECT: expected methods forward and backward, or run, got str"),
+            ("os:path", "SUBJECT: expected methods forward and backward, or run, got module"),
+            (
+                "os:getcwd",
+                "SUBJECT: expected methods forward and backward, or run, got builtin_function_or_method",
+            ),
+            ("os:", "SUBJECT: expected reference, fast, peft or module:attribute, got 'os:'"),
+            (":x", "SUBJECT: expected reference, fast, peft or module:attribute, got ':x'"),
+            ("..os:x", "SUBJECT: expected reference, fast, peft or module:attribute, got '..os:x'"),
+            (
+                "./kernel.py:x",
+                "SUBJECT: expected reference, fast, peft or module:attribute, got './kernel.py:x'",
+            ),
+            ("", "SUBJECT: expected reference, fast, peft or module:attribute, got ''"),
+        ],
+    ),
 )
 def test_a_subject_that_is_none(subject, says, capsys):
     assert main(["verify", subject]) == 2

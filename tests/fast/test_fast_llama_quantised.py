@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import once_each
 
 import lorax_np as lx
 from lorax_np.models.quantised import Quantised, let_go
@@ -13,8 +14,7 @@ from tests.models import tiny
 KINDS = [("nf4", False), ("nf4", True), ("int8", False), ("bf16", False)]
 
 
-@pytest.mark.parametrize(("way", "double"), KINDS, ids=["nf4", "nf4 double", "int8", "bf16"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("way", "double", "dtype"), once_each(KINDS, ["float32", "float64"]))
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_planned_pass_has_the_bits_of_a_dense_base(way, double, dtype, checkpoint):
     """With masks, biases, and norms folded in, in two threads whose layers are written out at the same time."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from often import one_in
 
 import lorax_np as lx
 from lorax_np.config import site_at
@@ -313,7 +314,7 @@ print(n, counts)
 """
 
 
-@pytest.mark.parametrize("way", ["exchange", "renames"])
+@pytest.mark.parametrize("way", one_in(2, ["exchange", "renames"]))
 def test_killed_before_each_step_an_adapter_is_the_old_or_the_new(tmp_path, way):
     """Every call of the system that a save makes is once the last one that it does not make."""
     done = subprocess.run([sys.executable, "-c", STEPS, tmp_path / "a", way], capture_output=True, text=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers as hf
+from often import one_in
 from small_run import CONFIG, weights
 from tokenizers import models, pre_tokenizers, processors
 
@@ -193,7 +194,7 @@ def test_an_adapter_is_trained_on(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more", [["--quantize", "int8"], ["--quantize", "nf4", "--init-lora-weights", "loftq"]]
+    "more", one_in(2, [["--quantize", "nf4", "--init-lora-weights", "loftq"], ["--quantize", "int8"]])
 )
 def test_a_base_in_few_bits(place, tmp_path, capsys, more):
     """It trains beside the numbers that the codes stand for; the same again gives the same bytes."""
@@ -365,7 +366,7 @@ def test_ctrl_c_ends_with_130(place, tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    [["--quantize", "int8"], ["--quantize", "nf4", "--init-lora-weights", "loftq"]],
+    one_in(2, [["--quantize", "int8"], ["--quantize", "nf4", "--init-lora-weights", "loftq"]]),
     ids=["int8", "loftq"],
 )
 def test_what_was_trained_on_few_bits_is_judged_and_trained_on_there(place, tmp_path, capsys, how):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from dying import dying
 from killed_run import compare
+from often import once_each, one_in
 from small_run import examples, model, settings, started
 
 from lorax_np.errors import ConfigError, FormatError
@@ -161,8 +162,7 @@ def figures(out):
     return [{name: r[name] for name in FIGURES if name in r} for r in records(out / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize(("optimizer", "at"), once_each(["adamw", "sgd"], [4, 1]))
 def test_a_run_that_was_ended_goes_on_bit_for_bit(tmp_path, optimizer, at):
     more = {"optimizer": optimizer, "momentum": 0.5 if optimizer == "sgd" else 0.0, "save_every": 3}
     whole = run(tmp_path / "whole", **more)
@@ -257,7 +257,7 @@ print("ended", found.ended, found.step)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", one_in(3, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
 def test_the_first_signal_ends_after_the_step(tmp_path, number):
     code = CHILD.format(
         paths=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], out=repr(str(tmp_path / "run"))
@@ -366,7 +366,7 @@ def killed_at(folder, k):
     return bool(killed)
 
 
-@pytest.mark.parametrize("k", [1, 7, 26, 33, 59])
+@pytest.mark.parametrize("k", one_in(3, [26, 1, 7, 33, 59]))
 def test_a_run_killed_at_a_call_ends_in_the_same_bytes(tmp_path, k):
     """Adapter, moments, figures, and the names of all files."""
     assert killed_at(tmp_path, k)

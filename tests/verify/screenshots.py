@@ -123,7 +123,7 @@ class Browser:
 
 
 def colours(png, enough=inf):
-    """The different colours of a PNG of eight bits a channel, as a set of bytes; no more once there are enough."""
+    """The different colours of a PNG of eight bits a channel, as a set of bytes; no more once it has enough."""
     at, data, width, channels = 8, b"", 0, 0
     while at < len(png):
         size, name = struct.unpack(">I4s", png[at : at + 8])

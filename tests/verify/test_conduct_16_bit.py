@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import once_each
 
 import lorax_np as lx
 from lorax_np.verify.batteries import suited
@@ -216,8 +217,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("profile", HALVES)
-@pytest.mark.parametrize("wrong", FAULTS, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize(
+    ("wrong", "profile"), once_each(FAULTS, HALVES), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_each_fault_breaks_its_law(wrong, profile):
     assert FAULTS[wrong] in broken(wrong(), profile)
 

@@ -146,7 +146,10 @@ def test_a_declared_convention_is_judged_by_its_own_formula(spec, profile):
 
 @pytest.mark.parametrize(
     "spec",
-    [pytest.param(spec, marks=() if spec in HALF else pytest.mark.thorough, id=name(spec)) for spec in SPECS[1:]],
+    [
+        pytest.param(spec, marks=() if spec in HALF else pytest.mark.thorough, id=name(spec))
+        for spec in SPECS[1:]
+    ],
 )
 def test_who_is_right_elsewhere_is_told_where(spec):
     own = replace(spec, norm_gradient=(False,))
@@ -365,7 +368,9 @@ class Forgets:
 
 def test_a_gradient_that_is_asked_for_and_not_given_is_wrong():
     for tensor in ("x", "A", "B", "m", "b", "bB"):
-        report = lx.verify.verify(Forgets(tensor), "fp32", level="quick", case="" if tensor == "A" else "lattice")
+        report = lx.verify.verify(
+            Forgets(tensor), "fp32", level="quick", case="" if tensor == "A" else "lattice"
+        )
         assert report.exit_code == 1
         assert [line.partition(" ")[0] for line in report.diagnosis] == [f"g{tensor}"]
     assert lx.verify.verify(Forgets("W"), "fp32", level="quick").passed

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import one_in
 
 import lorax_np as lx
 from lorax_np.verify.batteries.conduct import laws_of
@@ -111,7 +112,7 @@ def test_a_fault_in_no_catalogue_gets_no_name_and_the_right_place(name):
     assert any("none of the known faults" in line for line in found.lines())
 
 
-@pytest.mark.parametrize("step", ["back", "gx_lora", "gx_dora", "gm", "gbB", "z", "xd", "gz", "gA"])
+@pytest.mark.parametrize("step", one_in(3, ["back", "gx_lora", "gx_dora", "gm", "gbB", "z", "xd", "gz", "gA"]))
 def test_a_step_that_loses_its_last_column_is_no_rounding(step):
     """A fault of precision touches whole tensors: nine right entries in ten are no evidence for one."""
 

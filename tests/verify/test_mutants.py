@@ -47,6 +47,7 @@ RIGHT = {
     "plain": Plain,
     "whole": Whole,
 }
+OTHERS = ("plain", "fp64"), ("reference", "fp32"), ("reference", "fp64")  # and test_verify.py has the reference
 SQUARE = ((6, 6, 6, (2, 3)), (6, 6, 3, (5,)), (5, 7, 7, (2,)), (4, 3, 6, (3, 3)))
 
 
@@ -180,8 +181,13 @@ def test_a_matrix_refuses_an_unknown_profile():
         kill.kill_matrix([], profile="fp8")
 
 
-@pytest.mark.parametrize("profile", ["fp32", "fp64"])
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        *(("plain", "fp32"), ("whole", "fp32"), ("whole", "fp64")),
+        *(pytest.param(*one, marks=pytest.mark.thorough) for one in OTHERS),
+    ],
+)
 def test_nothing_right_is_refused(name, profile):
     with np.errstate(all="ignore"):
         wrong = {c: kill.refused(RIGHT[name](), battery, profile) for c, battery in BATTERIES.items()}

@@ -121,7 +121,7 @@ def test_an_editable_install_is_judged_from_any_folder(project, target, more, li
 
 
 def test_one_check_can_be_asked_for_by_its_id(project):
-    subject = "--lorax-np-subject", "kernels:right", "--lorax-np-level", "quick"
+    subject = "--lorax-np-subject", "kernels:right", "--lorax-np-level", "quick", "--lorax-np-case", "lattice"
     code, text = project(*subject, "--pyargs", "lorax_np.verify.conformance::lattice/lora/3/A")
     assert code == 0, text
     assert re.search(r"(?m)^=+ 1 passed", text), text
@@ -129,7 +129,8 @@ def test_one_check_can_be_asked_for_by_its_id(project):
 
 
 def test_the_terminal_names_the_cause(project):
-    code, text = project("--pyargs", "lorax_np.verify", *JUDGE[2:4], "--lorax-np-subject", "kernels:D5")
+    more = "--lorax-np-case", "lattice", "--lorax-np-subject", "kernels:D5"
+    code, text = project("--pyargs", "lorax_np.verify", *JUDGE[2:4], *more)
     assert code == 1
     part = text[text.index("= lorax-np =") :]
     order = (

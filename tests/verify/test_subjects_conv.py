@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from often import once_each
 
 from lorax_np.verify.batteries import conv_case as conv
 from lorax_np.verify.batteries.conv import LAYOUTS, ConvReference, battery_conv, draw
@@ -84,8 +85,7 @@ class Direct(ConvReference):
 
 
 @pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 3), marks=pytest.mark.thorough)], ids=str)
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("right", [ConvReference, reference, Direct])
+@pytest.mark.parametrize(("right", "profile"), once_each([ConvReference, reference, Direct], PROFILES))
 def test_the_right_pass(right, profile, seeds):
     for seed in seeds:
         checks = judged(right(), profile, seed=seed)
@@ -219,9 +219,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(
-    ("wrong", "tensors", "where"), FAULTS, ids=lambda value: getattr(value, "__name__", "")
+    ("wrong", "tensors", "where", "profile"),
+    once_each(FAULTS, PROFILES),
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )
 def test_a_fault_is_refused_by_name(wrong, tensors, where, profile):
     found = bad(judged(wrong(), profile))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import once_each
 
 import lorax_np as lx
 from lorax_np.verify.batteries import embedding_case as embedding
@@ -64,8 +65,10 @@ class Differentiated(EmbeddingReference):
 
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 8), marks=pytest.mark.thorough)], ids=str)
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("right", [EmbeddingReference, OneHot, Differentiated, lx.verify.subjects.reference])
+@pytest.mark.parametrize(
+    ("right", "profile"),
+    once_each([EmbeddingReference, OneHot, Differentiated, lx.verify.subjects.reference], PROFILES),
+)
 def test_the_right_pass(right, profile, seeds):
     if right is OneHot and profile == "fp64":
         return  # it computes in float32
@@ -226,9 +229,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(
-    ("wrong", "tensors", "kinds"), FAULTS, ids=lambda value: getattr(value, "__name__", "")
+    ("wrong", "tensors", "kinds", "profile"),
+    once_each(FAULTS, PROFILES),
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )
 def test_a_fault_is_refused_by_name(wrong, tensors, kinds, profile):
     found = bad(judged(wrong(), profile))

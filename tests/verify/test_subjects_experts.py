@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import once_each
 
 import lorax_np as lx
 from lorax_np.verify.batteries import experts
@@ -126,8 +127,9 @@ def test_what_a_case_asks():
 # ---- what is wrong -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize(
+    ("fault", "profile"), once_each(FAULTS, PROFILES), ids=lambda value: getattr(value, "id", value)
+)
 def test_a_fault_is_refused_by_both_batteries(fault, profile):
     for battery in (battery_experts, battery_routed):
         assert bad(judged(fault.subject(), profile, battery=battery))

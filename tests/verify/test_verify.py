@@ -18,6 +18,7 @@ from broken import BROKEN, GARBAGE, GARBAGE_MERGES, GARBAGE_STARTS, Garbage
 
 import lorax_np as lx
 from lorax_np.cli import main
+from lorax_np.verify import isolate
 from lorax_np.verify.batteries import suited
 from lorax_np.verify.lines import WIDTH
 from lorax_np.verify.report import TENSORS, TRUTHS, write_json
@@ -548,11 +549,11 @@ def test_a_crash_reads_the_same_wherever_it_happens(kind, says, isolation):
         ),
     ],
 )
-def test_the_death_of_its_process_is_a_crash_and_the_report_comes(kind, says):
+def test_the_death_of_its_process_is_a_crash_and_the_report_comes(kind, says, capsys, monkeypatch):
+    monkeypatch.setattr(isolate, "LIVES", 4)  # each is a process to start
     arguments = ["--profile", "fp32", "--level", "quick", "--case", "exact/lora", "--json", "-"]
-    run = shell("verify", f"broken:{kind.__name__}", *arguments)
-    assert run.returncode == 3
-    (report,) = strict(run.stdout)["reports"]
+    assert main(["verify", f"broken:{kind.__name__}", *arguments]) == 3
+    (report,) = strict(capsys.readouterr().out)["reports"]
     assert [check["verdict"] for check in report["checks"]] == ["crash"] * 4
     assert all(re.fullmatch(says, check["note"]) for check in report["checks"]), report["checks"]
 
