@@ -55,7 +55,13 @@ def close(one, other, units=ROUNDING, dtype="float64"):
 # ---- values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough) if name in ("from up", "from o") else name
+        for name in CASES
+    ],
+)
 def test_loss_and_every_gradient_are_the_definitions(name):
     case = Case(**CASES[name])
     case.assert_right(case.gradients())

@@ -170,8 +170,7 @@ def test_a_factor_is_looked_up_among_the_constants(name):
 def test_a_diagnosis_is_short_and_is_plain_data():
     for id in ("S4", "Z4", "N1", "R12", "D10", "V4"):
         subject = faults()[id].subject()
-        report = lx.verify.verify(subject, level="quick", case="generic")
-        found = diagnose(subject, report.checks, name="my_kernel")
+        found = lx.verify.verify(subject, level="quick", case="generic", title="my_kernel").cause
         lines = found.lines()
         assert len(lines) <= 12
         assert max(map(len, lines)) <= 80

@@ -28,7 +28,9 @@ def test_each_known_fault_is_named_and_nothing_is_invented_in_its_place(profile,
     assert all(faults()[id].kind == "precision" for id in hidden)
 
 
-@pytest.mark.parametrize(("profile", "count"), [("fp32", 60), ("bf16", 30)])
+@pytest.mark.parametrize(
+    ("profile", "count"), [("fp32", 60), pytest.param("bf16", 30, marks=pytest.mark.thorough)]
+)
 def test_pairs_of_known_faults_are_named(profile, count):
     if profile == "bf16":
         pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
