@@ -115,19 +115,19 @@ def test_bad_usage_is_code_2_and_says_how(arguments, says, capsys):
     assert says in err
 
 
-def test_the_module_is_the_entry_point():
+@pytest.mark.parametrize(
+    "arguments",
+    one_in(3, [["verify", "--case", "merge", "--level", "quick", "--quiet"], ["info"], ["verify", "nope"]]),
+    ids=" ".join,
+)
+def test_the_module_is_the_entry_point(arguments):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, name = scripts["lorax-np"].partition(":")
-    for arguments in (
-        ["info"],
-        ["verify", "--case", "merge", "--level", "quick", "--quiet"],
-        ["verify", "nope"],
-    ):
-        one = cli(*arguments)
-        other = run("-c", f"import sys; from {module} import {name}; sys.exit({name}())", *arguments)
-        timeless = [re.sub(r"\d+\.\d s", "", found.stdout) for found in (one, other)]
-        assert timeless[0] == timeless[1]
-        assert (one.returncode, one.stderr) == (other.returncode, other.stderr)
+    one = cli(*arguments)
+    other = run("-c", f"import sys; from {module} import {name}; sys.exit({name}())", *arguments)
+    timeless = [re.sub(r"\d+\.\d s", "", found.stdout) for found in (one, other)]
+    assert timeless[0] == timeless[1]
+    assert (one.returncode, one.stderr) == (other.returncode, other.stderr)
 
 
 # ---- refusals: one line, no traceback ----------------------------------------------------------------------

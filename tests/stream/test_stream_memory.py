@@ -56,7 +56,7 @@ def large(folder, *, tensors, rows, cols, dtype, shards=2):
 
 
 @pytest.mark.skipif(not LINUX, reason="this system does not say how much memory a process has had")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.thorough)])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, dtype):
     """At most two of the largest tensors and 150 MB; and, which says more, less than the checkpoint itself."""
     largest = large(tmp_path, tensors=16, rows=1500, cols=2000, dtype=dtype)
