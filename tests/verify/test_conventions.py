@@ -104,7 +104,11 @@ def test_a_form_is_the_fault_of_that_name_under_ours(form):
         assert all((np.abs(g[tensor] - want[1][tensor]) <= limit[tensor]).all() for tensor in g)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=name)
+@pytest.mark.parametrize(
+    "spec",
+    [spec if spec in HALF else pytest.param(spec, marks=pytest.mark.thorough) for spec in SPECS],
+    ids=name,
+)
 def test_lattices_are_exact_under_every_convention(spec):
     """In float32, in three orders of evaluation, bit for bit."""
     items = lattice(0, 24, Spec(dora=spec.dora, dropout=spec.dropout))

@@ -672,7 +672,7 @@ def test_json_round_trips(tmp_path):
         assert all(list(check) == fields for check in data["checks"])
 
 
-@pytest.mark.parametrize("isolation", ["process", "none"])
+@pytest.mark.parametrize("isolation", ["process", pytest.param("none", marks=pytest.mark.thorough)])
 def test_json_on_standard_output_is_alone_there(isolation):
     arguments = ["broken:Chatty", "--profile", "fp32", "--case", "exact/lora/0", "--isolation", isolation]
     run = shell("verify", *arguments, "--json", "-")
@@ -750,7 +750,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     ("subject", "code"),
     [
         ("broken:Naive", 0),
-        ("broken:Garbage", 0),  # with nothing to spoil, the reference
+        pytest.param("broken:Garbage", 0, marks=pytest.mark.thorough),  # with nothing to spoil, the reference
         ("broken:BOffByAThousandth", 1),
         ("broken:CoversNothing", 2),
         ("broken:Crashes", 3),
@@ -766,7 +766,7 @@ def test_exit_codes(subject, code, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("isolation", ["process", "none"])
+@pytest.mark.parametrize("isolation", ["process", pytest.param("none", marks=pytest.mark.thorough)])
 def test_an_interrupted_run_says_so(isolation, tmp_path):
     """And ends the process that it started."""
     folder, asleep = tmp_path / "reports", tmp_path / "asleep"
