@@ -67,7 +67,7 @@ class Differentiated(EmbeddingReference):
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 8), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize(
     ("right", "profile"),
-    once_each([EmbeddingReference, OneHot, Differentiated, lx.verify.subjects.reference], PROFILES),
+    once_each([EmbeddingReference, Differentiated, OneHot, lx.verify.subjects.reference], PROFILES),
 )
 def test_the_right_pass(right, profile, seeds):
     if right is OneHot and profile == "fp64":

@@ -173,7 +173,8 @@ def test_no_line_of_a_report_is_wider_than_80_columns_whatever_the_subject_is_ca
         "名" * 70,
     )
     for name in names:
-        for subject in (broken.BOffByAThousandth(), broken.Crashes(), broken.NoDora()):
+        subjects = broken.BOffByAThousandth(), broken.Crashes(), broken.NoDora()
+        for subject in subjects if name == names[0] else subjects[:1]:
             report = quick(subject, title=name, case="exact")
             text = str(report)
             assert max(map(len, text.splitlines())) <= WIDTH, name
@@ -428,7 +429,9 @@ def test_ids_are_unique_and_stable(reference):
             assert check.ratio <= known[check.id].ratio
         else:
             assert check == known[check.id]
-    assert [check.id for check in fewer.checks] == [check.id for check in quick("reference", seed=1).checks]
+    for case in ("lattice", "secant", "conduct"):
+        other = [check.id for check in quick("reference", seed=1, case=case).checks]
+        assert other == [check.id for check in fewer.checks if check.battery == case]
 
 
 def test_another_seed_is_another_draw():
