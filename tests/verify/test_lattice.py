@@ -293,9 +293,7 @@ def test_a_c_kernel_agrees_in_every_bit(flags, tmp_path):
         pytest.skip("gcc is not on this machine")
     source, library = tmp_path / "layer.c", tmp_path / "layer.so"
     source.write_text(C_KERNEL)
-    compiled = library.with_suffix(
-        ".o"
-    )  # linked by -ffast-math, it would flush subnormals here to 0
+    compiled = library.with_suffix(".o")  # linked by -ffast-math, it would flush subnormals here to 0
     subprocess.run([gcc, *flags.split(), "-c", "-fPIC", source, "-o", compiled], check=True)
     subprocess.run([gcc, "-shared", compiled, "-o", library, "-lm"], check=True)
     subject = Compiled(library)
