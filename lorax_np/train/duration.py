@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..fast.gemm import engine
+from ..fast.gemm import gemm
 from ..models.records import Model
 from .step import parameters
 from .work import RUN, Shape, Stack, Work, fed_by, linears, queries, shapes_of, sizes, stack_of, stacks_of
@@ -97,7 +97,7 @@ def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, 
     """
     from ..fast.llama.threads import in_threads
 
-    multiply, each = engine().multiply, BUDGET / max(len(shapes), 1)
+    each = BUDGET / max(len(shapes), 1)
 
     def times(_: int, given: list[Shape]) -> list[float]:
         found = []
@@ -107,7 +107,7 @@ def product_seconds(shapes: set[Shape], rows: int, workers: int) -> dict[Shape, 
             took, began = list[float](), time.perf_counter()
             while not took or time.perf_counter() - began < each:
                 start = time.perf_counter()
-                multiply(x, W.T, out, 1.0, 0.0)
+                gemm(x, W.T, out)
                 took.append(time.perf_counter() - start)
             found.append(statistics.median(took) / rows * n / some)
         return found
