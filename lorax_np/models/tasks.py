@@ -93,8 +93,7 @@ def loss(
 ) -> Array:
     """The loss alone, without dropout and with nothing kept, for evaluation; else as loss_and_gradients."""
     check_for(model, batch, labels=task != "FEATURE_EXTRACTION")
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
-    h, _ = family_of(model).forward(at, batch, "nothing")
+    at, h = _forward(model, sites, trained, batch, engine, tokens)
     return head_of(model, task).loss(at, h, batch, n)
 
 
@@ -114,8 +113,7 @@ def outputs(
     SEQ_2_SEQ_LM; (S, d) rows of length 1 of FEATURE_EXTRACTION. Arguments as loss_and_gradients.
     """
     check_for(model, batch)
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
-    h, _ = family_of(model).forward(at, batch, "nothing")
+    at, h = _forward(model, sites, trained, batch, engine, tokens)
     return head_of(model, task).outputs(at, h, batch)
 
 
@@ -132,10 +130,18 @@ def judged(
 ) -> tuple[Array, Array]:
     """The loss and the outputs, of one forward; arguments as loss, what comes out as of loss and outputs."""
     check_for(model, batch, labels=task != "FEATURE_EXTRACTION")
-    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
+    at, h = _forward(model, sites, trained, batch, engine, tokens)
     head = head_of(model, task)
-    h, _ = family_of(model).forward(at, batch, "nothing")
     return head.loss(at, h, batch, n), head.outputs(at, h, batch)
+
+
+def _forward(
+    model: Model, sites: Mapping[str, Site], trained: Trained, batch: Batch, engine: str, tokens: Tokens | None
+) -> tuple[Pass, Array]:
+    """A forward with nothing dropped and nothing kept: what a head is given."""
+    at = Pass(model, sites, _checked(trained, sites), pair=_pair(engine), tokens=tokens)
+    h, _ = family_of(model).forward(at, batch, "nothing")
+    return at, h
 
 
 def trained_of(files: AdapterFiles) -> Trained:
