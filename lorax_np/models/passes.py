@@ -89,7 +89,7 @@ class Pass:
         self.pair, self.dropout, self._tokens = pair, dropout, tokens or {}
         like = self.weights[next(iter(self.weights))]
         self.dtype = dtype or compute_dtype(like)
-        here = takes_numpy(namespace_of(x=like)) and self.dtype in ("float32", "float64")
+        here = namespace_of(x=like) is np and self.dtype in ("float32", "float64")
         self._instead = pair.instead if here else {}
 
     # ---- tensors ---------------------------------------------------------------------------------------
