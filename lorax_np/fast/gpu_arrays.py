@@ -43,6 +43,13 @@ def kernel_of(lib: Any, name: str) -> Any:
     return module.get_function(name)
 
 
+@cache
+def functions_of(lib: Any, source: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Kernels of one source, compiled together, by their names without dtypes."""
+    module = lib.RawModule(code=source, options=("--std=c++17",), name_expressions=names)
+    return {name.partition("<")[0]: module.get_function(name) for name in names}
+
+
 def run(kernel: str, out: Device, arguments: tuple[Any, ...], *typed: Device) -> None:
     """Start a kernel over the entries of `out`, for the dtypes of the arrays `typed`."""
     threads = -(-out.size // ENTRIES)

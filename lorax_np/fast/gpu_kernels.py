@@ -275,12 +275,12 @@ __global__ void row_norms(double* n, const W* w, const C* a, const C* b, u32 d_o
 
 
 def name_of(kernel: str, *dtypes: str) -> str:
-    """A kernel for certain dtypes, as NVRTC knows it.
+    """A kernel for certain dtypes, or numbers, as NVRTC knows it.
 
     >>> name_of("keep", "bfloat16", "float32")
     'keep<brain16, float>'
     """
-    return f"{kernel}<{', '.join(CTYPES[dtype] for dtype in dtypes)}>"
+    return f"{kernel}<{', '.join(CTYPES.get(dtype, dtype) for dtype in dtypes)}>"
 
 
 def every_kernel() -> tuple[str, ...]:

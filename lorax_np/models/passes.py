@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, takes_numpy, to_host
+from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..fast import lora_linear_backward as fast_backward

@@ -1,6 +1,7 @@
 // CUDA's words for a C++ compiler: the same kernels run on the CPU, thread after thread, block after block.
 // Threads of a block are fibres, so that __syncthreads() waits as it does on a device.
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
@@ -13,25 +14,38 @@
 
 struct Place { unsigned x; };
 static Place blockIdx, blockDim, threadIdx;
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibres;
-static std::vector<char> over;
+static jmp_buf scheduler;
+struct Fibre { ucontext_t begin; jmp_buf at; bool begun, over; };
+static std::vector<Fibre> fibres;
+
+// by jumps, once a fibre has begun: a switch of contexts asks the kernel each time
+static void wait_for_turn() {
+  unsigned me = threadIdx.x;
+  if (!_setjmp(fibres[me].at)) _longjmp(scheduler, 1);
+  threadIdx.x = me;
+}
+static void turn_of(unsigned i) {
+  if (_setjmp(scheduler)) return;
+  threadIdx.x = i;
+  if (fibres[i].begun) _longjmp(fibres[i].at, 1);
+  fibres[i].begun = true;
+  setcontext(&fibres[i].begin);
+}
 
 static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
 static inline float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-static void __syncthreads() {
-  unsigned me = threadIdx.x;
-  swapcontext(&fibres[me], &scheduler);
-  threadIdx.x = me;
-}
+static void __syncthreads() { wait_for_turn(); }
 
 template <class F> struct Call { static F* body; };
 template <class F> F* Call<F>::body;
-template <class F> static void fibre() {
+template <class F> static void fibre() {  // of one thread, in block after block
   unsigned me = threadIdx.x;
-  (*Call<F>::body)();
-  over[me] = 1;
+  for (;;) {
+    (*Call<F>::body)();
+    fibres[me].over = true;
+    wait_for_turn();
+  }
 }
 
 template <class F> static void run(unsigned grid, unsigned block, F body) {
@@ -39,23 +53,21 @@ template <class F> static void run(unsigned grid, unsigned block, F body) {
   std::vector<char> stacks(stack * block);
   blockDim.x = block;
   Call<F>::body = &body;
+  fibres = std::vector<Fibre>(block);
+  for (unsigned i = 0; i < block; ++i) {
+    getcontext(&fibres[i].begin);
+    fibres[i].begin.uc_stack.ss_sp = &stacks[i * stack];
+    fibres[i].begin.uc_stack.ss_size = stack;
+    makecontext(&fibres[i].begin, fibre<F>, 0);
+  }
   for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-    fibres.assign(block, ucontext_t());
-    over.assign(block, 0);
-    for (unsigned i = 0; i < block; ++i) {
-      getcontext(&fibres[i]);
-      fibres[i].uc_stack.ss_sp = &stacks[i * stack];
-      fibres[i].uc_stack.ss_size = stack;
-      fibres[i].uc_link = &scheduler;
-      makecontext(&fibres[i], fibre<F>, 0);
-    }
+    for (unsigned i = 0; i < block; ++i) fibres[i].over = false;
     for (bool alive = true; alive;) {
       alive = false;
       for (unsigned i = 0; i < block; ++i)
-        if (!over[i]) {
-          threadIdx.x = i;
-          swapcontext(&scheduler, &fibres[i]);
-          alive = alive || !over[i];
+        if (!fibres[i].over) {
+          turn_of(i);
+          alive = alive || !fibres[i].over;
         }
     }
   }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...backend import HostArray, dtype_name, on_device, to_host
+from ...backend import HostArray, dtype_name, to_host
 from ...config import Site
 from ...errors import DtypeError, ShapeError
 from ...params import Adapter
@@ -101,8 +101,6 @@ def check(adapter: Any, site: str, d_out: int, d_in: int, dtype: str) -> int:
         value = getattr(adapter, part)
         if value is None:
             continue
-        if on_device(value):
-            refuse(f"{site}: {part}", "an array of the host", "one of a device")
         if dtype_name(value) != dtype:
             raise DtypeError(f"{site}: {part}: expected {dtype} as the other adapters, got {dtype_name(value)}")
         if tuple(value.shape) != shape:

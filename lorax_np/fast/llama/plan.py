@@ -2,22 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...backend import HostArray, compute_dtype, dtype_name
+from ...backend import HostArray
 from ...config import Site
-from ...errors import ConfigError, ShapeError
+from ...errors import ConfigError
 from ...params import Adapter
 from . import groups as grouped
 from .batch import Batch, batch_of
 from .branches import Sums
+from .checks import check_parts, checked, lies_on_device, nothing_beside
 from .groups import Group
 from .head import Head
 from .passes import Buffers, Model, Worker
 from .room import Run, fresh
-from .shape import SITES, check_names, read_shape, refuse
 from .threads import in_threads, shares, worker_count
-from .weights import EMBEDDINGS, Frozen, Weights, products_of
+from .weights import Frozen, Weights
+
+if TYPE_CHECKING:
+    from ..device import DeviceLlama
 
 
 def llama_plan(
@@ -30,19 +33,21 @@ def llama_plan(
     workers: int | str = "auto",
     checkpoint: bool = False,
     rows: int = 512,
-) -> "LlamaPlan":
-    """Prepare what is frozen of a Llama for training its adapters, on the CPU.
+) -> "LlamaPlan | DeviceLlama":
+    """Prepare what is frozen of a Llama for training its adapters, where its weights lie.
 
     weights : arrays by their names in a Hugging Face checkpoint; copied here, stacked. With a method
-              into(name, out), which writes one matrix out, the matrices are asked for layer by layer instead
+              into(name, out), which writes one matrix out, the matrices are asked for layer by layer instead.
+              On a device they are read where they lie, and have to be of the dtype computed in
     config : of its config.json, or a Model's; model_type llama, mistral, or qwen2
     adapters, sites : by dotted name, for any of the seven linear layers of any layers. Only parts, shapes and
               dtype are read here, values in each step. All float32 or all float64, which is computed in
     saved : what trains beside adapters; anything there is refused
-    workers : threads, each with whole sequences and a BLAS of one thread; "auto" for one a core
+    workers : threads, each with whole sequences and a BLAS of one thread; "auto" for one a core. On a device
+              there is none
     checkpoint : keep only the residual stream, and do each layer's forward again in the backward: the same bits
     rows : about how many tokens a worker has at once, whole sequences, the rest one after another: what is kept
-           grows with them; with fewer, products are slower (by 8 % at 256)
+           grows with them; with fewer, products are slower (by 8 % at 256). On a device all are there at once
 
     Raises ConfigError for whatever the plan does not compute, such as DoRA: the general pass does. ShapeError
     and DtypeError where weights or adapters do not fit the config. Source: specs/training_speed.md.
@@ -59,6 +64,10 @@ def llama_plan(
     >>> bool(abs(loss - np.log(5)) < 1e-12)
     True
     """
+    if lies_on_device(weights):
+        from ..device import DeviceLlama
+
+        return DeviceLlama(weights, config, adapters, sites, saved or {}, checkpoint=checkpoint)
     how: Any = {"workers": workers, "checkpoint": checkpoint, "rows": rows}
     return LlamaPlan(weights, config, adapters, sites, saved or {}, **how)
 
@@ -79,20 +88,11 @@ class LlamaPlan:
         rows: int,
     ) -> None:
         """As llama_plan."""
-        self.shape, self.workers, self.checkpoint = read_shape(config), workers, checkpoint
+        self.shape, products, self._parts, dtype = checked(weights, config, adapters, sites, saved)
+        self.workers, self.checkpoint, self.rows = workers, checkpoint, rows
         worker_count(workers, 1)
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ConfigError(f"rows: expected a number of at least 1, got {rows!r}")
-        self.rows = rows
-        check_names(self.shape, weights)
-        _nothing_beside(saved)
-        self._parts = {site: _shapes(adapter) for site, adapter in adapters.items()}
-        ranks = {site: 0 if parts[0] is None else parts[0][0] for site, parts in self._parts.items()}
-        products = [products_of(self.shape, i, ranks) for i in range(self.shape.layers)]
-        _check_sites(adapters, sites, {name for layer in products for p in layer.values() for name in p.sites})
-        dtype = _dtype(adapters, weights)
-        for product in (product for layer in products for product in layer.values()):
-            grouped.check_all(product, adapters, dtype)  # before all weights are copied
         self.weights = Weights(weights, self.shape, products, dtype)
         self.groups = [
             {
@@ -191,12 +191,8 @@ class LlamaPlan:
 
     def _model(self, adapters: Mapping[str, Adapter], saved: Mapping[str, Any] | None) -> Model:
         """What workers read: the step's adapters put in place, now or as each layer is written out."""
-        _nothing_beside(saved or {})
-        for site, parts in self._parts.items():
-            came = _shapes(adapters[site]) if site in adapters else "no adapter"
-            if came != parts:
-                raise ShapeError(f"{site}: expected (A, B, m, b, bB) of {parts}, set by the plan, got {came}")
-        _check_sites(adapters, self._parts, set(self._parts))
+        nothing_beside(saved or {})
+        check_parts(adapters, self._parts)
         for layer in self.groups:
             for group in layer.values():
                 grouped.fill(group, adapters)
@@ -224,38 +220,6 @@ class LlamaPlan:
                     sums = [self._sums[who][i][name] for who in used] or [_room(group, zero=True)]
                     found |= grouped.records(group, sums)
         return {site: found[site] for site in adapters}
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _check_sites(adapters: Mapping[str, Adapter], sites: Mapping[str, Any], known: set[str]) -> None:
-    for site, adapter in adapters.items():
-        if site not in known:
-            refuse(site, f"one of {', '.join(SITES)} of a layer", "another place")
-        if site not in sites and getattr(adapter, "A", None) is not None:
-            raise ConfigError(f"sites: expected {site}, which adapters has, got none")
-
-
-def _nothing_beside(saved: Mapping[str, Any]) -> None:
-    for name in saved:
-        refuse(name, "nothing trained beside adapters", "a whole array")
-
-
-def _shapes(adapter: Adapter) -> tuple[tuple[int, ...] | None, ...]:
-    """Of an adapter's parts, None where absent."""
-    parts = (getattr(adapter, part, None) for part in ("A", "B", "m", "b", "bB"))
-    return tuple(None if part is None else tuple(part.shape) for part in parts)
-
-
-def _dtype(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> str:
-    """float32 or float64: what the embeddings are computed in, which the adapters have to be in."""
-    parts = (getattr(adapter, part, None) for adapter in adapters.values() for part in ("A", "B", "b", "bB"))
-    found = sorted({dtype_name(part) for part in parts if part is not None})
-    base = compute_dtype(weights[EMBEDDINGS]) if EMBEDDINGS in weights else "float32"
-    if not set(found) <= {base}:
-        refuse("adapters", f"{base} throughout, as the weights are computed in", ", ".join(found))
-    return base
 
 
 def _room(group: Group, *, zero: bool = False) -> Sums:

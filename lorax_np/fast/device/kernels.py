@@ -1,0 +1,171 @@
+"""The kernels as functions of arrays, for one library, dtype and size of a head. Nothing waits for a device."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...backend import from_host
+from ...random import LANES, DropoutKey, kept_lanes
+from ..gpu_arrays import Device, column_sums, contiguous, functions_of, u32
+from ..gpu_kernels import ENTRIES, name_of
+from ..gpu_kernels import THREADS as BLOCK
+from . import attention_source, source
+from .attention_source import THREADS, chunks_of
+
+NOTHING = np.uint64(0)  # a pointer to nothing
+NO_WINDOW = 2**32 - 1
+
+
+class Places(NamedTuple):
+    """Where a step's tokens lie, on the device."""
+
+    lengths: tuple[int, ...]
+    starts: Device  # (S + 1,) uint32
+    index: Device  # (S,) uint64
+    place: Device  # (N,) uint32, of each token in its sequence
+    ids: Device  # (N,) uint32
+    chosen: Device  # (M,) uint32, the rows that carry a label
+    labels: Device  # (M,) uint32, their labels
+    cosine: Device  # (longest, D/2)
+    sine: Device
+
+
+def words(lib: Any, *arrays: Any) -> list[Device]:
+    """Integers of the host as uint32 on the device, all in one copy."""
+    flat = from_host(np.concatenate([np.asarray(x, "uint32") for x in arrays]), lib)
+    ends = np.cumsum([len(x) for x in arrays]).tolist()
+    return [flat[end - len(x) : end] for x, end in zip(arrays, ends, strict=True)]
+
+
+class Kernels:
+    """Functions of arrays without gaps, of one dtype."""
+
+    def __init__(self, lib: Any, dtype: str, shape: Any) -> None:
+        """shape : a LlamaShape; its heads have to fit a kernel of chunks_of."""
+        self.lib, self.type = lib, np.dtype(dtype).type
+        self.H, self.K, self.D, self.eps = shape.H, shape.K, shape.D, self.type(shape.eps)
+        found = chunks_of(shape.D, np.dtype(dtype).itemsize)
+        self.rows = functions_of(lib, source.SOURCE, tuple(name_of(name, dtype) for name in source.NAMES))
+        of_heads = tuple(name_of(name, dtype, str(found)) for name in attention_source.NAMES)
+        self.heads = functions_of(lib, attention_source.SOURCE, of_heads)
+        self.height = min(32, 512 // ((found or 1) * np.dtype(dtype).itemsize))  # of a tile
+
+    def empty(self, *shape: int) -> Device:
+        """An array of arbitrary content."""
+        return self.lib.empty(shape, dtype=self.type)
+
+    # ---- rows ----------------------------------------------------------------------------------------------
+
+    def _by_row(self, name: str, count: int, *arguments: Any) -> None:
+        if count:
+            self.rows[name]((count,), (BLOCK,), arguments)
+
+    def _by_entry(self, name: str, count: int, *arguments: Any) -> None:
+        if count:
+            self.rows[name]((-(-count // BLOCK),), (BLOCK,), arguments)
+
+    def take(self, table: Device, rows: Device) -> Device:
+        """table[rows] : (M, d)."""
+        out = self.empty(rows.shape[0], table.shape[1])
+        self._by_row("take_rows", out.shape[0], out, table, rows, u32(table.shape[1]))
+        return out
+
+    def put(self, out: Device, x: Device, rows: Device) -> None:
+        """out[rows] = x."""
+        self._by_row("put_rows", x.shape[0], out, x, rows, u32(x.shape[1]))
+
+    def add_rms(self, h: Device, y: Device | None, w: Device) -> tuple[Device, Device]:
+        """h + y, or h itself where there is no y, and its norm times w."""
+        N, d = h.shape
+        x, total = self.empty(N, d), h if y is None else self.empty(N, d)
+        more = NOTHING if y is None else y
+        self._by_row("add_rms", N, x, total, h, more, w, u32(d), self.eps)
+        return total, x
+
+    def rms_back(self, g: Device, gx: Device, h: Device, w: Device) -> None:
+        """g += the gradient by h of its norm times w, whose gradient is gx."""
+        N, d = h.shape
+        self._by_row("rms_back", N, g, gx, h, w, u32(d), self.eps)
+
+    def cross_entropy(self, z: Device, labels: Device, n: int, *, gradient: bool) -> Device:
+        """Σ nll of rows of logits in float64, (1,); z becomes its gradient where that is wanted."""
+        M, V = z.shape
+        nll = self.lib.empty((M, 1), dtype=np.float64)
+        self._by_row("cross_entropy", M, nll, z, labels, u32(V), np.float64(n), u32(gradient))
+        return column_sums(nll)
+
+    # ---- entries -------------------------------------------------------------------------------------------
+
+    def turn(self, qkv: Device, where: Places, *, back: bool = False) -> None:
+        """Queries and keys turned by their places, or back, where they lie."""
+        heads, N, sign = self.H + self.K, qkv.shape[0], self.type(-1 if back else 1)
+        count, angles = N * heads * self.D // 2, (where.cosine, where.sine, where.place)
+        sizes = u32(heads), u32(self.D), u32(qkv.shape[1]), np.uint64(count)
+        self._by_entry("turn", count, qkv, *angles, *sizes, sign)
+
+    def swiglu(self, gu: Device) -> Device:
+        """silu(u)∘w of [u w] : (N, 2 ff)."""
+        N, ff = gu.shape[0], gu.shape[1] // 2
+        y = self.empty(N, ff)
+        self._by_entry("swiglu", N * ff, y, gu, u32(ff), np.uint64(N * ff))
+        return y
+
+    def swiglu_back(self, gu: Device, gy: Device) -> None:
+        """gu becomes the gradient by it."""
+        N, ff = gy.shape
+        self._by_entry("swiglu_back", N * ff, gu, gy, u32(ff), np.uint64(N * ff))
+
+    # ---- masks ---------------------------------------------------------------------------------------------
+
+    def keep(self, x: Device, where: Places, drop: DropoutKey) -> Device:
+        """x∘mask without the factor 1/(1 − p), each sequence by its number."""
+        out = self.empty(*x.shape)
+        self._by_sequence("keep_rows", where, x.shape[1], drop, out, x)
+        return out
+
+    def keep_back(self, gx: Device, t: Device, x: Device, where: Places, drop: DropoutKey) -> Device:
+        """gx += t∘mask; returns x∘mask."""
+        out = self.empty(*x.shape)
+        self._by_sequence("keep_back", where, x.shape[1], drop, gx, t, out, x)
+        return out
+
+    def _by_sequence(self, name: str, where: Places, k: int, drop: DropoutKey, *arrays: Device) -> None:
+        blocks = -(-max(where.lengths, default=0) * k // (ENTRIES * BLOCK))
+        if blocks:
+            key = (np.uint64(drop.seed), np.uint64(drop.site), np.uint64(drop.step))
+            about = where.starts, where.index, u32(k), u32(blocks), *key, u32(LANES - kept_lanes(drop.p))
+            self.rows[name]((blocks * len(where.lengths),), (BLOCK,), (*arrays, *about))
+
+    # ---- attention -----------------------------------------------------------------------------------------
+
+    def attend(self, qkv: Device, where: Places, window: int | None) -> tuple[Device, Device]:
+        """o : (N, H·D) and L : (N, H) of turned queries and keys, and values."""
+        N = qkv.shape[0]
+        o, L = self.empty(N, self.H * self.D), self.empty(N, self.H)
+        self._by_tile("attend", self.H, where, window, o, L, qkv)
+        return o, L
+
+    def attend_back(
+        self, go: Device, o: Device, L: Device, qkv: Device, where: Places, window: int | None
+    ) -> Device:
+        """The gradient by qkv, from that by o."""
+        g, delta = self.empty(*qkv.shape), self.empty(*L.shape)
+        self._by_tile("attend_back_q", self.H, where, window, g, delta, go, o, L, qkv)
+        self._by_tile("attend_back_kv", self.K, where, window, g, delta, go, L, qkv)
+        return g
+
+    def _by_tile(self, name: str, heads: int, where: Places, window: int | None, *arrays: Device) -> None:
+        tiles = -(-max(where.lengths, default=0) // self.height)
+        if tiles:
+            sizes = map(u32, (tiles, self.H, self.K, self.D, NO_WINDOW if window is None else window))
+            arguments = (*arrays, where.starts, *sizes, self.type(self.D**-0.5))
+            self.heads[name]((tiles * heads * len(where.lengths),), (THREADS,), arguments)
+
+
+def angles(lib: Any, longest: int, turns: Sequence[float], factor: float, dtype: str) -> tuple[Device, Device]:
+    """Cosines and sines of each place, (longest, D/2), computed in float64."""
+    angle = np.arange(longest)[:, None] * np.asarray(turns)
+    both = factor * np.stack([np.cos(angle), np.sin(angle)])
+    found = from_host(both.astype(dtype), lib)
+    return contiguous(found[0]), contiguous(found[1])
