@@ -24,17 +24,25 @@ def product(a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float =
     a : (m, k), b : (k, n), out : (m, n)   of any real dtypes; a and b as they lie, transposed views too
     Factors of one dtype are read as they are, float16 and bfloat16 by the device's matrix units; others cast.
     """
+    if not out.size:
+        return
+    if not a.shape[1]:  # a sum over no tokens
+        if beta:
+            out *= beta
+        else:
+            out.fill(0)
+        return
     kinds, to = {dtype_name(a), dtype_name(b)}, dtype_name(out)
     if len(kinds) == 1 and to in (*kinds, compute_dtype(a)):
-        gemm(a, b, out, alpha, beta)
+        _gemm(a, b, out, alpha, beta)
         return
     wide = "float64" if "float64" in (*kinds, to) else "float32"
     a, b = cast(a, wide), cast(b, wide)
     if to == wide:
-        gemm(a, b, out, alpha, beta)
+        _gemm(a, b, out, alpha, beta)
         return
     t = empty(out, out.shape, wide)
-    gemm(a, b, t, alpha, 0.0)
+    _gemm(a, b, t, alpha, 0.0)
     if beta not in (0.0, 1.0):
         out *= beta
     if beta:
@@ -43,24 +51,11 @@ def product(a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float =
         out[...] = cast(t, to)
 
 
-def gemm(a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float = 0.0) -> None:
-    """product of two factors of one dtype that cuBLAS can add up in out's, by one call of it.
-
-    out : its rows may lie apart, as columns of a wider array do
-    cuBLAS counts along columns, where out and both factors are the transposes of ours.
-    """
+def _gemm(a: Device, b: Device, out: Device, alpha: float, beta: float) -> None:
+    """One call of cuBLAS. It counts along columns, where out and both factors are the transposes of ours."""
     (m, k), n, lib = a.shape, b.shape[1], namespace_of(out=out)
-    if not out.size:
-        return
-    if not k:  # a sum over no tokens
-        if beta:
-            out *= beta
-        else:
-            out[...] = 0
-        return
     a, across_a, step_a = _laid(a)
     b, across_b, step_b = _laid(b)
-    step = n if m == 1 else out.strides[0] // out.itemsize
     wide = dtype_name(out) == "float64"
     scale = np.array([alpha, beta], dtype=np.float64 if wide else np.float32)
     at = scale.ctypes.data
@@ -71,7 +66,7 @@ def gemm(a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float = 0.
     call(
         *(handle, across_b, across_a, n, m, k),
         *(at, b.data.ptr, TYPES[dtype_name(b)], step_b, a.data.ptr, TYPES[dtype_name(a)], step_a),
-        *(at + scale.itemsize, out.data.ptr, TYPES[dtype_name(out)], step),
+        *(at + scale.itemsize, out.data.ptr, TYPES[dtype_name(out)], n),
         *(IN_FLOAT64 if wide else IN_FLOAT32, ANY_ALGORITHM),
     )
 

@@ -2,13 +2,15 @@
 
 import sys
 
+import numpy as np
 import pytest
 import standin
 
+import lorax_np as lx
 from lorax_np import Adapter
 from lorax_np.fast.device import attention_source, source
 from lorax_np.fast.llama import llama_plan
-from tests.fast.plain_llama import CONFIG, Case
+from tests.fast.plain_llama import CONFIG, DROPOUT, PARTS, Case
 
 pytestmark = standin.needs_compiler
 MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 5}
@@ -42,7 +44,7 @@ class There(Case):
 
     def there(self):
         return {
-            site: Adapter(**{part: moved(getattr(a, part)) for part in ("A", "B", "b", "bB")})
+            site: Adapter(**{part: moved(getattr(a, part)) for part in PARTS})
             for site, a in self.adapters.items()
         }
 
@@ -51,8 +53,7 @@ class There(Case):
         how = {"n": n, "dropout": self.drop}
         loss, found, _ = (plan or self.plan()).loss_and_gradients(self.there(), {}, *where, **how)
         return float(loss.host), {
-            site: Adapter(**{part: read(getattr(g, part)) for part in ("A", "B", "b", "bB")})
-            for site, g in found.items()
+            site: Adapter(**{part: read(getattr(g, part)) for part in PARTS}) for site, g in found.items()
         }
 
 
@@ -78,7 +79,7 @@ FAULTS = {
     ),
     "a window too wide": (attention_source, "t - s < window;", "t - s <= window;"),
     "scores without scale": (attention_source, "= scale * sum[r][c];", "= sum[r][c];"),
-    "one query's head of a key": (attention_source, "each < (head + 1) * group", "each < head * group + 1"),
+    "one query's head of a key": (attention_source, "i < group; ++i) sum", "i < 1; ++i) sum"),
     "no delta": (attention_source, "(R[r][c] - delta[ty + 8 * r])", "R[r][c]"),
     "the norm's second term": (source, "gx[row + j] * w[j] - h[row + j] * c)", "gx[row + j] * w[j])"),
     "no slope of the gate": (source, "(sigma + u * sigma * (1 - sigma))", "sigma"),
@@ -97,3 +98,94 @@ def test_planted_faults_are_seen(cupy, fault, monkeypatch):
     found = case.gradients()
     with pytest.raises(AssertionError):
         case.assert_right(found)
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------
+
+
+def same_bits(one, other):
+    assert one[0] == other[0]
+    for site, g in other[1].items():
+        for part in PARTS:
+            np.testing.assert_array_equal(getattr(one[1][site], part), getattr(g, part))
+
+
+def test_a_step_repeats_its_bits_and_checkpointing_changes_none(cupy):
+    case = There(p=0.1, lengths=(20, 3, 40))
+    plan = case.plan()
+    first = case.gradients(plan)
+    same_bits(case.gradients(plan), first)
+    same_bits(case.gradients(case.plan(checkpoint=True)), first)
+
+
+def test_a_loss_alone_drops_nothing(cupy):
+    case, plain = There(p=0.1, lengths=(20, 3)), There(lengths=(20, 3))
+    *where, n = case.batch
+    got = float(case.plan().loss(case.there(), {}, *where, n=n).host)
+    assert got == plain.gradients()[0] != case.gradients()[0]
+
+
+def test_of_no_tokens_and_of_no_labels_all_is_zero(cupy):
+    case = There(p=0.1, biases=True, config=CONFIG | {"num_hidden_layers": 1})
+    for N in (0, 3):
+        batch = np.zeros(N, "int64"), [0, N], [0], np.full(N, -100)
+        loss, found, _ = case.plan().loss_and_gradients(case.there(), {}, *batch, n=1, dropout=DROPOUT)
+        assert loss.host == 0
+        for g in found.values():
+            assert all(not value.host.any() for part in PARTS if (value := getattr(g, part)) is not None)
+
+
+def test_float32_is_as_far_from_float64_as_its_roundings_explain(cupy):
+    """A relative change of 2^-24 of every weight is what one rounding of each does; a pass has some dozens."""
+    how = {"p": 0.1, "lengths": (40, 3, 17)}
+    narrow, wide, moved = There(dtype="float32", **how), There(**how), There(**how)
+    rng = np.random.default_rng(0)
+    for case, change in ((wide, 0.0), (moved, 2.0**-24)):
+        case.weights = {
+            name: value.astype("float64") * (1 + change * rng.choice([-1, 1], value.shape))
+            for name, value in narrow.weights.items()
+        }
+        case.adapters = {
+            site: Adapter(a.A.astype("float64"), a.B.astype("float64")) for site, a in narrow.adapters.items()
+        }
+    got, want, off = (case.gradients() for case in (narrow, wide, moved))
+    assert abs(got[0] - want[0]) <= 64 * 2.0**-24 * abs(want[0])
+    for site, g in want[1].items():
+        for part in "AB":
+            right, found = getattr(g, part), getattr(got[1][site], part)
+            assert found.dtype == np.float32
+            unit = np.linalg.norm(getattr(off[1][site], part) - right)
+            assert 0 < np.linalg.norm(found - right) <= 64 * unit, (site, part)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+def refused(case, words, error=lx.ConfigError):
+    with pytest.raises(error) as caught:
+        case.plan()
+    assert words in str(caught.value)
+
+
+def test_what_it_does_not_compute_is_left_to_the_general_pass(cupy):
+    refused(There(dtype="float64", config=CONFIG | {"head_dim": 130}), "head_dim: expected a head that fits")
+    narrow = There(dtype="float32")
+    name = "model.layers.1.mlp.up_proj.weight"
+    narrow.weights = {**narrow.weights, name: narrow.weights[name].astype("float16")}
+    refused(narrow, f"{name}: expected float32, set by the adapters in the planned Llama pass, got float16")
+    missing = There()
+    missing.weights = {key: value for key, value in missing.weights.items() if key != name}
+    refused(missing, f"{name}: expected (40, 24), set by the config, got nothing", lx.ShapeError)
+
+
+def test_weights_and_adapters_lie_in_one_place(cupy):
+    case = There()
+    site = next(iter(case.adapters))
+    with pytest.raises(
+        lx.ConfigError, match=f"{site}: A: expected one of a device in the .*, got an array of the host"
+    ):
+        llama_plan(case.plan().layers and case.own, case.config, case.adapters, case.sites, {})
+    with pytest.raises(
+        lx.ConfigError, match=f"{site}: A: expected an array of the host in the .*, got one of a device"
+    ):
+        llama_plan(case.weights, case.config, case.there(), case.sites, {})

@@ -14,6 +14,9 @@ import standin
 import lorax_np as lx
 from lorax_np.backend import cast
 from lorax_np.fast import gpu, gpu_arrays, gpu_kernels, gpu_products
+from lorax_np.fast.device import attention_source, source
+from lorax_np.fast.device.attention_source import chunks_of
+from lorax_np.fast.gpu_kernels import name_of
 from lorax_np.random import DropoutKey
 
 WORD = np.dtype(ml_dtypes.bfloat16)
@@ -61,6 +64,26 @@ def compiled(nvrtc, source, names, arch):
 def test_every_kernel_compiles_for_a_device(nvrtc, arch):
     names = gpu_kernels.every_kernel() if arch == 90 else gpu_kernels.every_kernel()[::7]
     assert compiled(nvrtc, gpu_kernels.SOURCE, names, arch) == (0, "")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("module", [source, attention_source])
+def test_every_kernel_of_a_model_compiles_for_a_device(nvrtc, module, arch):
+    chunks = attention_source.CHUNKS if module is attention_source else (0,)
+    names = [
+        name_of(name, dtype, *[str(C)] * bool(C))
+        for C in (chunks if arch == 90 else chunks[2:3] or chunks)
+        for dtype, size in (("float32", 4), ("float64", 8))
+        for name in module.NAMES
+        if not C or chunks_of(16 * C, size)
+    ]
+    assert compiled(nvrtc, module.SOURCE, names, arch) == (0, "")
+
+
+def test_every_kernel_of_a_model_is_listed():
+    for module in (source, attention_source):
+        own = module.SOURCE.removeprefix(gpu_kernels.SOURCE)
+        assert set(re.findall(r"__global__ void (\w+)", own)) == set(module.NAMES)
 
 
 def test_a_fault_does_not_compile(nvrtc):

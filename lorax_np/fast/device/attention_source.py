@@ -2,7 +2,7 @@
 
 A block of 128 threads, 8 × 16, has a tile of rows of one sequence and head, and goes over the tiles that it
 sees, or that see it; tiles lie in shared memory, what is added up in registers. Nothing is added atomically:
-the gradients of a key head are added up over its queries' heads by one block. specs/training_speed.md.
+the gradients of a key head are added up over its queries' heads in their order. specs/training_speed.md.
 """
 
 from ..gpu_kernels import SOURCE as COMMON
@@ -13,7 +13,7 @@ CHUNKS = 1, 2, 4, 8, 16  # columns of a head by sixteens; one kernel each
 ATTENTION = r"""
 // rows of a tile: as many as fit four times into shared memory, beside their products
 template <class T, int C> struct Tile {
-  static constexpr int B = 512 / (C * (int)sizeof(T)) < 32 ? 512 / (C * (int)sizeof(T)) : 32;
+  static constexpr int B = 128 / (int)sizeof(T) / (C < 4 ? 1 : C / 4);
   static constexpr int P = 16 * C + 1;       // a row's step: odd, so that a column's entries lie in all banks
   static constexpr int I = B / 8;            // rows of a thread: ty, ty + 8, ...
   static constexpr int J = (B + 15) / 16;    // and columns of scores: tx, tx + 16, ...
@@ -58,8 +58,8 @@ __device__ inline void add_up(T sum[I][C], const T* s, const T* x, int tx, int t
 __device__ inline bool sees(u32 t, u32 s, u32 window) { return s <= t && t - s < window; }
 
 #define PLACES const u32* starts, u32 tiles, u32 H, u32 K, u32 D, u32 window, T scale
-#define MY_PLACE(heads) \
-  u32 tile = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, sequence = blockIdx.x / tiles / heads; \
+#define MY_PLACE \
+  u32 tile = blockIdx.x % tiles, head = blockIdx.x / tiles % H, sequence = blockIdx.x / tiles / H; \
   u32 begin = starts[sequence], end = starts[sequence + 1], first = begin + tile * B; \
   if (first >= end) return; \
   u32 width = (H + 2 * K) * D, group = H / K;
@@ -70,7 +70,7 @@ __device__ inline bool sees(u32 t, u32 s, u32 window) { return s <= t && t - s <
 template <class T, int C>
 __global__ void attend(T* o, T* L, const T* qkv, PLACES) {
   TILE
-  MY_PLACE(H)
+  MY_PLACE
   __shared__ T q[B * P], kv[B * P], s[B * (B + 1)], part[B * (128 / B)], top[B], total[B], by[B];
   constexpr int G = 128 / B;                   // threads that share a row of scores
   int row = threadIdx.x / G, lane = threadIdx.x % G;
@@ -146,7 +146,7 @@ __global__ void attend(T* o, T* L, const T* qkv, PLACES) {
 template <class T, int C>
 __global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T* L, const T* qkv, PLACES) {
   TILE
-  MY_PLACE(H)
+  MY_PLACE
   __shared__ T q[B * P], out[B * P], k[B * P], v[B * P], s[B * (B + 1)], high[B], delta[B];
   T S[I][J], R[I][J], sum[I][C];
   for (int r = 0; r < I; ++r) for (int c = 0; c < C; ++c) sum[r][c] = 0;
@@ -181,52 +181,63 @@ __global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T*
         g[(u64)(first + ty + 8 * r) * width + head * D + tx + 16 * c] = scale * sum[r][c];
 }
 
-// gk and gv of a key head, over its queries' heads
+// gk and gv of a key head by one of its queries' heads: (N, H, 2·D)
 template <class T, int C>
 __global__ void attend_back_kv(T* g, const T* deltas, const T* go, const T* L, const T* qkv, PLACES) {
   TILE
-  MY_PLACE(K)
+  MY_PLACE
   __shared__ T q[B * P], out[B * P], k[B * P], v[B * P], s[B * (B + 1)], p[B * (B + 1)], high[B], delta[B];
   T S[I][J], R[I][J], of_k[I][C], of_v[I][C];
   for (int r = 0; r < I; ++r) for (int c = 0; c < C; ++c) of_k[r][c] = of_v[r][c] = 0;
-  bring<T, B, P>(k, qkv + (H + head) * D, first, end, width, D, (T)1);
-  bring<T, B, P>(v, qkv + (H + K + head) * D, first, end, width, D, (T)1);
+  bring<T, B, P>(k, qkv + (H + head / group) * D, first, end, width, D, (T)1);
+  bring<T, B, P>(v, qkv + (H + K + head / group) * D, first, end, width, D, (T)1);
   u32 key = first, last = end - first < window ? end : first + B - 1 + window;  // whose rows see this tile
   if (last > end || last < first) last = end;
-  for (u32 each = head * group; each < (head + 1) * group; ++each)
-    for (u32 query = first; query < last; query += B) {
-      __syncthreads();
-      bring<T, B, P>(q, qkv + each * D, query, end, width, D, scale);
-      bring<T, B, P>(out, go + each * D, query, end, H * D, D, (T)1);
-      if (threadIdx.x < B) {
-        u32 t = query + threadIdx.x;
-        high[threadIdx.x] = t < end ? L[(u64)t * H + each] : (T)0;
-        delta[threadIdx.x] = t < end ? deltas[(u64)t * H + each] : (T)0;
-      }
-      __syncthreads();
-      SLOPES(q, k, out, v)
-      for (int r = 0; r < I; ++r)
-        for (int c = 0; c < J; ++c)
-          if (tx + 16 * c < B) {
-            s[(ty + 8 * r) * (B + 1) + tx + 16 * c] = R[r][c];
-            p[(ty + 8 * r) * (B + 1) + tx + 16 * c] = S[r][c];
-          }
-      __syncthreads();
-      add_up<T, B, P, I, C, true>(of_k, s, q, tx, ty);
-      add_up<T, B, P, I, C, true>(of_v, p, out, tx, ty);
+  for (u32 query = first; query < last; query += B) {
+    __syncthreads();
+    bring<T, B, P>(q, qkv + head * D, query, end, width, D, scale);
+    bring<T, B, P>(out, go + head * D, query, end, H * D, D, (T)1);
+    if (threadIdx.x < B) {
+      u32 t = query + threadIdx.x;
+      high[threadIdx.x] = t < end ? L[(u64)t * H + head] : (T)0;
+      delta[threadIdx.x] = t < end ? deltas[(u64)t * H + head] : (T)0;
     }
+    __syncthreads();
+    SLOPES(q, k, out, v)
+    for (int r = 0; r < I; ++r)
+      for (int c = 0; c < J; ++c)
+        if (tx + 16 * c < B) {
+          s[(ty + 8 * r) * (B + 1) + tx + 16 * c] = R[r][c];
+          p[(ty + 8 * r) * (B + 1) + tx + 16 * c] = S[r][c];
+        }
+    __syncthreads();
+    add_up<T, B, P, I, C, true>(of_k, s, q, tx, ty);
+    add_up<T, B, P, I, C, true>(of_v, p, out, tx, ty);
+  }
   for (int r = 0; r < I; ++r)
     for (int c = 0; c < C; ++c)
       if (first + ty + 8 * r < end && tx + 16 * c < D) {
-        T* to = g + (u64)(first + ty + 8 * r) * width + (H + head) * D + tx + 16 * c;
+        T* to = g + ((u64)(first + ty + 8 * r) * H + head) * 2 * D + tx + 16 * c;
         to[0] = of_k[r][c];
-        to[K * D] = of_v[r][c];
+        to[D] = of_v[r][c];
       }
+}
+
+// those of a key head added up over its queries' heads
+template <class T, int C>
+__global__ void gather_kv(T* g, const T* parts, u32 H, u32 K, u32 D, u64 count) {
+  u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+  if (at >= count) return;
+  u32 c = (u32)(at % D), both = (u32)(at / D % 2), head = (u32)(at / D / 2 % K), group = H / K;
+  u64 t = at / D / 2 / K;
+  T sum = 0;
+  for (u32 i = 0; i < group; ++i) sum += parts[((t * H + head * group + i) * 2 + both) * D + c];
+  g[t * (H + 2 * K) * D + (H + both * K + head) * D + c] = sum;
 }
 """
 
 SOURCE = COMMON + ATTENTION
-NAMES = "attend", "attend_back_q", "attend_back_kv"
+NAMES = "attend", "attend_back_q", "attend_back_kv", "gather_kv"
 
 
 def chunks_of(D: int, itemsize: int) -> int | None:
@@ -236,4 +247,9 @@ def chunks_of(D: int, itemsize: int) -> int | None:
     (4, 8, None)
     """
     found = next((C for C in CHUNKS if D <= 16 * C), None)
-    return None if found is None or found * itemsize > 64 else found
+    return None if found is None or height_of(found, itemsize) < 8 else found
+
+
+def height_of(C: int, itemsize: int) -> int:
+    """Rows of a tile, as the source has it."""
+    return 128 // itemsize // max(1, C // 4)

@@ -10,8 +10,9 @@ from ...random import LANES, DropoutKey, kept_lanes
 from ..gpu_arrays import Device, column_sums, contiguous, functions_of, u32
 from ..gpu_kernels import ENTRIES, name_of
 from ..gpu_kernels import THREADS as BLOCK
+from ..gpu_products import ANY_ALGORITHM, IN_FLOAT32, IN_FLOAT64, TYPES
 from . import attention_source, source
-from .attention_source import THREADS, chunks_of
+from .attention_source import THREADS, chunks_of, height_of
 
 NOTHING = np.uint64(0)  # a pointer to nothing
 NO_WINDOW = 2**32 - 1
@@ -49,11 +50,53 @@ class Kernels:
         self.rows = functions_of(lib, source.SOURCE, tuple(name_of(name, dtype) for name in source.NAMES))
         of_heads = tuple(name_of(name, dtype, str(found)) for name in attention_source.NAMES)
         self.heads = functions_of(lib, attention_source.SOURCE, of_heads)
-        self.height = min(32, 512 // ((found or 1) * np.dtype(dtype).itemsize))  # of a tile
+        self.height = height_of(found or 1, np.dtype(dtype).itemsize)  # of a tile
+
+        self._scale = np.empty(2, dtype)  # α and β, which cuBLAS reads while it is called
+        self._at, self._size, self._kind = self._scale.ctypes.data, self._scale.itemsize, TYPES[dtype]
+        self._sum = IN_FLOAT64 if dtype == "float64" else IN_FLOAT32
 
     def empty(self, *shape: int) -> Device:
         """An array of arbitrary content."""
         return self.lib.empty(shape, dtype=self.type)
+
+    # ---- products of arrays by rows, which may lie apart: gpu_products.gemm, with less to find out ----------
+
+    def times(self, a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float = 0.0) -> None:
+        """out ← α·ab + β·out, β = 0 or 1."""
+        self._gemm((a.shape[0], b.shape[1], a.shape[1]), a, 0, b, 0, out, alpha, beta)
+
+    def times_t(self, a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float = 0.0) -> None:
+        """out ← α·abᵀ + β·out."""
+        self._gemm((a.shape[0], b.shape[0], a.shape[1]), a, 0, b, 1, out, alpha, beta)
+
+    def t_times(self, a: Device, b: Device, out: Device, alpha: float = 1.0, beta: float = 0.0) -> None:
+        """out ← α·aᵀb + β·out."""
+        self._gemm((a.shape[1], b.shape[1], a.shape[0]), a, 1, b, 0, out, alpha, beta)
+
+    def _gemm(
+        self,
+        sizes: tuple[int, int, int],
+        a: Device,
+        across_a: int,
+        b: Device,
+        across_b: int,
+        out: Device,
+        alpha: float,
+        beta: float,
+    ) -> None:
+        m, n, k = sizes
+        if not m * n * k:
+            if m * n and not beta:  # a sum over nothing
+                out[...] = 0
+            return
+        self._scale[:] = alpha, beta
+        size, kind, cuda = self._size, self._kind, self.lib.cuda
+        cuda.cublas.gemmEx(
+            *(cuda.get_cublas_handle(), across_b, across_a, n, m, k, self._at),
+            *(b.data.ptr, kind, b.strides[0] // size, a.data.ptr, kind, a.strides[0] // size),
+            *(self._at + size, out.data.ptr, kind, out.strides[0] // size, self._sum, ANY_ALGORITHM),
+        )
 
     # ---- rows ----------------------------------------------------------------------------------------------
 
@@ -143,7 +186,7 @@ class Kernels:
         """o : (N, H·D) and L : (N, H) of turned queries and keys, and values."""
         N = qkv.shape[0]
         o, L = self.empty(N, self.H * self.D), self.empty(N, self.H)
-        self._by_tile("attend", self.H, where, window, o, L, qkv)
+        self._by_tile("attend", where, window, o, L, qkv)
         return o, L
 
     def attend_back(
@@ -151,16 +194,21 @@ class Kernels:
     ) -> Device:
         """The gradient by qkv, from that by o."""
         g, delta = self.empty(*qkv.shape), self.empty(*L.shape)
-        self._by_tile("attend_back_q", self.H, where, window, g, delta, go, o, L, qkv)
-        self._by_tile("attend_back_kv", self.K, where, window, g, delta, go, L, qkv)
+        self._by_tile("attend_back_q", where, window, g, delta, go, o, L, qkv)
+        parts = self.empty(qkv.shape[0], self.H, 2 * self.D)
+        self._by_tile("attend_back_kv", where, window, parts, delta, go, L, qkv)
+        count = qkv.shape[0] * self.K * 2 * self.D
+        if count:
+            sizes = u32(self.H), u32(self.K), u32(self.D), np.uint64(count)
+            self.heads["gather_kv"]((-(-count // BLOCK),), (BLOCK,), (g, parts, *sizes))
         return g
 
-    def _by_tile(self, name: str, heads: int, where: Places, window: int | None, *arrays: Device) -> None:
+    def _by_tile(self, name: str, where: Places, window: int | None, *arrays: Device) -> None:
         tiles = -(-max(where.lengths, default=0) // self.height)
         if tiles:
             sizes = map(u32, (tiles, self.H, self.K, self.D, NO_WINDOW if window is None else window))
             arguments = (*arrays, where.starts, *sizes, self.type(self.D**-0.5))
-            self.heads[name]((tiles * heads * len(where.lengths),), (THREADS,), arguments)
+            self.heads[name]((tiles * self.H * len(where.lengths),), (THREADS,), arguments)
 
 
 def angles(lib: Any, longest: int, turns: Sequence[float], factor: float, dtype: str) -> tuple[Device, Device]:

@@ -14,7 +14,6 @@ from ...config import Site
 from ...params import Adapter
 from ...random import DropoutKey, site_key
 from ..gpu_arrays import Device, column_sums
-from ..gpu_products import gemm
 from .kernels import Kernels, Places
 
 
@@ -84,14 +83,14 @@ class Layer:
             b = bB if b is None else b + bB
         if b is not None:
             y[...] = b
-        gemm(x, self.own[f"{name}.weight"].T, y, 1.0, 0.0 if b is None else 1.0)
+        self.k.times_t(x, self.own[f"{name}.weight"], y, 1.0, 0.0 if b is None else 1.0)
         if adapter is None or adapter.A is None or adapter.B is None:
             return None
         drop, factor = self._drop(name, step)
         z = self.k.empty(x.shape[0], adapter.A.shape[0])
         xd = x if drop is None else self.k.keep(x, step.where, drop)
-        gemm(xd, adapter.A.T, z, factor)
-        gemm(z, adapter.B.T, y, self.sites[name].scaling, 1.0)
+        self.k.times_t(xd, adapter.A, z, factor)
+        self.k.times_t(z, adapter.B, y, self.sites[name].scaling, 1.0)
         return z
 
     def _drop(self, name: str, step: Step) -> tuple[DropoutKey | None, float]:
@@ -144,16 +143,16 @@ class Layer:
         """Adjoint of _linear: gx ← that by x + β·gx, where gx is given."""
         adapter, W = step.adapters.get(self.at + name), self.own[f"{name}.weight"]
         if gx is not None:
-            gemm(gy, W, gx, 1.0, beta)  # (linear.3)
+            self.k.times(gy, W, gx, 1.0, beta)  # (linear.3)
         if adapter is None:
             return
         scaling, gA, gB = self.sites[name].scaling, None, None
         if z is not None and adapter.A is not None and adapter.B is not None:
             gz, gA, gB = (self.k.empty(*like.shape) for like in (z, adapter.A, adapter.B))
-            gemm(gy, adapter.B, gz, scaling)  # (lora.5), (lora.7)
-            gemm(gy.T, z, gB, scaling)  # (lora.6)
+            self.k.times(gy, adapter.B, gz, scaling)  # (lora.5), (lora.7)
+            self.k.t_times(gy, z, gB, scaling)  # (lora.6)
             xd, factor = self._under(name, adapter.A, gz, x, gx, step)
-            gemm(gz.T, xd, gA, factor)  # (lora.8)
+            self.k.t_times(gz, xd, gA, factor)  # (lora.8)
         if adapter.b is None and adapter.bB is None:
             found[self.at + name] = Adapter(gA, gB)
             return
@@ -168,12 +167,12 @@ class Layer:
         drop, factor = self._drop(name, step)
         if drop is None:
             if gx is not None:
-                gemm(gz, A, gx, 1.0, 1.0)  # (lora.9)
+                self.k.times(gz, A, gx, 1.0, 1.0)  # (lora.9)
             return x, factor
         if gx is None:
             return self.k.keep(x, step.where, drop), factor
         t = self.k.empty(*x.shape)
-        gemm(gz, A, t, factor)
+        self.k.times(gz, A, t, factor)
         return self.k.keep_back(gx, t, x, step.where, drop), factor  # (dropout.2)
 
 

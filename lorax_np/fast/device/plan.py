@@ -11,7 +11,6 @@ from ...config import Site
 from ...errors import ConfigError, ShapeError
 from ...params import Adapter
 from ..gpu_arrays import Device, contiguous
-from ..gpu_products import gemm
 from ..llama.batch import batch_of
 from ..llama.checks import check_parts, checked, nothing_beside
 from ..llama.head import IGNORED
@@ -145,10 +144,10 @@ class DeviceLlama:
             rows = where.chosen[part]
             some = self.k.take(x, rows)
             z = self.k.empty(some.shape[0], self.head.shape[0])
-            gemm(some, self.head.T, z)
+            self.k.times_t(some, self.head, z)
             total += self.k.cross_entropy(z, where.labels[part], n, gradient=gradient)
             if gradient:
-                gemm(z, self.head, some)
+                self.k.times(z, self.head, some)
                 self.k.put(gx, some, rows)
         return (total / n).reshape(()), gx
 
