@@ -12,7 +12,18 @@ from typing import Any
 import lorax_np as lx
 
 STAT, CPUINFO, MEMINFO = Path("/proc/stat"), Path("/proc/cpuinfo"), Path("/proc/meminfo")
-PACKAGES = ("numpy", "scipy", "mkl", "ml_dtypes", "torch", "peft", "triton", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "mkl",
+    "ml_dtypes",
+    "torch",
+    "transformers",
+    "peft",
+    "triton",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
 QUIET = 0.12  # of one core's time may go to others
 LOOK = 0.15  # seconds
 

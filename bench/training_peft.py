@@ -30,10 +30,21 @@ class Masks:
 
 
 class Peft:
-    """transformers and PEFT in float32."""
+    """transformers and PEFT in float32.
 
+    device : where it computes;  clip : the norm that gradients are clipped to, 0 clips nothing
+    """
+
+    device, clip = "cpu", 0.0
     masks: tuple[Masks, ...] = ()
     t = 0
+
+    def weights(self) -> tuple[Any, Any]:
+        """The base's tensors by name, and its config."""
+        import lorax_np as lx
+
+        found = lx.open_checkpoint(model_path())
+        return found, found.config
 
     def open(
         self, p: float, checkpoint: bool, workers: int | str = "auto", masks: bool = False
@@ -43,11 +54,9 @@ class Peft:
         import torch
         import transformers
 
-        import lorax_np as lx
-
         self.torch = torch
-        weights = lx.open_checkpoint(model_path())
-        known = {k: v for k, v in weights.config.items() if k not in ("torch_dtype", "model_type")}
+        weights, about = self.weights()
+        known = {k: v for k, v in about.items() if k not in ("torch_dtype", "model_type")}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**known))
         tensors = {name: torch.from_numpy(np.array(weights[name], "float32")) for name in weights}
         model.load_state_dict(tensors, strict=False)
@@ -58,7 +67,7 @@ class Peft:
             model.enable_input_require_grads()
             model.config.use_cache = False
         self.model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
-        given = start(weights, weights.config["num_hidden_layers"])
+        given = start(weights, about["num_hidden_layers"])
         own = dict(self.model.named_modules())
         self.layers = {site: own[f"base_model.model.{site}"] for site in given}
         with torch.no_grad():
@@ -67,9 +76,9 @@ class Peft:
                 self.layers[site].lora_B["default"].weight.copy_(torch.from_numpy(B))
         if masks:
             self._mask(p)
-        self.model.train()
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        self.model.to(self.device).train()
+        self.free = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.free, lr=LR, weight_decay=0.0)
         return {"engine": versions(torch, transformers, peft)}
 
     def loss(self, ids: list[list[int]], labels: list[list[int]]) -> Any:
@@ -80,7 +89,7 @@ class Peft:
         for i, (row, label) in enumerate(zip(ids, labels, strict=True)):
             fill["ids"][i, : len(row)], seen[i, : len(row)] = row, 1
             fill["labels"][i, 1 : len(row)] = label[:-1]
-        tensors = [self.torch.from_numpy(x) for x in (fill["ids"], seen, fill["labels"])]
+        tensors = [self.torch.from_numpy(x).to(self.device) for x in (fill["ids"], seen, fill["labels"])]
         whole = {} if seen.all() else {"attention_mask": tensors[1]}
         return self.model(input_ids=tensors[0], labels=tensors[2], use_cache=False, **whole).loss
 
@@ -99,6 +108,8 @@ class Peft:
         self.optimizer.zero_grad()
         loss = self.loss(ids, labels)
         loss.backward()
+        if self.clip:
+            self.torch.nn.utils.clip_grad_norm_(self.free, self.clip)
         self.optimizer.step()
         return float(loss.detach())
 
@@ -112,7 +123,7 @@ class Peft:
     def trained(self) -> np.ndarray:
         """A and B of every site, one behind another."""
         parts = [
-            x["default"].weight.detach().numpy()
+            x["default"].weight.detach().cpu().numpy()
             for layer in self.layers.values()
             for x in (layer.lora_A, layer.lora_B)
         ]

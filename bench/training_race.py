@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +15,22 @@ from typing import Any
 import numpy as np
 
 from .machine import Gate
-from .training_models import Batch, batches, kind, minilm_ids, next_tokens, smollm2_ids
+from .training_gpu import library
+from .training_models import (
+    Batch,
+    batches,
+    kind,
+    minilm_ids,
+    next_tokens,
+    smollm2_ids,
+    smollm2_or_drawn_ids,
+)
 from .training_rows import Row, Told
 from .turns import ROOT, THREADS
 
 TURN = 2  # steps
-OURS = "ours", "mkl", "minilm", "minilm mkl"
-PEFT, GEMM = ("peft", "minilm peft"), ("gemm", "gemm mkl")
+OURS = "ours", "mkl", "minilm", "minilm mkl", "cupy"
+PEFT, GEMM = ("peft", "minilm peft", "peft gpu"), ("gemm", "gemm mkl")
 
 
 class Process:
@@ -66,7 +76,11 @@ class Process:
 
 @dataclass
 class Found:
-    """What one engine did in one row."""
+    """What one engine did in one row.
+
+    peak : bytes of memory at most: resident, or held by the pool of a device;  used : of a pool, in use at most
+    said : what else the engine says once its steps are done
+    """
 
     engine: str
     about: str
@@ -74,7 +88,9 @@ class Found:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     load: list[float] = field(default_factory=list)
-    peak: int = 0  # bytes
+    peak: int = 0
+    used: int = 0
+    said: str = ""
 
     @property
     def rate(self) -> float:
@@ -89,23 +105,21 @@ class Found:
     def line(self) -> str:
         """What a person reads of it."""
         rate = f"{self.rate:7.1f} tok/s   best {self.best:7.1f}   peak {self.peak / 1e9:5.2f} GB"
-        return f"{self.engine:<10}{rate}   last loss {self.losses[-1]:.4f}"
+        used = f" ({self.used / 1e9:.2f} used)" if self.used else ""
+        said = f"   {self.said}" if self.said else ""
+        return f"{self.engine:<10}{rate}{used}   last loss {self.losses[-1]:.4f}{said}"
 
 
 def race(row: Row, steps: int, gate: Gate, told: Told) -> None:
-    """The engines of a row in turn; what they did goes into `told` as it comes."""
+    """The engines of a row in turn; what they did goes into `told` as it comes. NoDevice where it needs one."""
+    if row.device:
+        library()
     count = row.steps or steps
     live, found = dict[str, Process](), list[Found]()
     try:
         given = text_of(row, count)
-        for engine in row.engines:
-            how = {**row.how, "workers": row.how.get("workers", "auto")}
-            try:
-                live[engine] = Process(engine, how)
-            except RuntimeError as error:
-                told.refused[engine] = str(error)
-                continue
-            found.append(Found(engine, live[engine].about, sum(row.lengths)))
+        start(row, live, told)
+        found += [Found(each, live[each].about, sum(row.lengths)) for each in row.engines if each in live]
         for at in range(0, count, TURN):
             for each in found:
                 load = gate.wait()
@@ -116,7 +130,8 @@ def race(row: Row, steps: int, gate: Gate, told: Told) -> None:
                     each.losses.append(answer["loss"])
                     each.load.append(load)
         for each in found:
-            each.peak = live[each.engine].ask("peak")["bytes"]
+            answer = live[each.engine].ask("peak")
+            each.peak, each.used, each.said = answer["bytes"], answer.get("used", 0), answer.get("said", "")
         if row.steps and len(found) == len(row.engines):
             told.figures |= apart(*(trained(live[engine]) for engine in row.engines[:2]))
     finally:
@@ -129,11 +144,25 @@ def race(row: Row, steps: int, gate: Gate, told: Told) -> None:
         told.figures = figures(row, found) | told.figures
 
 
+def start(row: Row, live: dict[str, Process], told: Told) -> None:
+    """Open the row's engines at once, since much of it is imports; those that do not open are refused."""
+
+    def opened(engine: str) -> None:
+        try:
+            live[engine] = Process(engine, {**row.how, "workers": row.how.get("workers", "auto")})
+        except RuntimeError as error:
+            told.refused[engine] = str(error)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(opened, row.engines))
+
+
 def text_of(row: Row, count: int) -> list[Batch]:
     """So many steps of text, in the tokens of the row's model. RuntimeError where there is no model."""
-    small = "minilm peft" in row.engines
-    ids, label = (minilm_ids(), kind) if small else (smollm2_ids(), next_tokens)
-    return batches(ids, row.lengths, count, label)
+    if "minilm peft" in row.engines:
+        return batches(minilm_ids(), row.lengths, count, kind)
+    ids = smollm2_or_drawn_ids() if row.device else smollm2_ids()
+    return batches(ids, row.lengths, count, next_tokens)
 
 
 def trained(process: Process) -> np.ndarray:

@@ -20,6 +20,15 @@ class Row:
     steps: int = 0  # more than asked for
     goals: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def device(self) -> bool:
+        """Whether it is measured on a GPU."""
+        return "cupy" in self.engines
+
+
+class NoDevice(RuntimeError):
+    """There is no GPU to measure on, with the reason."""
+
 
 @dataclass
 class Told:
@@ -39,6 +48,7 @@ class Told:
 ALL, TWO, MKL = ("ours", "peft", "gemm"), ("ours", "peft"), ("mkl", "peft", "gemm mkl")
 CURVE, FASTER = {"curve": 1e-4}, {"ours / peft": 1.0, "memory": 1.0}
 MINILM = "minilm", "minilm peft"
+GPU, BESIDE = ("cupy", "peft gpu"), {"ours / peft": 0.8, "memory": 0.5}
 ROWS = {
     "p=0": Row("no dropout", engines=ALL, how={"p": 0.0},
                goals={"ours / peft": 1.3, "best ours / best peft": 1.15, "ours / gemm": 0.72, "memory": 0.28}),
@@ -69,6 +79,14 @@ ROWS = {
                          engines=MINILM, how={"p": 0.05}, lengths=(64, 32, 20, 12) * 8, goals=FASTER),
     "mkl minilm": Row("MiniLM-L6 as in minilm, MKL", engines=("minilm mkl", "minilm peft"), how={"p": 0.05},
                       lengths=(64,) * 32, goals=FASTER),
+    "gpu p=0.05": Row("a GPU, dropout 0.05", engines=GPU, how={"p": 0.05}, goals=BESIDE),
+    "gpu p=0": Row("a GPU, no dropout", engines=GPU, how={"p": 0.0}, goals=BESIDE),
+    "gpu checkpoint": Row("a GPU, checkpointing, dropout 0.05", engines=GPU,
+                          how={"p": 0.05, "checkpoint": True}, goals=BESIDE),
+    "gpu padded": Row("a GPU, sequences of 256, 128, 80 and 48 tokens, dropout 0.05", engines=GPU,
+                      how={"p": 0.05}, lengths=UNEVEN, goals=BESIDE),
+    "gpu curve": Row("a GPU, loss of 50 steps from one start, no dropout", engines=GPU, how={"p": 0.0},
+                     steps=50, goals=CURVE),
 }  # fmt: skip
 # figures to stay below
 ATMOST = "memory", "curve", "GB", "float32", "float64", "time off by", "memory off by"

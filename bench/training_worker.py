@@ -1,14 +1,16 @@
 """One engine that trains SmolLM2 in a process of its own: commands as JSON lines in, answers out.
 
 python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the products nobody avoids;
-                                           minilm, minilm mkl, minilm peft; micro: gradients, no training
+                                           minilm, minilm mkl, minilm peft; micro: gradients, no training;
+                                           cupy, peft gpu: on a device
 
 open {p, checkpoint, workers, bits}    the model, and LoRA of rank 16 on all seven linear layers
 step {ids, labels}                     a list of rows each; forward, backward, AdamW: {seconds, loss}
 eval {ids, labels}                     the loss alone
 compare {ids, labels}                  of micro: gaps between its gradients by parts
 adapters {path}                        what trains, in one order for every engine, into a file of NumPy's
-peak                                   most bytes resident since the model was there
+peak                                   most bytes resident since the model was there, or of a device: bytes of
+                                       its pool, those used, and what is said of the passes
 """
 
 import json
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .training_gpu import Cupy, PeftGpu
 from .training_micro import Micro
 from .training_minilm import Ours as MiniLM
 from .training_minilm import OursMkl as MiniLMMkl
@@ -159,6 +162,7 @@ class GemmMkl(Gemm):
 ENGINES = {
     "ours": Ours, "mkl": OursMkl, "peft": Peft, "gemm": Gemm, "gemm mkl": GemmMkl,
     "minilm": MiniLM, "minilm mkl": MiniLMMkl, "minilm peft": MiniLMPeft, "micro": Micro,
+    "cupy": Cupy, "peft gpu": PeftGpu,
 }  # fmt: skip
 
 
@@ -170,11 +174,13 @@ def main() -> None:
         command = json.loads(line)
         do, answer = command.pop("do"), dict[str, Any]()
         try:
+            device = hasattr(engine, "peak")
             if do == "peak":
-                answer = {"bytes": _resident("VmHWM")}
+                answer = engine.peak() if device else {"bytes": _resident("VmHWM")}
             elif do == "open":
                 answer = engine.open(**command)
-                CLEAR.write_text("5")  # what is resident now is where the peak begins
+                if not device:
+                    CLEAR.write_text("5")  # what is resident now is where the peak begins
             elif do == "adapters":
                 np.save(command["path"], engine.trained())
             else:

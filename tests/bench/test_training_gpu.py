@@ -1,0 +1,354 @@
+"""Rows of the bench of training on a GPU, of which all but the device itself is tried here."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import machine, training, training_gpu, training_kernels, training_race
+from bench.training_gpu import Cupy, PeftGpu
+from bench.training_models import ALPHA, LR, RANK, SEED, SMOLLM2, batches, next_tokens, start, tensors
+from bench.training_rows import ROWS, UNEVEN, NoDevice
+from lorax_np.arrays import dtype_name
+
+GPU_ROWS = "gpu p=0.05", "gpu p=0", "gpu checkpoint", "gpu padded", "gpu curve"
+SMALL = {
+    **SMOLLM2,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 96,
+}
+LENGTHS = 12, 7, 3
+
+
+class Small(Cupy):
+    """The engine with NumPy in CuPy's place."""
+
+    xp, shape = np, SMALL
+
+
+class SmallPeft(PeftGpu):
+    device, shape = "cpu", SMALL
+
+
+def given(count):
+    ids = np.random.default_rng(1).integers(0, 96, 500).tolist()
+    return batches(ids, LENGTHS, count, next_tokens)
+
+
+def opened(engine, p=0.0, checkpoint=False):
+    said = engine.open(p=p, checkpoint=checkpoint, workers="auto")["engine"]
+    return engine, said
+
+
+# ---- the engine of lorax_np --------------------------------------------------------------------------------
+
+
+def test_the_first_step_is_adamws_a_rate_by_the_sign():
+    engine, said = opened(Small())
+    assert said.endswith("NumPy, a given shape with random weights")
+    before, (batch,) = engine.trained(), given(1)
+    assert 2 < engine.step(**batch) < 6  # the logarithm of 96 is 4.6
+    step = engine.trained() - before
+    assert before.size == 2 * RANK * (2 * (48 + 48) + 2 * (48 + 16) + 3 * (48 + 64))
+    assert np.abs(step).max() == pytest.approx(LR, rel=1e-3)
+    assert np.median(np.abs(step)) > 0.9 * LR
+
+
+def test_masks_and_checkpointing_are_as_asked_for():
+    (batch,) = given(1)
+    losses = {how: opened(Small(), *how)[0].step(**batch) for how in ((0.0, False), (0.5, False), (0.5, True))}
+    plain, dropped, again = losses.values()
+    assert plain != dropped
+    assert dropped == pytest.approx(again, rel=1e-6)
+    engines = [opened(Small(), 0.5, each)[0] for each in (False, True)]
+    assert [each.passes.checkpoint for each in engines] == [False, True]
+
+
+def test_a_step_that_is_not_finite_is_a_failure():
+    engine, _ = opened(Small())
+    engine.held.trained.adapters["model.layers.0.self_attn.q_proj"].A[...] = np.inf
+    with pytest.raises(RuntimeError, match=r"step 1: loss nan, norm"):
+        engine.step(**given(1)[0])
+
+
+def test_drawn_weights_are_the_same_each_time_and_smollm2s_in_shape():
+    (one, _, _), (two, config, words) = tensors(SMALL), tensors(SMALL)
+    assert words == "a given shape with random weights"
+    assert config is SMALL
+    assert list(one) == list(two)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert {dtype_name(x) for x in one.values()} == {"float32"}
+    assert one["model.layers.1.mlp.up_proj.weight"].std() == pytest.approx(48**-0.5, rel=0.05)
+    sites = start(one, 2)
+    assert [part.shape for part in sites["model.layers.1.mlp.down_proj"]] == [(RANK, 64), (48, RANK)]
+
+
+class Pool:
+    """A pool that somebody allocates from."""
+
+    now = 10
+
+    def used_bytes(self):
+        return self.now
+
+    def total_bytes(self):
+        return 64
+
+
+class Hook:
+    """CuPy's, of which only what is on is told."""
+
+    on = None
+
+    def __enter__(self):
+        Hook.on = self
+
+    def __exit__(self, *_):
+        Hook.on = None
+
+
+class DeviceSynchronized(RuntimeError):
+    pass
+
+
+def fake_cupy(monkeypatch, *, waits):
+    """What of CuPy looks into a pass, over a pass that allocates and perhaps waits."""
+    pool, allowed = Pool(), [True]
+
+    class Allow:
+        def __init__(self, allow):
+            self.allow = allow
+
+        def __enter__(self):
+            allowed[0] = self.allow
+
+        def __exit__(self, *_):
+            allowed[0] = True
+
+    cupyx = SimpleNamespace(allow_synchronize=Allow, DeviceSynchronized=DeviceSynchronized)
+    monkeypatch.setitem(sys.modules, "cupyx", cupyx)
+
+    def a_pass(*args, **how):
+        for pool.now in (30, 50, 20):
+            if Hook.on is not None:
+                Hook.on.malloc_postprocess(size=1, mem_size=512)
+        if waits and not allowed[0]:
+            raise DeviceSynchronized("waited")
+
+    return SimpleNamespace(cuda=SimpleNamespace(MemoryHook=Hook), get_default_memory_pool=lambda: pool), a_pass
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_peak_is_the_pools_and_waits_are_told(monkeypatch, waits):
+    engine, _ = opened(Small())
+    engine.step(**given(1)[0])
+    engine.xp, engine.passes.gradients = fake_cupy(monkeypatch, waits=waits)
+    found = engine.peak()
+    assert found["bytes"] == 64
+    assert found["used"] == 50
+    if waits:
+        assert found["said"].startswith("no wait inside a pass: no, test_training_gpu.py:")
+    else:
+        assert found["said"] == "no wait inside a pass: yes"
+
+
+def test_a_pass_that_fails_after_the_steps_costs_no_figure(monkeypatch):
+    engine, _ = opened(Small())
+    engine.step(**given(1)[0])
+    engine.xp, _ = fake_cupy(monkeypatch, waits=False)
+
+    def broken(*args, **how):
+        raise MemoryError("no room")
+
+    engine.passes.gradients = broken
+    assert engine.peak() == {"bytes": 64, "used": 0, "said": "another pass failed: MemoryError: no room"}
+
+
+# ---- beside PEFT -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_both_engines_train_alike(checkpoint):
+    """From one start, on sequences of unequal lengths; gradients have norms of 3 to 4, so clipping shows."""
+    ours, theirs = opened(Small(), 0.0, checkpoint)[0], opened(SmallPeft(), 0.0, checkpoint)[0]
+    np.testing.assert_array_equal(ours.trained(), theirs.trained())
+    for batch in given(4):
+        assert ours.step(**batch) == pytest.approx(theirs.step(**batch), abs=5e-6)
+    assert training_race.apart(ours.trained(), theirs.trained())["adapters, by norm"] < 1e-5
+    assert set(theirs.peak()) == {"bytes", "used"}
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")
+def test_peft_says_what_it_is_and_refuses_a_torch_without_a_device(monkeypatch):
+    import torch
+
+    _, said = opened(SmallPeft(), 0.05)
+    for word in ("torch 2", "peft 0", "eager, attention sdpa, on cpu, a given shape with random weights"):
+        assert word in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NoDevice, match=r"torch .* finds no CUDA device"):
+        PeftGpu().open(p=0.0, checkpoint=False)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def found(engine, seconds, losses, peak, used):
+    return training_race.Found(engine, "", 1000, list(seconds), list(losses), [], peak, used, "")
+
+
+@pytest.mark.parametrize("name", GPU_ROWS)
+def test_figures_compare_the_pools(name):
+    row = ROWS[name]
+    assert row.device
+    some = [found("cupy", [9, 2], (1.0, 2.0), 30, 7), found("peft gpu", [9, 1.8], (1.0, 2.5), 100, 90)]
+    figures = training_race.figures(row, some)
+    assert figures["ours / peft"] == pytest.approx(0.9)
+    assert figures["memory"] == 0.3
+    assert figures.get("curve") == (0.5 if name == "gpu curve" else None)
+    assert row.goals == ({"curve": 1e-4} if name == "gpu curve" else {"ours / peft": 0.8, "memory": 0.5})
+    assert "peak  0.00 GB (0.00 used)" in some[0].line()
+
+
+def test_other_rows_are_no_devices():
+    assert {name for name, row in ROWS.items() if row.device} == set(GPU_ROWS)
+    assert ROWS["gpu padded"].lengths == UNEVEN
+    assert ROWS["gpu curve"].steps == 50
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    def refuse():
+        raise NoDevice("not run on a GPU: no CuPy")
+
+    monkeypatch.setattr(training_race, "library", refuse)
+
+
+def test_a_named_row_without_a_device_is_a_fault_of_one_line(no_device, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert training.main(["gpu p=0", "--json", str(path)]) == 1
+    shown = capsys.readouterr().out
+    assert "gpu p=0: a GPU, no dropout\n  not measured: row: not run on a GPU: no CuPy\n" in shown
+    assert not path.exists()
+
+
+def test_without_names_rows_that_need_a_device_are_passed_over(no_device, monkeypatch, capsys):
+    monkeypatch.setitem(training.KINDS, "quiet", lambda *args: None)
+    monkeypatch.setattr(training, "ROWS", {"gpu p=0": ROWS["gpu p=0"]})
+    assert training.main([]) == 0
+    assert "not measured: row: not run on a GPU: no CuPy" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_no_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    from lorax_np import backend
+
+    monkeypatch.setattr(backend, "_cupy", lambda: (None, "CuPy cannot be imported"))
+    with pytest.raises(NoDevice, match=r"not run on a GPU: .*CuPy cannot be imported"):
+        training_gpu.library()
+    assert training_gpu.main(["profile"]) == 1
+
+
+class Fake:
+    """An engine that answers at once."""
+
+    about = "a fake"
+
+    def __init__(self, engine, how):
+        assert how == {"p": 0.05, "workers": "auto"}
+        self.engine = engine
+
+    def ask(self, do, **how):
+        if do == "peak":
+            ours = {"bytes": 40, "used": 20, "said": "no wait inside a pass: yes"}
+            return ours if self.engine == "cupy" else {"bytes": 80, "used": 60}
+        return {"seconds": 0.5, "loss": 2.0}
+
+    def close(self):
+        pass
+
+
+def test_a_row_that_ran_says_the_device_and_what_engines_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training_race, "Process", Fake)
+    monkeypatch.setattr(training_race, "library", lambda: None)
+    monkeypatch.setattr(training_race, "smollm2_or_drawn_ids", lambda: list(range(5000)))
+    monkeypatch.setattr(training_gpu, "about", lambda: {"name": "a card", "driver": "580"})
+    monkeypatch.setattr(machine.Gate, "wait", lambda self: 0.0)
+    path = tmp_path / "figures.json"
+    assert training.main(["gpu p=0.05", "--steps", "4", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "ours / peft                 1.00   goal ≥ 0.8: kept" in shown
+    assert "memory                      0.50   goal ≤ 0.5: kept" in shown
+    assert "last loss 2.0000   no wait inside a pass: yes" in shown
+    row = json.loads(path.read_text())["rows"]["gpu p=0.05"]
+    assert row["about"]["device"] == {"name": "a card", "driver": "580"}
+    assert [run["engine"] for run in row["runs"]] == ["cupy", "peft gpu"]
+    assert row["runs"][0]["said"] == "no wait inside a pass: yes"
+
+
+# ---- where the time goes -----------------------------------------------------------------------------------
+
+
+def test_kernels_are_added_by_name_and_by_kind(monkeypatch):
+    runs = [
+        ("sm90_xmma_gemm_f32", 2.0),
+        ("cupy_multiply__float", 0.5),
+        ("cupy_multiply__float", 0.25),
+        ("cupy_sum", 1.0),
+        ("[CUDA memcpy DtoD]", 0.125),
+    ]
+    monkeypatch.setattr(training_kernels, "seen", lambda do: do() or runs)
+    shown = training_kernels.lines(lambda: None)
+    assert shown[0] == "kernels        5 runs, 3.9 ms in all"
+    assert [line.split() for line in shown[2:6]] == [
+        ["2.00", "ms", "1", "products"],
+        ["1.00", "ms", "1", "sums"],
+        ["0.75", "ms", "2", "elementwise,", "and", "other"],
+        ["0.12", "ms", "1", "copies"],
+    ]
+    assert "cupy_multiply__float" in shown[9]
+
+
+def test_kernels_that_nobody_sees_are_said_to_be_unseen(monkeypatch):
+    monkeypatch.setattr(training_kernels, "seen", lambda do: [])
+    assert training_kernels.lines(lambda: None) == ["kernels: not seen: torch's profiler reported none"]
+    monkeypatch.setattr(training_kernels, "seen", lambda do: 1 / 0)
+    (line,) = training_kernels.lines(lambda: None)
+    assert line.startswith("kernels: not seen: ZeroDivisionError")
+
+
+def test_a_profile_times_the_pass_and_the_step(monkeypatch):
+    engine, _ = opened(Small())
+    event = SimpleNamespace(record=lambda: None)
+    cuda = SimpleNamespace(Event=lambda: event, get_elapsed_time=lambda begin, end: 1.5)
+    engine.xp, engine.wait = SimpleNamespace(cuda=cuda), lambda: None
+    monkeypatch.setattr(training_gpu, "smollm2_or_drawn_ids", lambda: list(range(90)) * 4)
+    monkeypatch.setattr(training_kernels, "seen", lambda do: do() or [])
+    before = engine.passes.gradients
+    lines = training_gpu.profile(engine, LENGTHS)
+    assert [line.split()[0] for line in lines] == ["host", "pass", "step", "kernels:"]
+    assert all(line.split()[2] == "1.5" for line in lines[1:3])
+    assert float(lines[1].split()[1]) <= float(lines[2].split()[1])
+    assert engine.passes.gradients == before
+    assert engine.t == training_gpu.WARM + 2
+
+
+def test_seeds_and_scales_are_the_benchs():
+    engine, _ = opened(Small(), 0.05)
+    assert engine.passes.config.seed == SEED
+    assert {site.scaling for site in engine.passes.sites.values()} == {ALPHA / RANK}
+    assert {site.p for site in engine.passes.sites.values()} == {0.05}
+    assert engine.passes.config.learning_rate == LR
