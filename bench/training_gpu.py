@@ -189,19 +189,25 @@ def most_used(lib: Any, do: Callable[[], object]) -> int:
 
 def waits(do: Callable[[], object]) -> str:
     """Where the host first waits for the device while `do()` runs, as CuPy sees it; nothing if it does not."""
-    import lorax_np as lx
-
-    cupyx, home = importlib.import_module("cupyx"), Path(lx.__file__).parent
+    cupyx = importlib.import_module("cupyx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with cupyx.allow_synchronize(False):
                 do()
         except cupyx.DeviceSynchronized as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            ours = [each for each in frames if home in Path(each.filename).parents] or frames
-            return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+            return place(error)
     return ""
+
+
+def place(error: BaseException) -> str:
+    """File and line of the innermost of lorax_np's lines, or the bench's, that an error came through."""
+    import lorax_np as lx
+
+    homes = {Path(__file__).parent, Path(lx.__file__).parent}
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = ([each for each in frames if homes & {*Path(each.filename).parents}] or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 # ---- where the time goes -----------------------------------------------------------------------------------

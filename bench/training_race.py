@@ -186,7 +186,8 @@ def figures(row: Row, found: list[Found]) -> dict[str, float]:
     for a, b in zip(ours, peft, strict=False):
         result["ours / peft"] = a.rate / b.rate
         result["best ours / best peft"] = a.best / b.best
-        result["memory"] = a.peak / max(b.peak, 1)
+        if a.peak and b.peak:  # neither is known of a race that broke off
+            result["memory"] = a.peak / b.peak
         if row.steps:
             result["curve"] = max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=False))
     if ours and "bits" in row.how:

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from .training_gpu import Cupy, PeftGpu
+from .training_gpu import Cupy, PeftGpu, place
 from .training_micro import Micro
 from .training_minilm import Ours as MiniLM
 from .training_minilm import OursMkl as MiniLMMkl
 from .training_minilm import Peft as MiniLMPeft
 from .training_models import ALPHA, LR, RANK, SEED, model_path, start
 from .training_peft import Peft
+from .training_rows import NoDevice
 from .worker import CLEAR, _resident
 
 
@@ -189,7 +190,9 @@ def main() -> None:
                 answer = found if isinstance(found, dict) else {"loss": found}
                 answer["seconds"] = time.perf_counter() - begun
         except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
+            meant = type(error) in (RuntimeError, NoDevice)  # which say all that there is to say
+            where = "" if meant else f" ({place(error)})"
+            answer = {"failed": f"{type(error).__name__}: {error}{where}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -15,6 +15,7 @@ from bench.training_gpu import Cupy, PeftGpu
 from bench.training_models import ALPHA, LR, RANK, SEED, SMOLLM2, batches, next_tokens, start, tensors
 from bench.training_rows import ROWS, UNEVEN, NoDevice
 from lorax_np.arrays import dtype_name
+from lorax_np.errors import ShapeError
 
 GPU_ROWS = "gpu p=0.05", "gpu p=0", "gpu checkpoint", "gpu padded", "gpu curve"
 SMALL = {
@@ -157,7 +158,7 @@ def test_the_peak_is_the_pools_and_waits_are_told(monkeypatch, waits):
     assert found["bytes"] == 64
     assert found["used"] == 50
     if waits:
-        assert found["said"].startswith("no wait inside a pass: no, test_training_gpu.py:")
+        assert found["said"].startswith("no wait inside a pass: no, training_gpu.py:")
     else:
         assert found["said"] == "no wait inside a pass: yes"
 
@@ -221,6 +222,18 @@ def test_figures_compare_the_pools(name):
     assert figures.get("curve") == (0.5 if name == "gpu curve" else None)
     assert row.goals == ({"curve": 1e-4} if name == "gpu curve" else {"ours / peft": 0.8, "memory": 0.5})
     assert "peak  0.00 GB (0.00 used)" in some[0].line()
+
+
+def test_a_race_that_broke_off_is_judged_by_what_it_knows():
+    some = [found("cupy", [2], (1.0,), 0, 0), found("peft gpu", [1], (1.0,), 0, 0)]
+    assert list(training_race.figures(ROWS["gpu p=0"], some)) == ["ours / peft", "best ours / best peft"]
+
+
+def test_an_error_has_the_line_of_the_librarys_that_it_came_through():
+    engine, _ = opened(Small())
+    with pytest.raises(ShapeError) as caught:
+        engine.step([[1]], [[1, 2]])
+    assert training_gpu.place(caught.value).startswith("batch.py:")
 
 
 def test_other_rows_are_no_devices():
