@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, to_host
+from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, on_device, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..fast import lora_linear_backward as fast_backward
@@ -45,11 +45,13 @@ class Pair(NamedTuple):
     """A forward of a LoRA linear layer and its adjoint, with the arguments of the reference.
 
     instead : functions that stand in for operations of ops/ on the host, by the operation
+    there : gives those that do on a device
     """
 
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., tuple[Array, Adapter]]
     instead: Mapping[Callable[..., Any], Callable[..., Any]] = {}
+    there: Callable[[], Mapping[Callable[..., Any], Callable[..., Any]]] = dict
 
 
 def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Any) -> tuple[Array, Any]:
@@ -57,8 +59,15 @@ def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, m
     return y, saved
 
 
+def _on_device() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """Read where there is a device alone: nobody else waits for it."""
+    from ..fast.device import ON_DEVICE
+
+    return ON_DEVICE
+
+
 REFERENCE = Pair(lora_linear_forward, lora_linear_backward)
-FAST = Pair(_fast_forward, fast_backward, INSTEAD)
+FAST = Pair(_fast_forward, fast_backward, INSTEAD, _on_device)
 PAIRS: Mapping[str, Pair] = {"reference": REFERENCE, "fast": FAST}
 
 
@@ -89,8 +98,8 @@ class Pass:
         self.pair, self.dropout, self._tokens = pair, dropout, tokens or {}
         like = self.weights[next(iter(self.weights))]
         self.dtype = dtype or compute_dtype(like)
-        here = namespace_of(x=like) is np and self.dtype in ("float32", "float64")
-        self._instead = pair.instead if here else {}
+        here = pair.instead if namespace_of(x=like) is np else pair.there() if on_device(like) else {}
+        self._instead = here if self.dtype in ("float32", "float64") else {}
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
@@ -197,13 +206,13 @@ class Pass:
 
     def rms_norm(self, name: str, x: Array, eps: float) -> tuple[Array, NormSaved]:
         """RMS norm of a module over the last axis."""
-        return rms_norm_forward(x, self.weight(f"{name}.weight"), eps=eps)
+        return self.op(rms_norm_forward)(x, self.weight(f"{name}.weight"), eps=eps)
 
     def rms_norm_back(self, name: str, gy: Array, saved: NormSaved, gradients: Gradients) -> Array:
         """Adjoint of rms_norm."""
         if self.whole(f"{name}.weight"):
             self.add_saved(f"{name}.weight", rms_norm_backward_w(gy, saved), gradients)
-        return rms_norm_backward(gy, saved, self.weight(f"{name}.weight"))
+        return self.op(rms_norm_backward)(gy, saved, self.weight(f"{name}.weight"))
 
     def layer_norm(self, name: str, x: Array, eps: float) -> tuple[Array, NormSaved]:
         """Layer norm of a module over the last axis."""

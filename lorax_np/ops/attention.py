@@ -141,8 +141,8 @@ def parts(
     """The blocks of all sequences, in order. Source: specs/attention.md."""
     if block < 1:
         raise ShapeError(f"block: expected 1 query at least, got {block}")
-    rows = _bounds("starts", starts, q.shape[0])
-    keys = _bounds("key_starts", starts if key_starts is None else key_starts, k.shape[0])
+    rows = bounds("starts", starts, q.shape[0])
+    keys = bounds("key_starts", starts if key_starts is None else key_starts, k.shape[0])
     if len(rows) != len(keys):
         raise ShapeError(f"key_starts: expected {len(rows)} bounds, as many as starts has, got {len(keys)}")
     for i, ((a, b), (c, d)) in enumerate(zip(pairwise(rows), pairwise(keys), strict=True)):
@@ -158,7 +158,8 @@ def parts(
             yield Part(t0, t1, c + low, c + high, first - low)
 
 
-def _bounds(name: str, starts: Sequence[int], N: int) -> list[int]:
+def bounds(name: str, starts: Sequence[int], N: int) -> list[int]:
+    """Bounds of sequences among N rows, as integers of the host. ShapeError where they are none."""
     found = [int(s) for s in starts]
     if not found or found[0] != 0 or found[-1] != N or any(a > b for a, b in pairwise(found)):
         raise ShapeError(f"{name}: expected bounds that rise from 0 to the number of rows, {N}, got {found}")

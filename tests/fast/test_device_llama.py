@@ -74,10 +74,10 @@ def test_loss_and_every_gradient_are_the_definitions(cupy, name):
 FAULTS = {
     "a key too many": (
         attention_source,
-        "return s <= t && t - s < window;",
-        "return s / 2 <= t / 2 && (s > t || t - s < window);",
+        "return s <= t ? t - s < window : both;",
+        "return s <= t ? t - s < window : s == t + 1;",
     ),
-    "a window too wide": (attention_source, "t - s < window;", "t - s <= window;"),
+    "a window too wide": (attention_source, "t - s < window :", "t - s <= window :"),
     "scores without scale": (attention_source, "= scale * sum[r][c];", "= sum[r][c];"),
     "one query's head of a key": (attention_source, "i < group; ++i) sum", "i < 1; ++i) sum"),
     "no delta": (attention_source, "(R[r][c] - delta[ty + 8 * r])", "R[r][c]"),

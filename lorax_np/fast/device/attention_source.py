@@ -1,4 +1,4 @@
-"""CUDA source of attention over heads of one buffer [q k v], causal, by tiles: no T × T matrix is ever there.
+"""CUDA source of attention within sequences, by tiles: no T × T matrix is ever there.
 
 A block of 128 threads, 8 × 16, has a tile of rows of one sequence and head, and goes over the tiles that it
 sees, or that see it; tiles lie in shared memory, what is added up in registers. Nothing is added atomically:
@@ -55,20 +55,25 @@ __device__ inline void add_up(T sum[I][C], const T* s, const T* x, int tx, int t
   }
 }
 
-__device__ inline bool sees(u32 t, u32 s, u32 window) { return s <= t && t - s < window; }
+__device__ inline bool sees(u32 t, u32 s, u32 window, u32 both) { return s <= t ? t - s < window : both; }
 
-#define PLACES const u32* starts, u32 tiles, u32 H, u32 K, u32 D, u32 window, T scale
+// q, k, v: heads beside one another, from at_k and at_v on in rows of wide_q and wide_k; they may be one array.
+// window, and `both`, whether keys after a query are seen
+#define HEADS const T* q_, const T* k_, const T* v_, u32 at_k, u32 at_v, u32 wide_q, u32 wide_k
+#define PLACES const u32* starts, u32 tiles, u32 H, u32 K, u32 D, u32 window, u32 both, T scale
 #define MY_PLACE \
   u32 tile = blockIdx.x % tiles, head = blockIdx.x / tiles % H, sequence = blockIdx.x / tiles / H; \
   u32 begin = starts[sequence], end = starts[sequence + 1], first = begin + tile * B; \
   if (first >= end) return; \
-  u32 width = (H + 2 * K) * D, group = H / K;
-// where the keys begin that a query in row t sees, at the beginning of a tile
+  u32 shared = head / (H / K) * D; \
+  const T *queries = q_ + head * D, *keys = k_ + at_k + shared, *values = v_ + at_v + shared;
+// the keys that a tile's queries see: from the beginning of a tile on, to where they stop
+#define STOP (both || first + B > end ? end : first + B)
 #define SEEN_FROM(t) ((t) - begin < window ? begin : begin + ((t) - begin - window + 1) / B * B)
 
 // o = softmax(scale·q kᵀ)v and L = logsumexp of the scores; o : (N, H·D), L : (N, H)
 template <class T, int C>
-__global__ void attend(T* o, T* L, const T* qkv, PLACES) {
+__global__ void attend(T* o, T* L, HEADS, PLACES) {
   TILE
   MY_PLACE
   __shared__ T q[B * P], kv[B * P], s[B * (B + 1)], part[B * (128 / B)], top[B], total[B], by[B];
@@ -78,12 +83,10 @@ __global__ void attend(T* o, T* L, const T* qkv, PLACES) {
   for (int r = 0; r < I; ++r) for (int c = 0; c < C; ++c) sum[r][c] = 0;
   const T none = -(T)__uint_as_float(0x7f800000u);
   if (threadIdx.x < B) { top[threadIdx.x] = none; total[threadIdx.x] = 0; }
-  bring<T, B, P>(q, qkv + head * D, first, end, width, D, scale);
-  const T* keys = qkv + (H + head / group) * D;
-  u32 stop = first + B < end ? first + B : end;
-  for (u32 from = SEEN_FROM(first); from < stop; from += B) {
+  bring<T, B, P>(q, queries, first, end, wide_q, D, scale);
+  for (u32 from = SEEN_FROM(first); from < STOP; from += B) {
     __syncthreads();
-    bring<T, B, P>(kv, keys, from, end, width, D, (T)1);
+    bring<T, B, P>(kv, keys, from, end, wide_k, D, (T)1);
     __syncthreads();
     T S[I][J];
     scores<T, B, P, I, J>(S, q, kv, tx, ty);
@@ -91,10 +94,10 @@ __global__ void attend(T* o, T* L, const T* qkv, PLACES) {
       for (int c = 0; c < J; ++c)
         if (tx + 16 * c < B) {
           u32 t = first + ty + 8 * r, at = from + tx + 16 * c;
-          s[(ty + 8 * r) * (B + 1) + tx + 16 * c] = sees(t, at, window) && at < end ? S[r][c] : none;
+          s[(ty + 8 * r) * (B + 1) + tx + 16 * c] = sees(t, at, window, both) && at < end ? S[r][c] : none;
         }
     __syncthreads();
-    bring<T, B, P>(kv, keys + K * D, from, end, width, D, (T)1);
+    bring<T, B, P>(kv, values, from, end, wide_k, D, (T)1);
     T high = none;
     for (int j = lane; j < B; j += G) if (s[row * (B + 1) + j] > high) high = s[row * (B + 1) + j];
     part[row * G + lane] = high;
@@ -137,20 +140,20 @@ __global__ void attend(T* o, T* L, const T* qkv, PLACES) {
   for (int r = 0; r < I; ++r) \
     for (int c = 0; c < J; ++c) { \
       u32 t = query + ty + 8 * r, at = key + tx + 16 * c; \
-      bool seen = tx + 16 * c < B && t < end && at < end && sees(t, at, window); \
+      bool seen = tx + 16 * c < B && t < end && at < end && sees(t, at, window, both); \
       S[r][c] = seen ? exp(S[r][c] - high[ty + 8 * r]) : (T)0; \
       R[r][c] = S[r][c] * (R[r][c] - delta[ty + 8 * r]); \
     }
 
 // gq, and delta = <go∘o> of each head, which the other kernel reads: (N, H)
 template <class T, int C>
-__global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T* L, const T* qkv, PLACES) {
+__global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T* L, HEADS, PLACES) {
   TILE
   MY_PLACE
   __shared__ T q[B * P], out[B * P], k[B * P], v[B * P], s[B * (B + 1)], high[B], delta[B];
   T S[I][J], R[I][J], sum[I][C];
   for (int r = 0; r < I; ++r) for (int c = 0; c < C; ++c) sum[r][c] = 0;
-  bring<T, B, P>(q, qkv + head * D, first, end, width, D, scale);
+  bring<T, B, P>(q, queries, first, end, wide_q, D, scale);
   bring<T, B, P>(out, go + head * D, first, end, H * D, D, (T)1);
   bring<T, B, P>(k, o + head * D, first, end, H * D, D, (T)1);
   __syncthreads();
@@ -162,12 +165,11 @@ __global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T*
     high[threadIdx.x] = t < end ? L[(u64)t * H + head] : (T)0;
     if (t < end) deltas[(u64)t * H + head] = dot;
   }
-  const T* keys = qkv + (H + head / group) * D;
-  u32 query = first, stop = first + B < end ? first + B : end;
-  for (u32 key = SEEN_FROM(first); key < stop; key += B) {
+  u32 query = first;
+  for (u32 key = SEEN_FROM(first); key < STOP; key += B) {
     __syncthreads();
-    bring<T, B, P>(k, keys, key, end, width, D, (T)1);
-    bring<T, B, P>(v, keys + K * D, key, end, width, D, (T)1);
+    bring<T, B, P>(k, keys, key, end, wide_k, D, (T)1);
+    bring<T, B, P>(v, values, key, end, wide_k, D, (T)1);
     __syncthreads();
     SLOPES(q, k, out, v)
     for (int r = 0; r < I; ++r)
@@ -178,24 +180,24 @@ __global__ void attend_back_q(T* g, T* deltas, const T* go, const T* o, const T*
   for (int r = 0; r < I; ++r)
     for (int c = 0; c < C; ++c)
       if (first + ty + 8 * r < end && tx + 16 * c < D)
-        g[(u64)(first + ty + 8 * r) * width + head * D + tx + 16 * c] = scale * sum[r][c];
+        g[(u64)(first + ty + 8 * r) * wide_q + head * D + tx + 16 * c] = scale * sum[r][c];
 }
 
 // gk and gv of a key head by one of its queries' heads: (N, H, 2·D)
 template <class T, int C>
-__global__ void attend_back_kv(T* g, const T* deltas, const T* go, const T* L, const T* qkv, PLACES) {
+__global__ void attend_back_kv(T* g, const T* deltas, const T* go, const T* L, HEADS, PLACES) {
   TILE
   MY_PLACE
   __shared__ T q[B * P], out[B * P], k[B * P], v[B * P], s[B * (B + 1)], p[B * (B + 1)], high[B], delta[B];
   T S[I][J], R[I][J], of_k[I][C], of_v[I][C];
   for (int r = 0; r < I; ++r) for (int c = 0; c < C; ++c) of_k[r][c] = of_v[r][c] = 0;
-  bring<T, B, P>(k, qkv + (H + head / group) * D, first, end, width, D, (T)1);
-  bring<T, B, P>(v, qkv + (H + K + head / group) * D, first, end, width, D, (T)1);
+  bring<T, B, P>(k, keys, first, end, wide_k, D, (T)1);
+  bring<T, B, P>(v, values, first, end, wide_k, D, (T)1);
   u32 key = first, last = end - first < window ? end : first + B - 1 + window;  // whose rows see this tile
   if (last > end || last < first) last = end;
-  for (u32 query = first; query < last; query += B) {
+  for (u32 query = both ? begin : first; query < last; query += B) {
     __syncthreads();
-    bring<T, B, P>(q, qkv + head * D, query, end, width, D, scale);
+    bring<T, B, P>(q, queries, query, end, wide_q, D, scale);
     bring<T, B, P>(out, go + head * D, query, end, H * D, D, (T)1);
     if (threadIdx.x < B) {
       u32 t = query + threadIdx.x;
@@ -225,14 +227,15 @@ __global__ void attend_back_kv(T* g, const T* deltas, const T* go, const T* L, c
 
 // those of a key head added up over its queries' heads
 template <class T, int C>
-__global__ void gather_kv(T* g, const T* parts, u32 H, u32 K, u32 D, u64 count) {
+__global__ void gather_kv(
+    T* gk, T* gv, const T* parts, u32 at_k, u32 at_v, u32 wide_k, u32 H, u32 K, u32 D, u64 count) {
   u64 at = blockIdx.x * (u64)blockDim.x + threadIdx.x;
   if (at >= count) return;
   u32 c = (u32)(at % D), both = (u32)(at / D % 2), head = (u32)(at / D / 2 % K), group = H / K;
   u64 t = at / D / 2 / K;
   T sum = 0;
   for (u32 i = 0; i < group; ++i) sum += parts[((t * H + head * group + i) * 2 + both) * D + c];
-  g[t * (H + 2 * K) * D + (H + both * K + head) * D + c] = sum;
+  (both ? gv + at_v : gk + at_k)[t * wide_k + head * D + c] = sum;
 }
 """
 

@@ -11,11 +11,9 @@ from ..gpu_arrays import Device, column_sums, contiguous, functions_of, u32
 from ..gpu_kernels import ENTRIES, name_of
 from ..gpu_kernels import THREADS as BLOCK
 from ..gpu_products import ANY_ALGORITHM, IN_FLOAT32, IN_FLOAT64, TYPES
-from . import attention_source, source
-from .attention_source import THREADS, chunks_of, height_of
+from . import source
 
 NOTHING = np.uint64(0)  # a pointer to nothing
-NO_WINDOW = 2**32 - 1
 
 
 class Places(NamedTuple):
@@ -43,14 +41,10 @@ class Kernels:
     """Functions of arrays without gaps, of one dtype."""
 
     def __init__(self, lib: Any, dtype: str, shape: Any) -> None:
-        """shape : a LlamaShape; its heads have to fit a kernel of chunks_of."""
-        self.lib, self.type = lib, np.dtype(dtype).type
+        """shape : a LlamaShape."""
+        self.lib, self.dtype, self.type = lib, dtype, np.dtype(dtype).type
         self.H, self.K, self.D, self.eps = shape.H, shape.K, shape.D, self.type(shape.eps)
-        found = chunks_of(shape.D, np.dtype(dtype).itemsize)
         self.rows = functions_of(lib, source.SOURCE, tuple(name_of(name, dtype) for name in source.NAMES))
-        of_heads = tuple(name_of(name, dtype, str(found)) for name in attention_source.NAMES)
-        self.heads = functions_of(lib, attention_source.SOURCE, of_heads)
-        self.height = height_of(found or 1, np.dtype(dtype).itemsize)  # of a tile
 
         self._scale = np.empty(2, dtype)  # α and β, which cuBLAS reads while it is called
         self._at, self._size, self._kind = self._scale.ctypes.data, self._scale.itemsize, TYPES[dtype]
@@ -179,36 +173,6 @@ class Kernels:
             key = (np.uint64(drop.seed), np.uint64(drop.site), np.uint64(drop.step))
             about = where.starts, where.index, u32(k), u32(blocks), *key, u32(LANES - kept_lanes(drop.p))
             self.rows[name]((blocks * len(where.lengths),), (BLOCK,), (*arrays, *about))
-
-    # ---- attention -----------------------------------------------------------------------------------------
-
-    def attend(self, qkv: Device, where: Places, window: int | None) -> tuple[Device, Device]:
-        """o : (N, H·D) and L : (N, H) of turned queries and keys, and values."""
-        N = qkv.shape[0]
-        o, L = self.empty(N, self.H * self.D), self.empty(N, self.H)
-        self._by_tile("attend", where, window, o, L, qkv)
-        return o, L
-
-    def attend_back(
-        self, go: Device, o: Device, L: Device, qkv: Device, where: Places, window: int | None
-    ) -> Device:
-        """The gradient by qkv, from that by o."""
-        g, delta = self.empty(*qkv.shape), self.empty(*L.shape)
-        self._by_tile("attend_back_q", where, window, g, delta, go, o, L, qkv)
-        parts = self.empty(qkv.shape[0], self.H, 2 * self.D)
-        self._by_tile("attend_back_kv", where, window, parts, delta, go, L, qkv)
-        count = qkv.shape[0] * self.K * 2 * self.D
-        if count:
-            sizes = u32(self.H), u32(self.K), u32(self.D), np.uint64(count)
-            self.heads["gather_kv"]((-(-count // BLOCK),), (BLOCK,), (g, parts, *sizes))
-        return g
-
-    def _by_tile(self, name: str, where: Places, window: int | None, *arrays: Device) -> None:
-        tiles = -(-max(where.lengths, default=0) // self.height)
-        if tiles:
-            sizes = map(u32, (tiles, self.H, self.K, self.D, NO_WINDOW if window is None else window))
-            arguments = (*arrays, where.starts, *sizes, self.type(self.D**-0.5))
-            self.heads[name]((tiles * self.H * len(where.lengths),), (THREADS,), arguments)
 
 
 def angles(lib: Any, longest: int, turns: Sequence[float], factor: float, dtype: str) -> tuple[Device, Device]:

@@ -14,6 +14,7 @@ from ...config import Site
 from ...params import Adapter
 from ...random import DropoutKey, site_key
 from ..gpu_arrays import Device, column_sums
+from .attention import Lie, heads_of
 from .kernels import Kernels, Places
 
 
@@ -47,7 +48,9 @@ class Layer:
         at = f"model.layers.{i}."
         self.own = {name[len(at) :]: weights[name] for name in weights if name.startswith(at)}
         self.sites = {name[len(at) :]: site for name, site in sites.items() if name.startswith(at)}
-        self.at, self.shape, self.k, self.window = at, shape, kernels, shape.windows[i]
+        self.at, self.shape, self.k = at, shape, kernels
+        self.heads = heads_of(kernels.lib, kernels.dtype, shape.H, shape.K, shape.D)
+        self.rule: dict[str, Any] = {"scale": shape.D**-0.5, "both": False, "window": shape.windows[i]}
         self.before, self.between = (
             self.own[f"{norm}.weight"] for norm in ("input_layernorm", "post_attention_layernorm")
         )
@@ -61,7 +64,7 @@ class Layer:
         for word, columns in self._columns().items():
             z[word] = self._linear(f"self_attn.{word}_proj", x, qkv[:, columns], step)
         k.turn(qkv, step.where)
-        o, L = k.attend(qkv, step.where, self.window)
+        o, L = self.heads.forward(self._lie(qkv), step.where.starts, max(step.where.lengths), **self.rule)
         z["o"] = self._linear("self_attn.o_proj", o, y, step)
         h2, x = k.add_rms(h, y, self.between)
         gu = k.empty(N, 2 * s.ff)
@@ -69,6 +72,10 @@ class Layer:
         z["up"] = self._linear("mlp.up_proj", x, gu[:, s.ff :], step)
         z["down"] = self._linear("mlp.down_proj", k.swiglu(gu), y, step)
         return y, Saved(h, h2, qkv, o, L, gu, z)
+
+    def _lie(self, qkv: Device) -> Lie:
+        d_q, d_kv = self.shape.d_q, self.shape.d_kv
+        return Lie(qkv, qkv, qkv, d_q, d_q + d_kv)
 
     def _columns(self) -> dict[str, slice]:
         d_q, d_kv = self.shape.d_q, self.shape.d_kv
@@ -119,7 +126,9 @@ class Layer:
         k.rms_back(g, gx, saved.h2, self.between)
         go = k.empty(N, s.d_q)
         self._back("self_attn.o_proj", g, saved.o, z["o"], go, step, found)
-        gqkv = k.attend_back(go, saved.o, saved.L, saved.qkv, step.where, self.window)
+        gqkv = k.empty(*saved.qkv.shape)
+        given = go, saved.o, saved.L, self._lie(saved.qkv), step.where.starts, max(step.where.lengths)
+        self.heads.backward(self._lie(gqkv), *given, **self.rule)
         k.turn(gqkv, step.where, back=True)
         x, beta = k.add_rms(saved.h, None, self.before)[1], 0.0
         for word, columns in self._columns().items():

@@ -98,6 +98,43 @@ __global__ void cross_entropy(double* nll, T* z, const u32* labels, u32 V, doubl
   for (u32 j = threadIdx.x; j < V; j += blockDim.x) z[j] = exp(z[j] - top) * by - (j == label ? one : 0);
 }
 
+// y = h∘w + b with h = rho·(x − its mean, where centred) and rho of h's mean square; b may be absent
+template <class T>
+__global__ void norm(T* y, T* h, T* rho, const T* x, const T* w, const T* b, u32 d, T eps, u32 centred) {
+  __shared__ T part[256];
+  u64 row = (u64)blockIdx.x * d;
+  T mean = 0, squares = 0;
+  if (centred) {
+    for (u32 j = threadIdx.x; j < d; j += blockDim.x) mean += x[row + j];
+    mean = summed(mean, part) / d;
+  }
+  for (u32 j = threadIdx.x; j < d; j += blockDim.x) squares += (x[row + j] - mean) * (x[row + j] - mean);
+  T by = 1 / sqrt(summed(squares, part) / d + eps);
+  if (threadIdx.x == 0) rho[blockIdx.x] = by;
+  for (u32 j = threadIdx.x; j < d; j += blockDim.x) {
+    T one = by * (x[row + j] - mean);
+    h[row + j] = one;
+    y[row + j] = one * w[j] + (b ? b[j] : (T)0);
+  }
+}
+
+// gx = rho(gy∘w − its mean, where centred − h<gy∘w∘h>/d)
+template <class T>
+__global__ void norm_back(T* gx, const T* gy, const T* h, const T* rho, const T* w, u32 d, u32 centred) {
+  __shared__ T part[256];
+  u64 row = (u64)blockIdx.x * d;
+  T mean = 0, dot = 0, by = rho[blockIdx.x];
+  for (u32 j = threadIdx.x; j < d; j += blockDim.x) {
+    T g = gy[row + j] * w[j];
+    mean += g;
+    dot += g * h[row + j];
+  }
+  mean = centred ? summed(mean, part) / d : 0;
+  dot = summed(dot, part) / d;
+  for (u32 j = threadIdx.x; j < d; j += blockDim.x)
+    gx[row + j] = by * (gy[row + j] * w[j] - mean - h[row + j] * dot);
+}
+
 // ---- entries ----------------------------------------------------------------------------------------------
 
 // the first `heads` heads of each row turned by its place; sign −1 is the adjoint
@@ -118,6 +155,23 @@ template <class T> __global__ void swiglu(T* y, const T* gu, u32 ff, u64 count) 
   EACH
   const T* from = gu + at / ff * 2 * ff + at % ff;
   y[at] = from[0] / (1 + exp(-from[0])) * from[ff];
+}
+
+// y = u·Phi(u) and its slope
+template <class T> __global__ void gelu(T* y, T* slope, const T* u, u64 count) {
+  EACH
+  T v = u[at], Phi = (T)0.5 * (1 + erf(v * (T)0.70710678118654752440));
+  y[at] = v * Phi;
+  slope[at] = Phi + v * (T)0.39894228040143267794 * exp((T)-0.5 * v * v);
+}
+
+// y = ½u(1 + tanh κ(u + 0.044715u³)) and its slope
+template <class T> __global__ void gelu_tanh(T* y, T* slope, const T* u, u64 count) {
+  EACH
+  const T kappa = (T)0.79788456080286535588, cube = (T)0.044715;
+  T v = u[at], t = tanh(kappa * (v + cube * v * v * v)), half = (T)0.5 * (1 + t);
+  y[at] = v * half;
+  slope[at] = half + v * (1 - t * t) * (T)0.5 * kappa * (1 + 3 * cube * v * v);
 }
 
 // gu = [u w] becomes the gradient by it
@@ -170,6 +224,6 @@ template <class T> __global__ void keep_back(T* gx, const T* t, T* xd, const T* 
 
 SOURCE = COMMON + ROWS
 NAMES = (
-    "take_rows", "put_rows", "add_rms", "rms_back", "cross_entropy", "turn", "swiglu", "swiglu_back",
-    "keep_rows", "keep_back",
+    "take_rows", "put_rows", "add_rms", "rms_back", "cross_entropy", "norm", "norm_back", "turn",
+    "swiglu", "swiglu_back", "gelu", "gelu_tanh", "keep_rows", "keep_back",
 )  # fmt: skip
