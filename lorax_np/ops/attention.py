@@ -159,7 +159,10 @@ def parts(
 
 
 def bounds(name: str, starts: Sequence[int], N: int) -> list[int]:
-    """Bounds of sequences among N rows, as integers of the host. ShapeError where they are none."""
+    """Bounds of sequences among N rows, as integers of the host. ShapeError where they are none.
+
+    Source: specs/attention.md.
+    """
     found = [int(s) for s in starts]
     if not found or found[0] != 0 or found[-1] != N or any(a > b for a, b in pairwise(found)):
         raise ShapeError(f"{name}: expected bounds that rise from 0 to the number of rows, {N}, got {found}")

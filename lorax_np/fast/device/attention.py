@@ -14,7 +14,7 @@ from ...backend import dtype_name, from_host, namespace_of
 from ...ops import attention as plain
 from ...ops.attention import AttentionSaved, Rule, check
 from ...ops.relative import Relative
-from ..gpu_arrays import Device, contiguous, functions_of, u32
+from ..gpu_arrays import Device, contiguous, empty, functions_of, u32
 from ..gpu_kernels import THREADS as BLOCK
 from ..gpu_kernels import name_of
 from . import attention_source
@@ -138,8 +138,7 @@ def attention_backward(
         how: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "relative": relative}
         return plain.attention_backward(go, saved, starts=starts, key_starts=key_starts, block=block, **how)
     bounds, longest = _bounds(starts, q.shape[0], namespace_of(q=q))
-    lib, kind = namespace_of(q=q), dtype_name(q)
-    gq, gk, gv = (lib.empty(x.shape, dtype=np.dtype(kind)) for x in (q, k, v))
+    gq, gk, gv = (empty(x, x.shape, dtype_name(x)) for x in (q, k, v))
     go, o = (contiguous(x).reshape(x.shape[0], x.shape[1] * x.shape[2]) for x in (go, o))
     rule: dict[str, Any] = {"scale": scale, "both": not causal, "window": window}
     _heads(q, k).backward(_lie(gq, gk, gv), go, o, L, _lie(q, k, v), bounds, longest, **rule)

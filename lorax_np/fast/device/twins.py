@@ -11,7 +11,7 @@ from ...ops import attention as of_sequences
 from ...ops import norm as of_rows
 from ...ops.norm import NormSaved
 from ...shapes import bind
-from ..gpu_arrays import Device, contiguous, functions_of, u32
+from ..gpu_arrays import Device, contiguous, empty, functions_of, u32
 from ..gpu_kernels import THREADS, name_of
 from . import source
 from .attention import attention_backward, attention_forward
@@ -65,7 +65,7 @@ def _norm(x: Any, w: Any, b: Any, eps: float) -> tuple[Any, NormSaved]:
     centred = b is not None
     d = bind(x=(x, "... d"), w=(w, "d"), **({"b": (b, "d")} if centred else {}))["d"]
     x, w, kind = contiguous(x), contiguous(w), np.dtype(dtype_name(x)).type
-    y, h, rho = (_empty(x, shape) for shape in (x.shape, x.shape, (*x.shape[:-1], 1)))
+    y, h, rho = (empty(x, shape, dtype_name(x)) for shape in (x.shape, x.shape, (*x.shape[:-1], 1)))
     more = contiguous(b) if centred else np.uint64(0)
     _start("norm", rho.size, 1, x, (y, h, rho, x, w, more, u32(d), kind(eps), u32(centred)))
     return y, NormSaved(h, rho)
@@ -74,14 +74,14 @@ def _norm(x: Any, w: Any, b: Any, eps: float) -> tuple[Any, NormSaved]:
 def _norm_back(gy: Any, saved: NormSaved, w: Any, *, centred: bool) -> Any:
     d = bind(gy=(gy, "... d"), w=(w, "d"), h=(saved.h, "... d"))["d"]
     gy, h, rho, w = (contiguous(v) for v in (gy, saved.h, saved.rho, w))
-    gx = _empty(gy, gy.shape)
+    gx = empty(gy, gy.shape, dtype_name(gy))
     _start("norm_back", rho.size, 1, gy, (gx, gy, h, rho, w, u32(d), u32(centred)))
     return gx
 
 
 def _sloped(name: str, u: Any) -> tuple[Any, Any]:
     u = contiguous(u)
-    y, slope = _empty(u, u.shape), _empty(u, u.shape)
+    y, slope = (empty(u, u.shape, dtype_name(u)) for _ in range(2))
     _start(name, u.size, THREADS, u, (y, slope, u, np.uint64(u.size)))
     return y, slope
 
@@ -92,10 +92,6 @@ def _start(name: str, count: int, of_block: int, like: Device, arguments: tuple[
         names = tuple(name_of(each, dtype_name(like)) for each in source.NAMES)
         found = functions_of(namespace_of(like=like), source.SOURCE, names)[name]
         found((-(-count // of_block),), (THREADS,), arguments)
-
-
-def _empty(like: Device, shape: tuple[int, ...]) -> Device:
-    return namespace_of(like=like).empty(shape, dtype=like.dtype)
 
 
 def _narrow(x: Any) -> bool:
