@@ -9,6 +9,7 @@ from .adamw import adamw, factors
 from .state import Rate, State, rate
 
 BLOCK = 12_288  # numbers worked on at once: what is in between stays in a cache, and in memory that is kept
+ON_DEVICE = 1 << 20  # on a device, where it is in memory: 40 MB, not half a gigabyte for 5 million parameters
 
 
 def adamw_flat_start(p: Array) -> State:
@@ -35,7 +36,7 @@ def adamw_flat_step(
 
     p, g             : (size,) parameters and gradients in the layout's order
     lr, weight_decay : one number for all, or one for each of the layout's names
-    block            : numbers worked on at once; None for 12288 on the host, all of a stretch on a device
+    block            : numbers worked on at once; None for 12288 on the host, a million on a device
 
     Source: specs/optim.md.
 
@@ -55,7 +56,7 @@ def adamw_flat_step(
     on_host = namespace_of(p=p, g=g, m=m, v=v).__name__ == "numpy"
     t = state["t"] + 1
     for a, b, rates in _stretches(where, lr, weight_decay):
-        how, size = factors(t, *rates, betas, eps), block or (BLOCK if on_host else b - a)
+        how, size = factors(t, *rates, betas, eps), block or (BLOCK if on_host else ON_DEVICE)
         for i in range(a, b, max(size, 1)):
             here = slice(i, min(i + size, b))
             p[here], m[here], v[here] = adamw(p[here], g[here], m[here], v[here], how)
