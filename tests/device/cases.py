@@ -69,6 +69,17 @@ NUMBERS, SPANS = np.array([0.3, -1.0, 2.0]), np.array([[0, 2], [0, 0], [3, 1]])
 WRITES = np.array([5, 4, -100, 3, 9, 9, 8, -100, 4, 3, 11, 12, 7, -100])
 
 
+def far(got: dict[Any, np.ndarray], want: dict[Any, np.ndarray]) -> float:
+    """The largest difference of any two arrays, in parts of the largest entry.
+
+    A gradient may be nothing but roundings, as that by a bias of keys is: each counts as a thousandth of the
+    largest at least.
+    """
+    assert got.keys() == want.keys()
+    least = max(np.abs(w).max() for w in want.values()) / 1000
+    return max(float(np.abs(got[n] - w).max() / max(np.abs(w).max(), least)) for n, w in want.items())
+
+
 class Step(NamedTuple):
     """One micro-batch of a model on a task, and what trains, in whatever library it is."""
 
@@ -89,6 +100,10 @@ class Step(NamedTuple):
         """The same with its weights elsewhere; ids and labels stay on the host, where data comes from."""
         weights = {name: put(W) for name, W in self.model.weights.items()}
         return self._replace(model=replace(self.model, weights=weights), trained=tree_map(put, self.trained))
+
+    def narrowed(self) -> "Step":
+        """The same on numbers that float32 has."""
+        return self.moved(lambda x: x.astype("float32").astype("float64"))
 
 
 def started(model: Model, **options: Any) -> tuple[Any, Trained, Any]:
@@ -112,6 +127,10 @@ def step_of(config: Any, task: str, labels: Any, dtype: str = "float64", **optio
     """Adapters, and what trains beside them, by PEFT's options; sequences of unequal lengths."""
     outputs = 1 if labels is NUMBERS else 3
     model = whole.model_of(config, task, outputs, dtype)
+    if config.get("tie_word_embeddings") and model.family == "llama":
+        table = model.weights["model.embed_tokens.weight"]
+        weights = {**model.weights, "lm_head.weight": table}
+        model = replace(model, weights=weights, config={**model.config, "tied": "model.embed_tokens"})
     sites, trained, tokens = started(model, **options)
     starts = PAIRED if task == "FEATURE_EXTRACTION" else STARTS
     types = config.get("type_vocab_size", 0)
@@ -141,3 +160,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "gpt2, spans": (GPT2, "QUESTION_ANS", SPANS),
     "t5": (T5, "SEQ_2_SEQ_LM", WRITES),
 }
+TIED = (LLAMA | {"tie_word_embeddings": True}, "CAUSAL_LM", NEXT)
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS, "lora_dropout": 0.0}
+EVERY_T5 = r".*\.(q|k|v|o|wi|wo|wi_0|wi_1)|.*relative_attention_bias|shared|lm_head"
