@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from cases import LLAMA, MOE
 
 import lorax_np as lx
 from lorax_np.backend import namespace, to_host
@@ -20,6 +19,7 @@ from lorax_np.train import TrainConfig
 from lorax_np.train.run import Result
 from lorax_np.train.step import parameters
 from lorax_np.tree import tree_map
+from tests.device.cases import LLAMA, MOE
 
 V, RATE = 26, 0.01
 SIZES = {"vocab_size": V, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}

@@ -3,15 +3,15 @@
 What stands for the device is cupy_like.py, as strict as CuPy; tests/test_gpu_training.py has a real one.
 """
 
-import cases
 import numpy as np
 import pytest
-from cases import far
 from cupy_like import reads
 
 from lorax_np.models import masks, passes
 from lorax_np.models.quantised import WAYS, quantised
 from lorax_np.random import DropoutKey, dropout_mask
+from tests.device import cases
+from tests.device.cases import far
 from tests.models.tiny import tensors
 
 ENGINES = "reference", "fast"

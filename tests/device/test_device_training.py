@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import runs
 from cupy_like import reads
-from runs import assert_near, on
 
 import lorax_np as lx
 from lorax_np.cli import main
@@ -16,6 +14,8 @@ from lorax_np.train import step as step_file
 from lorax_np.train.held import Held
 from lorax_np.train.log import records
 from lorax_np.train.step import parameters
+from tests.device import runs
+from tests.device.runs import assert_near, on
 
 
 @pytest.fixture
