@@ -137,7 +137,7 @@ def test_texts_are_written_there(cupy, kind, engine):
 def test_the_command(cupy, tmp_path, capsys):
     """lorax-np train --backend cupy, from files to files; and evaluate, generate, on what it left."""
     place = runs.files(tmp_path)
-    given = ["--model", place, "--data", place, "--backend", "cupy", "--quiet"]
+    given = ["--model", place, "--data", place, "--backend", "cupy"]
     more = [
         "--iters",
         2,
@@ -151,6 +151,9 @@ def test_the_command(cupy, tmp_path, capsys):
         tmp_path / "out",
     ]
     assert main(["train", *map(str, [*given, *more])]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("backend cupy (--backend cupy)\nCuPy 14.2.0 on a stand-in\n")
+    assert "\nexpected: 2 steps of " in said  # its rates are not the host's
     beside = [str(tmp_path / "host") if word == tmp_path / "out" else str(word) for word in [*given, *more]]
     assert main(["train", *["numpy" if word == "cupy" else word for word in beside]]) == 0
     one, other = (lx.load_adapter(tmp_path / name).adapters for name in ("out", "host"))
