@@ -7,6 +7,7 @@ Functions have CuPy's names and take what CuPy's take. Whatever would wait for a
 
 import operator
 from functools import partial
+from threading import Lock
 from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
@@ -224,6 +225,21 @@ def asnumpy(x):
     return x.get() if isinstance(x, ndarray) else np.asarray(x)
 
 
+class RawModule(standin.RawModule):
+    """Kernels that are run one at a time: compiled as C++ they share what a device has for each."""
+
+    turn = Lock()
+
+    def get_function(self, name):
+        start = super().get_function(name)
+
+        def alone(*given):
+            with self.turn:
+                start(*given)
+
+        return alone
+
+
 def module():
     """The module that stands for cupy, one for all, since a kernel belongs to it."""
     if not _module:
@@ -236,7 +252,7 @@ _module: list[ModuleType] = []
 
 def _made():
     cupy, plain = ModuleType("cupy"), standin.module()
-    cupy.ndarray, cupy.__version__, cupy.RawModule = ndarray, plain.__version__, plain.RawModule
+    cupy.ndarray, cupy.__version__, cupy.RawModule = ndarray, plain.__version__, RawModule
     for name in ("float32", "float64", "uint64", "int64", "dtype"):
         setattr(cupy, name, getattr(np, name))
     for name in ELEMENTWISE.split():

@@ -124,7 +124,15 @@ def rows(task: str, count: int = 12) -> list[Example]:
 
 
 def run(
-    kind: str, task_type: str, xp: Any, *, out: Any = None, resume: bool = False, stop: int = 0, **how: Any
+    kind: str,
+    task_type: str,
+    xp: Any,
+    *,
+    out: Any = None,
+    resume: bool = False,
+    stop: int = 0,
+    ranks: Any = None,
+    **how: Any,
 ) -> Result:
     """A run of steps of two micro-batches, stopped after one perhaps; how: of TrainConfig and of LoraConfig."""
     own = {name: how.pop(name) for name in list(how) if name not in TrainConfig.__dataclass_fields__}
@@ -143,6 +151,7 @@ def run(
         lora=None if out is None else config,
         out=out,
         resume=resume,
+        ranks=ranks,
         callbacks=[lambda record: record["event"] == "train" and record["step"] == stop],
     )
 

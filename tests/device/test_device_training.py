@@ -1,6 +1,7 @@
 """Whole runs on a device's arrays: they come to what they come to on the host, and a step waits once."""
 
 import json
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import lorax_np as lx
 from lorax_np.cli import main
 from lorax_np.generation import token_stream
 from lorax_np.optim import clip_into
+from lorax_np.parallel import threads
 from lorax_np.train import step as step_file
 from lorax_np.train.held import Held
 from lorax_np.train.log import records
@@ -76,6 +78,23 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(cupy, tmp_path, optimi
         assert parameters(rest.trained)[name].host.tobytes() == value.host.tobytes(), name
     for file in ("adapter_model.safetensors", "state/step-4/tensors.safetensors"):
         assert (tmp_path / "part" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_two_ranks_are_one(cupy):
+    """Each has a device's arrays, and what they exchange goes through the host."""
+    whole, found = runs.llama(cupy, iters=2, grad_accumulation_steps=2), [None, None]
+
+    def work(ranks):
+        found[ranks.rank] = runs.llama(cupy, iters=2, grad_accumulation_steps=1, ranks=ranks)
+
+    started = [Thread(target=work, args=(ranks,)) for ranks in threads(2)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join(60)
+    for name, value in parameters(whole.trained).items():
+        for one in found:
+            assert parameters(one.trained)[name].host.tobytes() == value.host.tobytes(), name
 
 
 def test_what_is_saved_is_what_trained(cupy, tmp_path):
