@@ -50,7 +50,8 @@ class Passes:
         self.workers = config.workers
         if self.workers == "auto" and hasattr(model.weights, "codes"):
             self.workers = 1  # each more has a layer written out, and its own rows, where memory is what counts
-        self.on_device = any(on_device(value) for value in leaves(trained).values())
+        trains: Any = next(iter(leaves(trained).values()), None)
+        self.on_device = on_device(model.weights[next(iter(model.weights))] if trains is None else trains)
         if self.on_device:
             self.workers = 1
         tasks.head_of(model, task)

@@ -8,15 +8,19 @@ import pytest
 from cupy_like import reads
 
 import lorax_np as lx
+from lorax_np.backend import to_host
 from lorax_np.cli import main
 from lorax_np.generation import token_stream
+from lorax_np.models.records import Trained
+from lorax_np.models.watching import site_gradients, site_inputs
 from lorax_np.optim import clip_into
 from lorax_np.parallel import threads
+from lorax_np.train import Passes
 from lorax_np.train import step as step_file
 from lorax_np.train.held import Held
 from lorax_np.train.log import records
 from lorax_np.train.step import parameters
-from tests.device import runs
+from tests.device import cases, runs
 from tests.device.runs import assert_near, on
 
 
@@ -151,6 +155,30 @@ def test_texts_are_written_there(cupy, kind, engine):
     reads.clear()
     assert list(token_stream(model, [4, 9, 2, 11], trained=trained, **how)) == want
     assert len(reads) == 4 + 2 * 4 * (kind == "moe")
+
+
+def test_a_base_alone_is_judged_there(cupy):
+    """By one thread, as any other of a device's."""
+    base, rows = runs.model("llama", "CAUSAL_LM"), runs.rows("CAUSAL_LM")
+    there, nothing = on(cupy, base, Trained({}, {}))
+    assert Passes(there, {}, nothing, task="CAUSAL_LM").workers == 1
+    want = lx.evaluate(base, {}, nothing, rows, "CAUSAL_LM")["loss"]
+    assert lx.evaluate(there, {}, nothing, rows, "CAUSAL_LM")["loss"] == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("start", ["eva", "lora_ga"])
+def test_starts_that_look_at_rows(cupy, start):
+    step = cases.step_of(*cases.KINDS["llama"])
+    config = lx.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=start)
+    found = []
+    for one in (step, step.moved(cupy.asarray)):
+        args = one.model, one.sites, [one.batch]
+        looks = site_inputs(*args) if start == "eva" else site_gradients(*args, task=one.task)
+        given = {"inputs" if start == "eva" else "gradients": looks}
+        found.append(lx.inject(one.model.weights, config, np.random.default_rng(0), **given)[1])
+    for name, adapter in found[0].items():
+        want, there = adapter.B @ adapter.A, to_host(found[1][name].B) @ to_host(found[1][name].A)
+        assert np.abs(there - want).max() <= 1e-12 * max(np.abs(want).max(), 1)
 
 
 def test_the_command(cupy, tmp_path, capsys):
