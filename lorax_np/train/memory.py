@@ -109,9 +109,9 @@ def _dora(work: Work, rows: int, again: bool) -> float:
 
 def available(trained: Trained) -> int:
     """Bytes that a process may still have where it trains; 0 where the system does not tell."""
-    there = free_bytes(next(iter(parameters(trained).values())))
-    if there is not None:
-        return there
+    for value in parameters(trained).values():
+        if (there := free_bytes(value)) is not None:
+            return there
     about = Path("/proc/meminfo")
     if about.is_file():
         lines = dict(line.split(":", 1) for line in about.read_text(encoding="utf-8").splitlines())

@@ -71,7 +71,7 @@ OPTIONS = {
 }
 
 
-@engines
+@pytest.mark.parametrize("engine", ["fast", pytest.param("reference", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("what", OPTIONS)
 def test_whatever_trains(cupy, what, engine):
     """And where blocks are computed again, with the same bits."""
