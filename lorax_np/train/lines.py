@@ -18,8 +18,8 @@ WIDE = 80  # columns of a terminal
 
 def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
     """Where it runs, what it learns from, what trains."""
-    info, model, like = backend_info(), run.model, next(iter(parameters(run.trained).values()))
-    here = namespace_of(x=like).__name__
+    info, model, like = backend_info(), run.model, next(iter(parameters(run.trained).values()), None)
+    here = info["backend"] if like is None else namespace_of(x=like).__name__
     found = [
         f"backend {here} ({info['why'] if here == info['backend'] else f'--backend {here}'})",
         info["cupy"] if on_device(like) else f"NumPy {info['numpy']}, BLAS {info['blas']}",
