@@ -203,6 +203,25 @@ def from_host(values: Array, like: Array | Namespace) -> Any:
     return xp.asarray(values, device=device)
 
 
+def free_bytes(x: Array) -> int | None:
+    """Return how many bytes are free on the device where x lives, those that CuPy keeps too; None elsewhere."""
+    if not on_device(x):
+        return None
+    cupy = namespace_of(x=x)
+    return int(cupy.cuda.runtime.memGetInfo()[0]) + int(cupy.get_default_memory_pool().free_bytes())
+
+
+def beside(values: Array, like: Array) -> Any:
+    """Return values where `like` lives: the host's are moved there, and any other have to be there already.
+
+    For ids and labels, which are looked at on the host before they go to work. Raises TypeError otherwise.
+    """
+    if namespace_of(values=values) is np:
+        return from_host(values, like)
+    namespace_of(like=like, values=values)
+    return values
+
+
 # ---- casts, copies, checks ---------------------------------------------------------------------------------
 
 

@@ -77,7 +77,8 @@ def lora_embedding_forward(
     Without m:  y = e·(W[ids] + s·A[:, ids]ᵀBᵀ).
     With m:     y = e·k∘(W[ids] + s·A[:, ids]ᵀBᵀ),  k = m/‖Wᵀ + s·BA‖ by rows, one for each column of W.
 
-    ids : (...)        integers from 0 to vocab − 1; any shape, of zero tokens too. They are read on the host
+    ids : (...)        integers from 0 to vocab − 1; any shape, of zero tokens too. They are read on the host,
+                       where they may be
     base : Embedding   frozen weight
     adapter : Adapter  A (r, vocab), B (dim, r), m (dim,) or None; in the base's dtype or another
     scaling : float    s, as LoraConfig.scaling gives it
@@ -246,7 +247,6 @@ def _check_pair(base: Embedding, adapter: Adapter, scaling: float) -> float:
 def _check(ids: Array, base: Embedding, adapter: Adapter, scaling: float) -> float:
     """Check all arguments together, ids by reading them on the host."""
     s = _check_pair(base, adapter, scaling)
-    namespace_of(W=base.W, ids=ids)
     if not dtype_name(ids).startswith(("int", "uint")):
         raise DtypeError(f"ids: expected integers, got {dtype_name(ids)}")
     host, vocab = to_host(ids), base.W.shape[0]

@@ -74,23 +74,33 @@ def lora_fa_linear_backward(
     return gx, LoraFaGradients(cast(gB, own), gb, gbB)
 
 
-def lora_fa_corrected(gB: Array, A: Array, *, scaling: float) -> Array:
+def lora_fa_corrected(gB: Array, A: Array, *, scaling: float, inverse: Array | None = None) -> Array:
     """Return ĝB = s⁻²·gB(AAᵀ + 1e-8·I)⁺ : (d_out, r), the step in B whose update is nearest to W's.
 
-    The pseudo-inverse is taken on the host in float64; singular values below r·eps of the largest, eps that of
-    A's dtype, count as 0. Returns gB's dtype. Raises ConfigError where s is 0.
-    Source: specs/lorafa.md.
+    inverse : lora_fa_inverse's, where somebody has it already
+
+    Returns gB's dtype. Raises ConfigError where s is 0. Source: specs/lorafa.md.
 
     >>> lora_fa_corrected(np.array([[3.0, 8.0]]), np.diag([1.0, 2.0]), scaling=0.5).round(6).tolist()
     [[12.0, 8.0]]
     """
     bind(gB=(gB, "d_out r"), A=(A, "r d_in"))
+    M = lora_fa_inverse(A, scaling=scaling) if inverse is None else inverse
+    found: Array = cast(gB, "float64") @ M  # (lorafa.5)
+    return cast(cast(found, compute_dtype(gB)), dtype_name(gB))
+
+
+def lora_fa_inverse(A: Array, *, scaling: float) -> Array:
+    """Return s⁻²·(AAᵀ + 1e-8·I)⁺ : (r, r) in float64, beside A: as long as A is held, always the same.
+
+    The pseudo-inverse is taken on the host; singular values below r·eps of the largest, eps that of A's dtype,
+    count as 0. Raises ConfigError where s is 0.
+    """
     if scaling == 0:
         raise ConfigError("scaling: expected a number other than 0, whose square divides, got 0")
     host = to_host(cast(A, "float64"))
     M = host @ host.T + SMALL * np.eye(len(host))  # (lorafa.4)
     eps = 2.0**-23 if compute_dtype(A) == "float32" else 2.0**-52
     inverse = np.linalg.pinv(M, rcond=len(host) * eps, hermitian=True)
-    low = compute_dtype(gB)
-    found: Array = cast(gB, "float64") @ from_host(inverse / scaling**2, gB)  # (lorafa.5)
-    return cast(cast(found, low), dtype_name(gB))
+    found: Array = from_host(inverse / scaling**2, A)
+    return found

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..backend import (
     Array,
+    beside,
     cast,
     compute_dtype,
     copy,
@@ -17,7 +18,7 @@ from ..backend import (
     quiet,
     to_host,
 )
-from ..errors import ConfigError, DtypeError
+from ..errors import ConfigError, DtypeError, ShapeError
 from ..ops.tokens import tokens_backward, tokens_forward
 from ..shapes import axes, rows
 from .embedding import Embedding
@@ -27,7 +28,8 @@ from .embedding import Embedding
 class TokenRows:
     """The trained rows of an embedding, and equally the gradients by them.
 
-    index : (n,)     which rows of the table, integers, each once, in any order
+    index : (n,)     which rows of the table, integers, each once, in any order; read on the host, where they
+                     may be
     rows : (n, dim)  what stands there in place of the table's own: values, not differences
     """
 
@@ -35,7 +37,10 @@ class TokenRows:
     rows: Array
 
     def __post_init__(self) -> None:
-        axes(index=(self.index, "n"), rows=(self.rows, "n dim"))
+        n = axes(index=(self.index, "n"))["n"]
+        axes(rows=(self.rows, "n dim"))
+        if self.rows.shape[0] != n:
+            raise ShapeError(f"rows: expected (n, dim) with n={n} set by index, got {tuple(self.rows.shape)}")
         one_dtype(rows=self.rows)
         host = to_host(self.index)
         if host.dtype.kind not in "iu":
@@ -60,14 +65,15 @@ def token_rows_start(base: Embedding, index: Array) -> TokenRows:
     [[4.0, 5.0]]
     """
     _inside("index", index, base.W)
-    found = namespace_of(W=base.W, index=index).take(base.W, index, axis=0)
+    found = namespace_of(W=base.W).take(base.W, beside(index, base.W), axis=0)
     return TokenRows(copy(index), cast(found, compute_dtype(base.W)))
 
 
 def token_rows_forward(ids: Array, base: Embedding, tokens: TokenRows) -> tuple[Array, TokenSaved]:
     """Look ids up with the trained rows in place: y = e·W'[ids], e the base's scale.
 
-    ids : (...)         integers from 0 to vocab − 1; any shape, of zero tokens too. They are read on the host
+    ids : (...)         integers from 0 to vocab − 1; any shape, of zero tokens too. They are read on the host,
+                        where they may be
     base : Embedding    frozen table (vocab, dim); it is not copied
     tokens : TokenRows  rounded to the table's dtype where theirs is wider, as a merge would
 
@@ -105,7 +111,7 @@ def token_rows_backward(gy: Array, saved: TokenSaved, base: Embedding, tokens: T
         gv = base.scale * gv  # (tokens.6), undoes (tokens.5)
     gT, xp = tokens_backward(gv, H), namespace_of(H=H)
     if base.padding_idx is not None:
-        index: Any = tokens.index
+        index = beside(tokens.index, gT)
         gT = xp.where((index == base.padding_idx)[:, None], xp.zeros_like(gT), gT)  # (tokens.7)
     if base.scale_grad_by_freq:
         often: Any = xp.sum(rows(H), axis=0)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import FLOATS, Array, all_finite, cast, dtype_name, from_host, namespace_of, to_host
+from ..backend import FLOATS, Array, all_finite, beside, cast, dtype_name, from_host, namespace_of, to_host
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..layers.tokens import TokenRows
 from ..ops.linear import linear_backward_x
@@ -117,7 +117,7 @@ def _logits_back(at: Pass, gz: Array, h: Array, saved: Any, gradients: Gradients
     if tokens is None:
         return at.linear_back(LM, gz, saved, gradients)
     xp, R = namespace_of(gz=gz), cast(tokens.rows, at.dtype)
-    gt = xp.take(gz, tokens.index, axis=1)  # (C, n)
+    gt = xp.take(gz, beside(tokens.index, gz), axis=1)  # (C, n)
     at.add_saved(f"{at.config['tied']}.{DELTA}", gt.T @ h, gradients)  # (n, d)    (models.23)
     place = np.ones(gz.shape[1], dtype="bool")
     place[to_host(tokens.index)] = False
@@ -194,7 +194,7 @@ def class_loss(z: Array, labels: Any, n: int) -> tuple[Array, Array]:
             raise ConfigError(f"labels: expected {wanted}, got one output; numbers to come near are floats")
         loss, saved = cross_entropy_forward(z, host, n=n)
         return loss, cross_entropy_backward(saved)
-    y = cast(from_host(finite_labels(host), z), dtype_name(z))
+    y = cast(finite_labels(host), dtype_name(z))
     if host.ndim == 2:
         loss, those = bce_forward(z, y, n=n)
         return loss, bce_backward(those)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..backend import Array, cast, compute_dtype, dtype_name, from_host, namespace_of, on_device, to_host
+from ..backend import Array, beside, cast, compute_dtype, dtype_name, namespace_of, on_device, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..fast import lora_linear_backward as fast_backward
@@ -143,8 +143,7 @@ class Pass:
 
     def placed(self, values: Any) -> Any:
         """Integers or numbers of the host where the model lives; arrays that are there already as they are."""
-        like = self.weights[next(iter(self.weights))]
-        return values if type(values) is type(like) else from_host(to_host(values), like)
+        return beside(values, self.weights[next(iter(self.weights))])
 
     def op(self, f: Op) -> Op:
         """An operation of ops/, or what this pass computes it by."""
@@ -235,10 +234,11 @@ class Pass:
     def embedding(self, name: str, ids: Array) -> tuple[Array, Any]:
         """Rows of the table of a module, with its adapter or its trained rows where it has any.
 
-        ids : (N,) -> y : (N, d), and what embedding_back reads. ids may be on the host, where they are checked
+        ids : (N,) -> y : (N, d), and what embedding_back reads. ids may be on the host, where they are checked,
+        and sorted where they train: there they are never fetched from
         """
         _check_ids(ids, self._stored(f"{name}.weight").shape[0])
-        ids, adapter, tokens = self.placed(ids), self._adapter(name), self.tokens(name)
+        adapter, tokens = self._adapter(name), self.tokens(name)
         if adapter is not None:
             table = Embedding(self.weight(f"{name}.weight"))
             return lora_embedding_forward(ids, table, adapter, scaling=self.scaling(name))
@@ -268,7 +268,7 @@ class Pass:
             return None
         if name not in self._tokens:
             raise ConfigError(f"tokens: expected which rows of {name} train, got nothing")
-        return TokenRows(from_host(np.array(list(self._tokens[name]), dtype="int64"), rows), rows)
+        return TokenRows(np.array(list(self._tokens[name]), dtype="int64"), rows)
 
     # ---- inside ----------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from math import prod
 from typing import Any, NamedTuple
 
-from ..backend import Array, cast, dtype_name, from_host, namespace_of, to_host
+from ..backend import Array, beside, cast, dtype_name, from_host, namespace_of, to_host
 from ..errors import ShapeError
 from ..shapes import bind, rows
 
@@ -12,7 +12,7 @@ def lookup_forward(T: Array, ids: Array) -> Array:
     """Rows of a table, y = T[ids]: the product of one-hot rows with T, without the zeros.
 
     T   : (vocab, d)  any table
-    ids : (...)       integers from 0 to vocab − 1, which the caller has checked
+    ids : (...)       integers from 0 to vocab − 1, which the caller has checked; they may be on the host
 
     Returns y : (..., d) in T's dtype, 16-bit ones included.
     Source: specs/embedding.md.
@@ -22,8 +22,8 @@ def lookup_forward(T: Array, ids: Array) -> Array:
     [[3.0, 4.0], [3.0, 4.0]]
     """
     bind(T=(T, "vocab d"))
-    xp = namespace_of(T=T, ids=ids)
-    flat = xp.reshape(ids, (prod(ids.shape),))           # (N,)
+    xp = namespace_of(T=T)
+    flat = xp.reshape(beside(ids, T), (prod(ids.shape),))  # (N,)
     y = xp.take(T, flat, axis=0)                         # (N, d)        (embedding.1)
     found: Array = xp.reshape(y, (*ids.shape, T.shape[1]))
     return found
@@ -39,12 +39,12 @@ def lookup_backward(
 
     Tokens are sorted by id, stably, and each id's are added as a balanced tree over the order in which they
     occur: the bits depend on the arguments alone, not on how a library schedules its additions. The order is
-    found on the host. Ids that do not occur have the gradient 0 exactly.
+    found on the host, where ids may be. Ids that do not occur have the gradient 0 exactly.
     """
     vocab = bind(T=(T, "vocab d"), gy=(gy, "... d"))["vocab"]
     if tuple(gy.shape[:-1]) != tuple(ids.shape):
         raise ShapeError(f"gy: expected (..., d) with ...={tuple(ids.shape)} set by ids, got {tuple(gy.shape)}")
-    xp = namespace_of(gy=gy, ids=ids, T=T)
+    xp = namespace_of(gy=gy, T=T)
     zero = xp.zeros_like(T)
     if prod(ids.shape) == 0:
         return zero  # type: ignore[no-any-return]

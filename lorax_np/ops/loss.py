@@ -6,7 +6,7 @@ losses and gradients of micro-batches and ranks add up.
 
 from typing import Any, NamedTuple
 
-from ..backend import Array, from_host, namespace, namespace_of, real
+from ..backend import Array, beside, from_host, namespace, namespace_of, real
 from ..errors import ConfigError
 from ..shapes import bind
 from .targets import check_n, check_shares, targets, two_axes
@@ -184,14 +184,16 @@ class TargetSaved(NamedTuple):
 def mse_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     """Squared error ℓ = Σ(z − y)²/n of z, y : (...), n being the numbers of the whole step.  See specs/loss.md.
 
+    y may be on the host.
+
     >>> import numpy as np
     >>> loss, saved = mse_forward(np.array([1.0, 2.0]), np.array([0.0, 4.0]), n=2)
     >>> float(loss), mse_backward(saved).tolist()
     (2.5, [1.0, -2.0])
     """
-    _same(z, y)
+    y = _beside(y, z)
     n = check_n(n)
-    xp = namespace_of(z=z, y=y)
+    xp = namespace_of(z=z)
     loss = xp.sum((z - y) * (z - y)) / n                 # ()            (loss.14)
     return loss, TargetSaved(z, y, n)
 
@@ -204,18 +206,18 @@ def mse_backward(saved: TargetSaved) -> Array:
 def bce_forward(z: Array, y: Array, *, n: int) -> tuple[Array, TargetSaved]:
     """Cross entropy of one sigmoid for each entry, ℓ = Σ[log(1 + e^z) − zy]/n, of z, y : (...), 0 ≤ y ≤ 1.
 
-    For labels that may hold together; y is read on the host. n is the number of entries of the whole step.
-    Raises ConfigError for n < 1, and for a y that is none, with its place. Source: specs/loss.md.
+    For labels that may hold together; y is read on the host, where it may be. n is the number of entries of the
+    whole step. Raises ConfigError for n < 1, and for a y that is none, with its place. Source: specs/loss.md.
 
     >>> import numpy as np
     >>> loss, saved = bce_forward(np.array([0.0, 1000.0]), np.array([1.0, 1.0]), n=2)
     >>> np.exp(-2 * loss).round(12).tolist(), bce_backward(saved).tolist()
     (0.5, [-0.25, 0.0])
     """
-    _same(z, y)
-    n = check_n(n)
     check_shares(y)
-    xp = namespace_of(z=z, y=y)
+    y = _beside(y, z)
+    n = check_n(n)
+    xp = namespace_of(z=z)
     at: Any = real(z)
     positive, zero = at > 0, xp.zeros_like(z)
     small = xp.where(positive, -z, z)                    # (...)  −|z|
@@ -234,5 +236,8 @@ def bce_backward(saved: TargetSaved) -> Array:
     return gz
 
 
-def _same(z: Array, y: Array) -> None:
+def _beside(y: Array, z: Array) -> Array:
+    """The labels where z lives, and of its shape and dtype."""
+    y = beside(y, z)
     bind(z=(z, "..."), y=(y, "..."))
+    return y

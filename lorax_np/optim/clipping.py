@@ -1,13 +1,13 @@
 """Gradients scaled down to a largest norm.  Derivation: specs/optim.md."""
 
 from collections.abc import Iterator, Mapping
-from math import isnan, sqrt
+from math import isnan
 from typing import Any
 
 from ..backend import Array, cast, dtype_name, namespace_of, quiet, to_host
 from ..errors import ConfigError
 from ..tree import Leaves
-from .state import PART, single
+from .state import PART
 
 
 def clip(grads: Mapping[str, Array], max_norm: float | None) -> tuple[Leaves, float]:
@@ -23,36 +23,44 @@ def clip(grads: Mapping[str, Array], max_norm: float | None) -> tuple[Leaves, fl
     >>> norm, grads["A"].round(6).tolist()
     (5.0, [0.6])
     """
-    norm, c = _factor(grads, max_norm)
-    return {name: g if c is None else _times(g, c) for name, g in grads.items()}, norm
+    N, c = _factor(grads, max_norm)
+    norm = 0.0 if N is None else float(to_host(N)[0])
+    if c is None or not norm < float("inf"):
+        return dict(grads), norm
+    return {name: g * cast(c, dtype_name(g)) for name, g in grads.items()}, norm  # (optim.12)
 
 
-def clip_into(grads: Mapping[str, Any], max_norm: float | None) -> float:
-    """As clip, but write the result over the gradients, which may be views of one buffer; return N."""
-    norm, c = _factor(grads, max_norm)
-    if c is not None:
-        for g in grads.values():
-            g *= single(c) if dtype_name(g) == "float32" else c
-    return norm
+def clip_into(grads: Mapping[str, Any], max_norm: float | None) -> Array:
+    """As clip, but write the result over the gradients, which may be views of one buffer, and do not read N.
+
+    grads : at least one array, none of no axis
+    Returns N : (1,) in float64, where the gradients live, so that a step may read it with its loss.
+    """
+    N, c = _factor(grads, max_norm)
+    if N is None:
+        raise ConfigError("grads: expected at least one, got none")
+    for g in grads.values() if c is not None else ():
+        g *= cast(c, dtype_name(g))
+    return N
 
 
-def _factor(grads: Mapping[str, Array], max_norm: float | None) -> tuple[float, float | None]:
+def _factor(grads: Mapping[str, Array], max_norm: float | None) -> tuple[Array | None, Array | None]:
+    """N : (1,) and c : (1,), in float64; None where there is no gradient, and where nothing is scaled.
+
+    Where N is not finite, c is 1.
+    """
     if max_norm is not None and (isnan(max_norm) or max_norm <= 0):
         raise ConfigError(f"max_norm: expected a number above 0, or None, got {max_norm!r}")
-    norm = _norm(grads)
-    if max_norm is None or not norm < float("inf"):
-        return norm, None
-    return norm, min(1.0, max_norm / (norm + 1e-6))  # (optim.11)
-
-
-def _norm(grads: Mapping[str, Array]) -> float:
-    """√Σg², each part's sum where it lives, and one number read at the end."""
     if not grads:
-        return 0.0
+        return None, None
     xp = namespace_of(**grads)
     with quiet():
         parts = xp.stack([part for g in grads.values() for part in _squares(g)])
-        return sqrt(float(to_host(xp.sum(parts[None, :], axis=1))[0]))  # (optim.10)
+        N: Any = xp.sqrt(xp.sum(parts[None, :], axis=1))  # (optim.10)
+        if max_norm is None:
+            return N, None
+        c = max_norm / (N + 1e-6)
+        return N, xp.where((c < 1) & xp.isfinite(N), c, xp.ones_like(c))  # (optim.11)
 
 
 def _squares(g: Array) -> Iterator[Array]:
@@ -61,7 +69,3 @@ def _squares(g: Array) -> Iterator[Array]:
     for i in range(0, max(flat.shape[0], 1), PART):
         wide = cast(flat[i : min(i + PART, flat.shape[0])], "float64")
         yield xp.sum(wide * wide)
-
-
-def _times(g: Array, c: float) -> Array:
-    return g * (single(c) if dtype_name(g) == "float32" else c)  # (optim.12)

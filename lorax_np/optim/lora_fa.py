@@ -1,12 +1,14 @@
 """LoRA-FA as an optimiser: gradients of B corrected, A without any.  Derivation: specs/lorafa.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..backend import Array
 from ..errors import ConfigError
-from ..layers.lora_fa import lora_fa_corrected
+from ..layers.lora_fa import lora_fa_corrected, lora_fa_inverse
 from ..ops.experts import join_experts, split_experts
 from ..tree import Leaves
+
+Inverses = Mapping[str, Sequence[Array]]  # by SITE, of each of its experts
 
 
 def lora_fa_gradients(
@@ -15,12 +17,14 @@ def lora_fa_gradients(
     scaling: Mapping[str, float],
     *,
     ranks: Mapping[str, int] | None = None,
+    inverses: Inverses | None = None,
 ) -> Leaves:
     """Return gradients for a step that holds every A: those of A left out, ĝB = s⁻²·gB(AAᵀ + 1e-8·I)⁺ for B.
 
     params, grads : arrays by name; SITE.A beside every SITE.B
     scaling       : s by SITE, the name up to its last part; any other gradient passes as it is
     ranks         : r of one expert by SITE, where A and B hold those of several: each has its own A, and its ĝB
+    inverses      : lora_fa_inverses' of the same A, so that none is read on the host again; None for anew
 
     Feed them to adamw_step or sgd_step, which leave what has no gradient alone.
     Raises ConfigError for a site without a scaling or without A, for ranks that do not divide A's rows, and
@@ -43,16 +47,37 @@ def lora_fa_gradients(
         elif last == "B":
             if f"{site}.A" not in params:
                 raise ConfigError(f"{site}.A: expected it among the parameters, got none")
-            A = params[f"{site}.A"]
-            found[name] = _corrected(site, g, A, scaling[site], (ranks or {}).get(site, A.shape[0]))
+            A, s = params[f"{site}.A"], scaling[site]
+            own = _inverses(site, A, s, ranks) if inverses is None else inverses[site]
+            found[name] = _corrected(g, A, s, own)
     return found
 
 
-def _corrected(site: str, gB: Array, A: Array, s: float, r: int) -> Array:
-    """ĝB of each expert by its own A; there is one where A has r rows."""
-    if r == A.shape[0]:
-        return lora_fa_corrected(gB, A, scaling=s)
-    if r < 1 or A.shape[0] % r:
-        raise ConfigError(f"ranks: expected a divisor of {A.shape[0]}, the rows of {site}.A, got {r}")
-    As, gBs = split_experts(A, gB, experts=A.shape[0] // r)
-    return join_experts(As, [lora_fa_corrected(g, A_e, scaling=s) for A_e, g in zip(As, gBs, strict=True)])[1]
+def lora_fa_inverses(
+    params: Mapping[str, Array], scaling: Mapping[str, float], *, ranks: Mapping[str, int] | None = None
+) -> Inverses:
+    """Return the matrices of (lorafa.5) by SITE, of every A that stands beside a B: held, they never change.
+
+    Arguments and errors as of lora_fa_gradients.
+    """
+    names = [name.removesuffix(".B") for name in params if name.endswith(".B")]
+    sites = [site for site in names if site in scaling and f"{site}.A" in params]
+    return {site: _inverses(site, params[f"{site}.A"], scaling[site], ranks) for site in sites}
+
+
+def _inverses(site: str, A: Array, s: float, ranks: Mapping[str, int] | None) -> list[Array]:
+    """Those of each expert's A; there is one where A has r rows."""
+    r, have = (ranks or {}).get(site, A.shape[0]), A.shape[0]
+    if r < 1 or have % r:
+        raise ConfigError(f"ranks: expected a divisor of {have}, the rows of {site}.A, got {r}")
+    As = [A] if r == have else split_experts(A, A.T, experts=have // r)[0]
+    return [lora_fa_inverse(A_e, scaling=s) for A_e in As]
+
+
+def _corrected(gB: Array, A: Array, s: float, inverses: Sequence[Array]) -> Array:
+    """ĝB of each expert by its own A."""
+    if len(inverses) == 1:
+        return lora_fa_corrected(gB, A, scaling=s, inverse=inverses[0])
+    As, gBs = split_experts(A, gB, experts=len(inverses))
+    parts = zip(As, gBs, inverses, strict=True)
+    return join_experts(As, [lora_fa_corrected(g, A_e, scaling=s, inverse=M) for A_e, g, M in parts])[1]

@@ -16,13 +16,14 @@ BITS = {"int8": 8.0, "nf4": 4.5}  # of a number, its share of the scales include
 class Estimate(NamedTuple):
     """What one step takes, and what is in memory at its height.
 
-    tokens, labels : of one step of one rank, the decoder's too;  seconds : of one step
+    tokens, labels : of one step of one rank, the decoder's too
+    seconds : of one step; None on a device, whose rates nobody has measured yet
     parts : bytes, by what they are for
     """
 
     tokens: float
     labels: float
-    seconds: float
+    seconds: float | None
     parts: Mapping[str, int]
 
     @property
@@ -32,10 +33,11 @@ class Estimate(NamedTuple):
 
 
 def estimated(work: Work) -> Estimate:
-    """Return the estimate of a run, for which products of its shapes are timed."""
+    """Return the estimate of a run, for which products of its shapes are timed where the host computes them."""
     tokens = work.all * work.batch * work.turns
     labels = float(np.mean(work.labels)) * work.batch * work.turns
-    return Estimate(tokens, labels, seconds_of(work, tokens, labels), memory_of(work))
+    seconds = None if work.passes.on_device else seconds_of(work, tokens, labels)
+    return Estimate(tokens, labels, seconds, memory_of(work))
 
 
 def decide(work: Work) -> bool:
@@ -46,7 +48,7 @@ def decide(work: Work) -> bool:
     """
     if work.passes.config.grad_checkpoint != "auto" or work.passes.checkpoint:
         return False
-    free, coded = available(), hasattr(work.passes.model.weights, "codes")
+    free, coded = available(work.trained), hasattr(work.passes.model.weights, "codes")
     if not coded and (not free or sum(memory_of(work).values()) <= SHARE * free):
         return False
     work.passes.recompute()

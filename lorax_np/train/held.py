@@ -11,7 +11,7 @@ from ..parallel import Communicator
 from ..tree import flatten, layout, unflatten
 from .config import TrainConfig
 from .passes import Passes
-from .step import Outcome, Rates, gradient, parameters, start, update, with_parameters
+from .step import Outcome, Rates, gradient, inverses_of, parameters, start, update, with_parameters
 
 
 class Held:
@@ -31,6 +31,7 @@ class Held:
         self.trained = with_parameters(given, unflatten(self._p, self.where))
         self._flat: State | None = adamw_flat_start(self._p) if config.optimizer == "adamw" else None
         self._named: State = {} if self._flat is not None else start(self.trained, config)
+        self._inverses = inverses_of(parameters(self.trained), config, sites)
 
     @property
     def state(self) -> State:
@@ -46,9 +47,8 @@ class Held:
             return outcome
         if self._flat is None:
             grads = unflatten(g, self.where)
-            new, self._named = update(
-                parameters(self.trained), grads, self._named, rates, self.config, self.sites
-            )
+            args = parameters(self.trained), grads, self._named, rates, self.config, self.sites
+            new, self._named = update(*args, self._inverses)
             self.trained = with_parameters(self.trained, new)
         else:
             c, (lr, decay) = self.config, rates
@@ -61,6 +61,7 @@ class Held:
         if self._flat is None:
             self.trained = with_parameters(self.trained, params)
             self._named = {**self._named, **(state or {})}
+            self._inverses = inverses_of(params, self.config, self.sites)
             return
         self._p[...] = flatten(params, self.where)
         if state is not None:

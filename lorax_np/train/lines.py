@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from textwrap import wrap
 from typing import Any
 
-from ..backend import backend_info
+from ..backend import backend_info, namespace_of, on_device
 from ..optim import group_table
 from ..text.showing import shown
 from .estimate import alternatives, estimated
 from .prepare import Prepared
 from .run import groups_of
+from .step import parameters
 from .work import Work
 
 WIDE = 80  # columns of a terminal
@@ -17,10 +18,11 @@ WIDE = 80  # columns of a terminal
 
 def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
     """Where it runs, what it learns from, what trains."""
-    info, model = backend_info(), run.model
+    info, model, like = backend_info(), run.model, next(iter(parameters(run.trained).values()), None)
+    here = info["backend"] if like is None else namespace_of(x=like).__name__
     found = [
-        f"backend {info['backend']} ({info['why']})",
-        f"NumPy {info['numpy']}, BLAS {info['blas']}",
+        f"backend {here} ({info['why'] if here == info['backend'] else f'--backend {here}'})",
+        info["cupy"] if on_device(like) else f"NumPy {info['numpy']}, BLAS {info['blas']}",
         f"model {model.path}: {model.config.get('model_type', model.family)}, {len(model.weights)} tensors",
     ]
     for split, data in run.data.items():
@@ -137,9 +139,14 @@ def estimate_lines(run: Prepared, work: Work, ranks: int) -> list[str]:
     found = estimated(work)
     steps = run.config.steps(run.config.feed(run.data["train"].examples, run.task, ranks=ranks))
     tokens = ranks * found.tokens
+    each, time = f"{tokens:.0f} tokens", found.seconds
+    first = f"{steps} steps of {each}"
+    if time is not None:
+        first = (
+            f"{time:.2f} s a step of {each}, {tokens / time:.0f} tok/s, {steps} steps in {clock(steps * time)}"
+        )
     lines = [
-        f"expected: {found.seconds:.2f} s a step of {tokens:.0f} tokens, {tokens / found.seconds:.0f} tok/s, "
-        f"{steps} steps in {clock(steps * found.seconds)}",
+        f"expected: {first}",
         f"expected memory: {size(found.nbytes)}",
         *(f"  {name:<{max(map(len, found.parts))}}  {size(n):>8}" for name, n in found.parts.items()),
     ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+from ..backend import free_bytes
 from ..errors import ConfigError
 from ..fast.cpu_dora import FEATURES
 from ..fast.llama.head import CHUNK as HEAD
@@ -23,7 +24,9 @@ def memory_of(work: Work, *, checkpoint: bool | None = None) -> dict[str, int]:
     P = sum(prod(value.shape) for value in parameters(work.trained).values())
     again = work.passes.checkpoint if checkpoint is None else checkpoint
     rows = max(work.mean * work.batch, max(work.lengths))
-    found = {"programs": PROGRAMS, "base": base_bytes(work)}
+    found = {"base": base_bytes(work)}
+    if not work.passes.on_device:
+        found = {"programs": PROGRAMS, **found}
     workers = work.workers
     if work.passes.planned:
         each = min(max(RUN, max(work.lengths)), rows / workers)
@@ -104,8 +107,11 @@ def _dora(work: Work, rows: int, again: bool) -> float:
     return work.workers * norms + rows * max(pieces)
 
 
-def available() -> int:
-    """Bytes that a process may still have; 0 where the system does not tell."""
+def available(trained: Trained) -> int:
+    """Bytes that a process may still have where it trains; 0 where the system does not tell."""
+    for value in parameters(trained).values():
+        if (there := free_bytes(value)) is not None:
+            return there
     about = Path("/proc/meminfo")
     if about.is_file():
         lines = dict(line.split(":", 1) for line in about.read_text(encoding="utf-8").splitlines())

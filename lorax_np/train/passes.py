@@ -26,6 +26,7 @@ class Passes:
     what : the pass that was chosen, and why no other, in words
     workers : threads that share a micro-batch's sequences; one where the base is in few bits and nothing else
         is asked for, and where arrays live on a GPU
+    on_device : whether they do
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Passes:
         self.workers = config.workers
         if self.workers == "auto" and hasattr(model.weights, "codes"):
             self.workers = 1  # each more has a layer written out, and its own rows, where memory is what counts
-        if any(on_device(value) for value in leaves(trained).values()):
+        trains: Any = next(iter(leaves(trained).values()), None)
+        self.on_device = on_device(model.weights[next(iter(model.weights))] if trains is None else trains)
+        if self.on_device:
             self.workers = 1
         tasks.head_of(model, task)
         self._plan: Any = None

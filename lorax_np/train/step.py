@@ -4,14 +4,24 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
-from ..backend import Array, cast, compute_dtype, dtype_name, namespace_of, quiet
+from ..backend import Array, cast, compute_dtype, dtype_name, namespace_of, on_device, quiet, to_host
 from ..config import Site
 from ..errors import ConfigError
 from ..models.records import Batch, Dropout, Trained
 from ..models.tasks import count
-from ..optim import State, adamw_start, adamw_step, clip_into, lora_fa_gradients, sgd_start, sgd_step
+from ..optim import (
+    Inverses,
+    State,
+    adamw_start,
+    adamw_step,
+    clip_into,
+    lora_fa_gradients,
+    lora_fa_inverses,
+    sgd_start,
+    sgd_step,
+)
 from ..parallel import Alone, Communicator, counted, summed
-from ..tree import Leaves, flatten, layout, leaves, unflatten, with_leaves
+from ..tree import Layout, Leaves, flatten, layout, leaves, unflatten, with_leaves
 from .config import TrainConfig
 from .passes import Passes
 
@@ -81,13 +91,20 @@ def gradient(
 
     with quiet():  # what is not finite is seen below
         total = summed(ranks, map(part, batches, kept), reduction=config.reduction)  # (training.3)
-    loss, g = number(total[-1]), total[:-1]
-    norm = clip_into(stepping(unflatten(g, layout(params)), config), config.max_grad_norm or None)
+    g = total[:-1]
+    N = clip_into(stepping(g, layout(params), config), config.max_grad_norm or None)
+    loss, norm = read_together(total[-1:], N)
     return g, Outcome(loss, norm, labels, tokens, applied=isfinite(loss) and isfinite(norm))
 
 
-def stepping(gradients: Leaves, config: TrainConfig) -> Leaves:
-    """Those that the optimiser steps with: LoRA-FA holds every A, whose gradients then count nowhere."""
+def stepping(g: Array, where: Layout, config: TrainConfig) -> Leaves:
+    """Those that the optimiser steps with, as views: LoRA-FA holds every A, whose gradients then count nowhere.
+
+    On a device all of them are one array: a kernel for each would take longer to start than to run.
+    """
+    if config.optimizer != "lora-fa" and on_device(g):
+        return {"": g}
+    gradients = unflatten(g, where)
     if config.optimizer != "lora-fa":
         return gradients
     return {name: g for name, g in gradients.items() if not name.startswith("adapters.") or name[-2:] != ".A"}
@@ -100,17 +117,31 @@ def update(
     rates: Rates,
     config: TrainConfig,
     sites: Mapping[str, Site],
+    inverses: Inverses | None = None,
 ) -> tuple[Leaves, State]:
-    """The optimiser's step: new parameters and a new state."""
+    """The optimiser's step: new parameters and a new state; inverses as inverses_of gives them, or anew."""
     lr, decay = rates
     if config.optimizer == "sgd":
         return sgd_step(params, gradients, state, lr=lr, momentum=config.momentum, weight_decay=decay)
     if config.optimizer == "lora-fa":
-        scaling = {f"adapters.{name}": site.scaling for name, site in sites.items()}
-        ranks = {f"adapters.{name}": site.r for name, site in sites.items() if site.kind == "experts"}
-        gradients = lora_fa_gradients(params, gradients, scaling, ranks=ranks)
+        scaling, ranks = _numbers(sites)
+        gradients = lora_fa_gradients(params, gradients, scaling, ranks=ranks, inverses=inverses)
     betas = config.beta1, config.beta2
     return adamw_step(params, gradients, state, lr=lr, betas=betas, eps=config.eps, weight_decay=decay)
+
+
+def inverses_of(params: Mapping[str, Array], config: TrainConfig, sites: Mapping[str, Site]) -> Inverses | None:
+    """What LoRA-FA makes of every A, which it holds; None for other optimisers. They are read on the host."""
+    if config.optimizer != "lora-fa":
+        return None
+    scaling, ranks = _numbers(sites)
+    return lora_fa_inverses(params, scaling, ranks=ranks)
+
+
+def _numbers(sites: Mapping[str, Site]) -> tuple[dict[str, float], dict[str, int]]:
+    """s by site, and r of one expert where there are several."""
+    scaling = {f"adapters.{name}": site.scaling for name, site in sites.items()}
+    return scaling, {f"adapters.{name}": site.r for name, site in sites.items() if site.kind == "experts"}
 
 
 def start(trained: Trained, config: TrainConfig) -> State:
@@ -156,6 +187,13 @@ def packed(gradients: Mapping[str, Array], loss: Array | float, params: Leaves) 
         loss if isinstance(loss, float) else cast(loss, compute_dtype(one))
     )
     return flatten({**filled, "loss": last})
+
+
+def read_together(*values: Array) -> list[float]:
+    """Numbers, each of them an array (1,), brought to the host at once: the one time that a step waits."""
+    both = namespace_of(value=values[0]).concat([cast(value, "float64") for value in values])
+    found: list[float] = to_host(both).tolist()
+    return found
 
 
 def number(value: Any) -> float:
