@@ -112,7 +112,7 @@ class Activation(NamedTuple):
 
 def activated(at: Pass, act: Activation, u: Array, *, kept: bool) -> tuple[Array, Array | None]:
     """y : (N, d_ff), and the slope at u where it is kept for a backward."""
-    return act.sloped(at, u) if kept else (act.forward(u), None)
+    return act.sloped(at, u) if kept else (at.op(act.forward)(u), None)
 
 
 def _tanh_back(gy: Array, u: Array) -> Array:

@@ -94,6 +94,9 @@ def test_in_float32(cupy, kind, engine):
     got = there(cupy, step, engine=engine)[1]
     assert 0 < near < 1e-4
     assert far(got, truth) <= 4 * near
+    for run in (lambda **how: there(cupy, step, **how)[1], lambda **how: tensors(step.gradients(**how)[1])):
+        kept, again = (run(engine=engine, checkpoint=checkpoint) for checkpoint in (False, True))
+        assert all(g.tobytes() == again[name].tobytes() for name, g in kept.items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("moe", marks=pytest.mark.thorough)])

@@ -44,6 +44,16 @@ def gelu_sloped(u: Any) -> tuple[Any, Any]:
     return of_entries.gelu_sloped(u) if _narrow(u) else _sloped("gelu", u)
 
 
+def gelu_forward(u: Any) -> Any:
+    """y of gelu_sloped, to the bit."""
+    return gelu_sloped(u)[0]
+
+
+def gelu_tanh_forward(u: Any) -> Any:
+    """y of gelu_tanh_sloped, to the bit."""
+    return gelu_tanh_sloped(u)[0]
+
+
 def gelu_tanh_sloped(u: Any) -> tuple[Any, Any]:
     """ops.gelu_tanh_sloped.  (activation.14), (activation.26)"""
     return of_entries.gelu_tanh_sloped(u) if _narrow(u) else _sloped("gelu_tanh", u)
@@ -56,7 +66,9 @@ ON_DEVICE: Mapping[Callable[..., Any], Callable[..., Any]] = {
     of_rows.layer_norm_backward: layer_norm_backward,
     of_rows.rms_norm_forward: rms_norm_forward,
     of_rows.rms_norm_backward: rms_norm_backward,
+    of_entries.gelu_forward: gelu_forward,
     of_entries.gelu_sloped: gelu_sloped,
+    of_entries.gelu_tanh_forward: gelu_tanh_forward,
     of_entries.gelu_tanh_sloped: gelu_tanh_sloped,
 }
 

@@ -12,13 +12,14 @@ from ...ops import attention as of_sequences
 from ...ops import linear as of_columns
 from ...ops import norm as of_rows
 from .attention import attention_backward, attention_forward
-from .gelu import gelu_sloped
+from .gelu import gelu_forward, gelu_sloped
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .linear import linear_backward_x, linear_forward
 
 INSTEAD: Mapping[Callable[..., Any], Callable[..., Any]] = {
     of_sequences.attention_forward: attention_forward,
     of_sequences.attention_backward: attention_backward,
+    of_entries.gelu_forward: gelu_forward,
     of_entries.gelu_sloped: gelu_sloped,
     of_columns.linear_forward: linear_forward,
     of_columns.linear_backward_x: linear_backward_x,
@@ -30,6 +31,7 @@ __all__ = [
     "INSTEAD",
     "attention_backward",
     "attention_forward",
+    "gelu_forward",
     "gelu_sloped",
     "layer_norm_backward",
     "layer_norm_forward",
