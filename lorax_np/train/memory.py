@@ -29,10 +29,11 @@ def memory_of(work: Work, *, checkpoint: bool | None = None) -> dict[str, int]:
         found = {"programs": PROGRAMS, **found}
     workers = work.workers
     if work.passes.planned:
-        each = min(max(RUN, max(work.lengths)), rows / workers)
-        found["activations"] = round(workers * each * _planned_row(model, work.trained, again))
+        there = work.passes.on_device
+        each = rows if there else min(max(RUN, max(work.lengths)), rows / workers)
+        found["activations"] = round(workers * each * _planned_row(model, work.trained, again or there, again))
         found["logits"] = workers * min(HEAD, round(each)) * sizes(model)["V"] * FLOAT
-        sums = workers
+        sums = 0 if there else workers
     else:
         found["activations"] = round(_general(work, round(rows), again))
         if work.words:
@@ -63,14 +64,17 @@ def base_bytes(work: Work, bits: float | None = None) -> int:
         found += sum(FLOAT * prod(shape) for shape in matrices.values()) // layers
         size = sum(prod(shape) for shape in matrices.values())
         found += int(getattr(weights, "nbytes", 0)) if bits is None else round(bits / 8 * size)
-    if work.passes.planned:
+    if work.passes.copied:
         parts = [part for a in work.trained.adapters.values() for part in (a.A, a.B)]
         found += FLOAT * sum(prod(part.shape) for part in parts if part is not None)
     return found
 
 
-def _planned_row(model: Model, trained: Trained, again: bool) -> float:
-    """Bytes that the planned pass of a Llama has for one row: kept by each layer, and used by each in turn."""
+def _planned_row(model: Model, trained: Trained, remade: bool, again: bool) -> float:
+    """Bytes that the planned pass of a Llama has for one row: kept by each layer, and used by each in turn.
+
+    remade, again : whether masks are made again in the backward, and whether whole layers are computed again
+    """
     config, s = model.config, sizes(model)
     D = int(config["head_dim"])
     dq, dk = s["H"] * D, int(config["num_key_value_heads"]) * D
@@ -79,7 +83,7 @@ def _planned_row(model: Model, trained: Trained, again: bool) -> float:
     used = 2 * s["d"] + 5 * s["ff"] + 2 * (s["d"] + dq) + 2 * ranks
     masks = sum(0 if a.A is None else a.A.shape[1] for a in trained.adapters.values()) / 8
     layers = kept + s["L"] * s["d"] if again else s["L"] * (kept + s["d"])
-    return float(FLOAT * (layers + used) + (0 if again else masks))
+    return float(FLOAT * (layers + used) + (0 if remade else masks))
 
 
 def _general(work: Work, rows: int, again: bool) -> float:

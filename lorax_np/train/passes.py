@@ -74,7 +74,7 @@ class Passes:
                 workers=workers,
                 checkpoint=self.checkpoint,
             )
-            self.what = f"planned Llama pass, workers {workers}"
+            self.what = f"planned Llama pass, {'on a device' if self.on_device else f'workers {workers}'}"
         except (ConfigError, DtypeError, ShapeError) as refused:
             self.what = f"general pass, engine fast, since {refused}"
 
@@ -82,6 +82,11 @@ class Passes:
     def planned(self) -> bool:
         """Whether a plan computes it."""
         return self._plan is not None
+
+    @property
+    def copied(self) -> bool:
+        """Whether a plan has the base in a form of its own; on a device it reads it as it is."""
+        return self.planned and not self.on_device
 
     def threads(self, sequences: int) -> int:
         """How many threads share a micro-batch of so many sequences."""
@@ -96,7 +101,7 @@ class Passes:
 
     def settle(self) -> None:
         """Let go of the base's tensors, where a plan has them in its own form."""
-        if self.planned:
+        if self.copied:
             let_go(self.model.weights)
 
     def gradients(

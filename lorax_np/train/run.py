@@ -84,7 +84,7 @@ class Run:
             raise ConfigError("adapters: expected something that trains, got nothing")
         self.held = Held(given, self.config, self.sites)
         self.groups = groups_of(self.trained, self.config, self.sites)
-        hold = not (passes.planned or dry)  # a plan has a form of its own; the general pass reads it as it is
+        hold = not (passes.copied or dry)  # else it is read as it is
         check_start(self.model, self.trained, data, self.task, hold=hold)
         size, mean = self.config.batch_size, self.config.loss_mean
         check_pairs(data, self.task, batch_size=size, loss_mean=mean)
