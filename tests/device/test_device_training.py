@@ -224,3 +224,14 @@ def test_without_it_the_command_says_so(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "backend: expected a working cupy, got: " in said[0]
+
+
+def test_a_plan_reads_the_base_where_it_lies(cupy):
+    """No copy is made of it, so nothing is let go of."""
+    base, trained, sites, _ = runs.given(runs.model("llama", "CAUSAL_LM"), "CAUSAL_LM")
+    base, trained = on(cupy, base, trained)
+    passes = Passes(base, sites, trained, task="CAUSAL_LM")
+    assert passes.what == "planned Llama pass, on a device"
+    assert not passes.copied
+    layer = passes._plan.layers[0]
+    assert layer.own["mlp.up_proj.weight"] is base.weights["model.layers.0.mlp.up_proj.weight"]
