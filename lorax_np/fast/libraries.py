@@ -21,6 +21,8 @@ SYMBOLS = (  # of one function, and the integers it takes; NumPy's wheels, Accel
     ("cblas_{}gemm", ctypes.c_int32),
 )
 
+WIDE = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # what kernels for SkylakeX are made of
+
 
 class Threads(NamedTuple):
     """How many threads a library's products use: of the whole process, or of the calling thread alone."""
@@ -38,6 +40,7 @@ class Engine(NamedTuple):
     stored: Multiply | None = None  # bfloat16 matrices into a float32 one, where the processor is made for it
     squares: Squares | None = None  # of a float32 or float64 array, by the same pool of threads
     threads: Threads | None = None  # where they can be counted and set
+    advice: str = ""  # how to have it faster, where that is known
 
 
 def proved(make: Callable[[], Engine]) -> Engine | str:
@@ -127,8 +130,28 @@ def _bf16(shared: Any) -> Multiply | str:
 
 def has_matrix_unit() -> bool:
     """Whether this processor multiplies bfloat16 matrices itself (AMX); without, MKL is quicker in float32."""
+    return "amx_bf16" in _flags()
+
+
+def _flags() -> set[str]:
+    """What this processor says it can do; nothing where the system does not tell."""
     about = Path("/proc/cpuinfo")
-    return about.is_file() and "amx_bf16" in about.read_text(encoding="utf-8", errors="replace")
+    return set(about.read_text(encoding="utf-8", errors="replace").split()) if about.is_file() else set()
+
+
+def half_wide(config: str, flags: set[str]) -> str:
+    """What to do where OpenBLAS took kernels of 256 bits on a processor that has 512, as on newer ones of AMD.
+
+    >>> half_wide("OpenBLAS 0.3.31 DYNAMIC_ARCH Haswell MAX_THREADS=64", {"avx2", *WIDE})
+    'kernels for Haswell on a processor with AVX-512: OPENBLAS_CORETYPE=SkylakeX takes wider ones'
+    >>> half_wide("OpenBLAS 0.3.31 DYNAMIC_ARCH SkylakeX MAX_THREADS=64", {"avx2", *WIDE})
+    ''
+    """
+    core = next((word for word in config.split() if word in ("Haswell", "Zen")), None)
+    if core is None or not flags >= WIDE:
+        return ""
+    wider = "OPENBLAS_CORETYPE=SkylakeX takes wider ones"
+    return f"kernels for {core} on a processor with AVX-512: {wider}"
 
 
 # ---- the others -------------------------------------------------------------------------------------------
@@ -143,10 +166,10 @@ def _openblas() -> Engine:
             if config is not None:
                 config.restype = ctypes.c_char_p
             what = config().decode().strip() if config is not None else "NumPy's own BLAS"
-            parts = shared, pattern, integer
-            what = f"{what}, by {pattern.format('s')}"
+            parts, advice = (shared, pattern, integer), half_wide(what, _flags())
+            what = f"{what}, by {pattern.format('s')}{advice and f'; {advice}'}"
             threads = _threads(shared, *(pattern_of_threads(pattern, word) for word in ("get", "set")))
-            return Engine("openblas", what, by_cblas(*parts), None, squares_by_cblas(*parts), threads)
+            return Engine("openblas", what, by_cblas(*parts), None, squares_by_cblas(*parts), threads, advice)
     raise BackendError("NumPy's library exports no CBLAS")
 
 

