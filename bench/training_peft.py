@@ -47,9 +47,9 @@ class Peft:
         return found, found.config
 
     def open(
-        self, p: float, checkpoint: bool, workers: int | str = "auto", masks: bool = False
+        self, p: float, checkpoint: bool, workers: int | str = "auto", masks: bool = False, rows: int = 0
     ) -> dict[str, Any]:
-        """masks : whether lorax_np's stand in for its own"""
+        """masks : whether lorax_np's stand in for its own;  rows : has all at once"""
         import peft
         import torch
         import transformers

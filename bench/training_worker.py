@@ -4,7 +4,7 @@ python -m bench.training_worker ENGINE     ours, mkl, peft; gemm, gemm mkl: the 
                                            minilm, minilm mkl, minilm peft; micro: gradients, no training;
                                            cupy, peft gpu: on a device
 
-open {p, checkpoint, workers, bits}    the model, and LoRA of rank 16 on all seven linear layers
+open {p, checkpoint, workers, bits, rows}   the model, and LoRA of rank 16 on all seven linear layers
 step {ids, labels}                     a list of rows each; forward, backward, AdamW: {seconds, loss}
 eval {ids, labels}                     the loss alone
 compare {ids, labels}                  of micro: gaps between its gradients by parts
@@ -38,9 +38,15 @@ class Ours:
     blas = "openblas"
 
     def open(
-        self, p: float, checkpoint: bool, workers: int | str = "auto", bits: str = "", masks: bool = False
+        self,
+        p: float,
+        checkpoint: bool,
+        workers: int | str = "auto",
+        bits: str = "",
+        masks: bool = False,
+        rows: int = 512,
     ) -> dict[str, Any]:
-        """masks : its own are meant, which it has anyhow"""
+        """masks : its own are meant, which it has anyhow;  rows : that a worker has at once"""
         import lorax_np as lx
         from lorax_np.config import Site
         from lorax_np.fast.llama import llama_plan
@@ -64,7 +70,7 @@ class Ours:
             self.adapters[site] = lx.Adapter(*parts)
         about = {"kind": "linear", "r": RANK, "alpha": ALPHA, "scaling": ALPHA / RANK, "p": p}
         sites = {site: Site(name=site, weight=f"{site}.weight", **about) for site in given}
-        how = {"workers": workers, "checkpoint": checkpoint}
+        how = {"workers": workers, "checkpoint": checkpoint, "rows": rows}
         self.p, self.plan = p, llama_plan(weights, model.config, self.adapters, sites, {}, **how)
         return {"engine": f"lorax_np {lx.__version__}, {engine.what}"}
 

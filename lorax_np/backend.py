@@ -211,6 +211,11 @@ def free_bytes(x: Array) -> int | None:
     return int(cupy.cuda.runtime.memGetInfo()[0]) + int(cupy.get_default_memory_pool().free_bytes())
 
 
+def held_bytes(x: Array) -> int | None:
+    """Return how many bytes CuPy has taken of the device where x lives, which it keeps; None elsewhere."""
+    return int(namespace_of(x=x).get_default_memory_pool().total_bytes()) if on_device(x) else None
+
+
 def beside(values: Array, like: Array) -> Any:
     """Return values where `like` lives: the host's are moved there, and any other have to be there already.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..backend import FLOATS, all_finite, dtype_name, from_host, to_host
+from ..backend import FLOATS, Array, all_finite, dtype_name, from_host, held_bytes, to_host
 from ..errors import ConfigError, FormatError
 from ..kinds import finite, refuse, shown, whole
 from ..optim import check_state
@@ -64,8 +64,11 @@ class Counters(NamedTuple):
             norm=step.norm,
         )
 
-    def told(self) -> tuple[dict[str, Any], "Counters"]:
-        """What a report says, and the counters after it.  (training.8)"""
+    def told(self, like: Array) -> tuple[dict[str, Any], "Counters"]:
+        """What a report says, and the counters after it.  (training.8)
+
+        like : an array of what trains: the memory told is that of where it lives
+        """
         seconds = max(self.seconds, 1e-9)
         found = {
             "loss": self.nll / self.labels if self.labels else None,
@@ -77,13 +80,15 @@ class Counters(NamedTuple):
             "labels_per_second": self.labels / seconds,
             "seconds": self.all_seconds,
             "skipped": self.skipped,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_bytes(like),
         }
         return found, self._replace(nll=0.0, labels=0, tokens=0, seconds=0.0)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had; 0 where the system does not tell."""
+def peak_bytes(like: Array) -> int:
+    """The most memory that this process has had where `like` lives; 0 where the system does not tell."""
+    if (there := held_bytes(like)) is not None:
+        return there
     try:
         resource = import_module("resource")
     except ImportError:

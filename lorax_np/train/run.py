@@ -204,7 +204,7 @@ class Run:
 
     def report(self) -> None:
         """One line of what happened since the last."""
-        found, self.counters = self.counters.told()
+        found, self.counters = self.counters.told(next(iter(parameters(self.trained).values())))
         epoch = self.position.epoch + self.position.used / len(self.data)
         self.tell({"event": "train", "step": self.step, "steps": self.steps, "epoch": epoch, **found})
 

@@ -273,6 +273,6 @@ def _made():
         getDeviceProperties=lambda _: {"name": b"a stand-in"}, memGetInfo=lambda: (1 << 33, 1 << 34)
     )
     more = {"is_available": lambda: True, "runtime": runtime, "Device": lambda: SimpleNamespace(id=0)}
-    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 0)
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 0, total_bytes=lambda: 12345)
     cupy.cuda = SimpleNamespace(**vars(plain.cuda), **more)
     return cupy

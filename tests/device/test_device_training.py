@@ -235,3 +235,16 @@ def test_a_plan_reads_the_base_where_it_lies(cupy):
     assert not passes.copied
     layer = passes._plan.layers[0]
     assert layer.own["mlp.up_proj.weight"] is base.weights["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_memory_told_is_that_of_where_it_trains(cupy, there):
+    told = []
+    base, trained, sites, _ = runs.given(runs.model("llama", "CAUSAL_LM"), "CAUSAL_LM")
+    base, trained = on(cupy if there else np, base, trained)
+    how = {"sites": sites, "task": "CAUSAL_LM", "callbacks": [lambda record: told.append(record)]}
+    lx.train(base, trained, runs.rows("CAUSAL_LM"), lx.TrainConfig(iters=1), **how)
+    found = [record["peak_bytes"] for record in told if record["event"] == "train"]
+    assert len(found) == 1
+    assert (found[0] == 12345) == there
+    assert found[0] > 10_000
