@@ -213,7 +213,10 @@ def free_bytes(x: Array) -> int | None:
 
 def held_bytes(x: Array) -> int | None:
     """Return how many bytes CuPy has taken of the device where x lives, which it keeps; None elsewhere."""
-    return int(namespace_of(x=x).get_default_memory_pool().total_bytes()) if on_device(x) else None
+    if not on_device(x):
+        return None
+    cupy = namespace_of(x=x)
+    return int(cupy.get_default_memory_pool().total_bytes())
 
 
 def beside(values: Array, like: Array) -> Any:
