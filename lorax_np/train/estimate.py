@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
     """What one step takes, and what is in memory at its height.
 
     tokens, labels : of one step of one rank, the decoder's too
-    seconds : of one step; None on a device, whose rates nobody has measured yet
+    seconds : of one step; None on a device, of which the host's products say nothing
     parts : bytes, by what they are for
     """
 

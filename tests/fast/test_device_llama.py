@@ -127,8 +127,9 @@ def test_a_loss_alone_drops_nothing(cupy):
 
 def test_of_no_tokens_and_of_no_labels_all_is_zero(cupy):
     case = There(p=0.1, biases=True, config=CONFIG | {"num_hidden_layers": 1})
-    for N in (0, 3):
-        batch = np.zeros(N, "int64"), [0, N], [0], np.full(N, -100)
+    for starts in ([0], [0, 0], [0, 3]):
+        N, index = starts[-1], range(len(starts) - 1)
+        batch = np.zeros(N, "int64"), starts, index, np.full(N, -100)
         loss, found, _ = case.plan().loss_and_gradients(case.there(), {}, *batch, n=1, dropout=DROPOUT)
         assert loss.host == 0
         for g in found.values():
@@ -189,3 +190,44 @@ def test_weights_and_adapters_lie_in_one_place(cupy):
         lx.ConfigError, match=f"{site}: A: expected an array of the host in the .*, got one of a device"
     ):
         llama_plan(case.weights, case.config, case.there(), case.sites, {})
+
+
+def test_a_step_s_adapters_are_read_as_they_are_or_refused(cupy):
+    """Views with gaps are copied; another dtype, or an array of the host, would be read as something else."""
+    case = There(p=0.1, lengths=(20, 3))
+    plan, right, (*where, n) = case.plan(), case.gradients(), case.batch
+
+    def step(change, **how):
+        adapters = {site: Adapter(*map(change, (a.A.host, a.B.host))) for site, a in case.there().items()}
+        return plan.loss_and_gradients(adapters, {}, *where, n=n, **{"dropout": DROPOUT, **how})
+
+    for change in (
+        lambda x: standin.ndarray(np.repeat(x, 2, axis=1)).T[::2].T,
+        lambda x: standin.ndarray(x.T.copy()).T,
+    ):
+        loss, found, _ = step(change)
+        assert loss.host == right[0]
+        for site, g in found.items():
+            np.testing.assert_array_equal(g.A.host, right[1][site].A)
+    with pytest.raises(lx.DtypeError, match="A: expected float64, set by the plan, got float32"):
+        step(lambda x: standin.ndarray(x.astype("float32")))
+    with pytest.raises(lx.ConfigError, match="A: expected one of a device"):
+        step(lambda x: x)
+    with pytest.raises(lx.ConfigError, match="seed"):
+        step(standin.ndarray, dropout=(-1, 0))
+    where[2] = [-1, 0]
+    with pytest.raises(lx.ConfigError, match="c3"):
+        step(standin.ndarray)
+
+
+def test_a_bias_alone_needs_no_site(cupy):
+    case = There(biases=True, lengths=(5,), config=CONFIG | {"num_hidden_layers": 1})
+    case.adapters = {site: Adapter(None, None, b=a.b) for site, a in case.adapters.items() if a.b is not None}
+    case.sites = {}
+    here = llama_plan(case.weights, case.config, case.adapters, {}, {})
+    *where, n = case.batch
+    want = here.loss_and_gradients(case.adapters, {}, *where, n=n)
+    got = case.gradients()
+    assert got[0] == pytest.approx(want[0], rel=1e-12)
+    for site, g in want[1].items():
+        np.testing.assert_allclose(got[1][site].b, g.b, rtol=1e-10, atol=1e-12)

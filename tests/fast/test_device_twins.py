@@ -8,7 +8,7 @@ import standin
 from checkers import EPS
 
 from lorax_np import ops
-from lorax_np.errors import ShapeError
+from lorax_np.errors import DtypeError, ShapeError
 from lorax_np.fast.device import ON_DEVICE, source, twins
 from lorax_np.ops import activation
 from lorax_np.ops.norm import NormSaved
@@ -67,6 +67,12 @@ def test_attention_refuses_what_the_reference_refuses(cupy):
     for starts in ([0, 2], [0, 2, 1, 3], []):
         with pytest.raises(ShapeError, match="starts: expected bounds"):
             ON_DEVICE[ops.attention_forward](q, q, q, starts=starts, scale=1.0, causal=True)
+    with pytest.raises(ShapeError, match="key_starts: expected bounds"):
+        ON_DEVICE[ops.attention_forward](q, q[:2], q[:2], starts=[0, 3], scale=1.0, causal=True)
+    _, saved = ON_DEVICE[ops.attention_forward](q, q, q, starts=[0, 3], scale=1.0, causal=True)
+    for go, error in ((np.zeros((3, 2, 5)), ShapeError), (np.zeros((3, 2, 4), "float32"), DtypeError)):
+        with pytest.raises(error):
+            ON_DEVICE[ops.attention_backward](standin.ndarray(go), saved, starts=[0, 3], scale=1.0, causal=True)
     with pytest.raises(ShapeError, match="k"):
         ON_DEVICE[ops.attention_forward](q, q[:, :, :2], q, starts=[0, 3], scale=1.0, causal=True)
 

@@ -14,6 +14,7 @@ from ...backend import dtype_name, from_host, namespace_of
 from ...ops import attention as plain
 from ...ops.attention import AttentionSaved, Rule, check
 from ...ops.relative import Relative
+from ...shapes import bind
 from ..gpu_arrays import Device, contiguous, empty, functions_of, u32
 from ..gpu_kernels import THREADS as BLOCK
 from ..gpu_kernels import name_of
@@ -113,7 +114,7 @@ def attention_forward(
     if not _kernels_have(q, v, key_starts, relative):
         return plain.attention_forward(q, k, v, starts=starts, key_starts=key_starts, block=block, **how)
     N, H, D = q.shape
-    bounds, longest = _bounds(starts, N, namespace_of(q=q))
+    bounds, longest = _bounds(starts, q, k)
     q, k, v = (contiguous(x) for x in (q, k, v))
     o, L = _heads(q, k).forward(_lie(q, k, v), bounds, longest, scale=scale, both=not causal, window=window)
     o = o.reshape(N, H, D)
@@ -134,10 +135,12 @@ def attention_backward(
 ) -> tuple[Any, Any, Any, Any]:
     """Adjoint of attention_forward, as ops.attention_backward."""
     q, k, v, o, L = saved
+    check(q, k, v, Rule(scale, causal, window, relative))
+    bind(o=(o, "... H D"), go=(go, "... H D"))
     if not _kernels_have(q, v, key_starts, relative):
         how: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "relative": relative}
         return plain.attention_backward(go, saved, starts=starts, key_starts=key_starts, block=block, **how)
-    bounds, longest = _bounds(starts, q.shape[0], namespace_of(q=q))
+    bounds, longest = _bounds(starts, q, k)
     gq, gk, gv = (empty(x, x.shape, dtype_name(x)) for x in (q, k, v))
     go, o = (contiguous(x).reshape(x.shape[0], x.shape[1] * x.shape[2]) for x in (go, o))
     rule: dict[str, Any] = {"scale": scale, "both": not causal, "window": window}
@@ -163,9 +166,11 @@ def _lie(q: Any, k: Any, v: Any) -> Lie:
     return Lie(q, k, v, 0, 0)
 
 
-def _bounds(starts: Sequence[int], N: int, lib: Any) -> tuple[Device, int]:
-    found = plain.bounds("starts", starts, N)
-    return _moved(lib, tuple(found)), max((b - a for a, b in pairwise(found)), default=0)
+def _bounds(starts: Sequence[int], q: Any, k: Any) -> tuple[Device, int]:
+    """Bounds of sequences on the device, and how long the longest is; those of queries are those of keys."""
+    found = plain.bounds("starts", starts, q.shape[0])
+    plain.bounds("key_starts", starts, k.shape[0])
+    return _moved(namespace_of(q=q), tuple(found)), max((b - a for a, b in pairwise(found)), default=0)
 
 
 @lru_cache(maxsize=8)

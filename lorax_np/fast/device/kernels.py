@@ -29,6 +29,11 @@ class Places(NamedTuple):
     cosine: Device  # (longest, D/2)
     sine: Device
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
 
 def words(lib: Any, *arrays: Any) -> list[Device]:
     """Integers of the host as uint32 on the device, all in one copy."""
@@ -45,7 +50,6 @@ class Kernels:
         self.lib, self.dtype, self.type = lib, dtype, np.dtype(dtype).type
         self.H, self.K, self.D, self.eps = shape.H, shape.K, shape.D, self.type(shape.eps)
         self.rows = functions_of(lib, source.SOURCE, tuple(name_of(name, dtype) for name in source.NAMES))
-
         self._scale = np.empty(2, dtype)  # α and β, which cuBLAS reads while it is called
         self._at, self._size, self._kind = self._scale.ctypes.data, self._scale.itemsize, TYPES[dtype]
         self._sum = IN_FLOAT64 if dtype == "float64" else IN_FLOAT32
@@ -168,7 +172,7 @@ class Kernels:
         return out
 
     def _by_sequence(self, name: str, where: Places, k: int, drop: DropoutKey, *arrays: Device) -> None:
-        blocks = -(-max(where.lengths, default=0) * k // (ENTRIES * BLOCK))
+        blocks = -(-where.longest * k // (ENTRIES * BLOCK))
         if blocks:
             key = (np.uint64(drop.seed), np.uint64(drop.site), np.uint64(drop.step))
             about = where.starts, where.index, u32(k), u32(blocks), *key, u32(LANES - kept_lanes(drop.p))

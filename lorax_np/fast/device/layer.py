@@ -7,8 +7,6 @@ they lie. Of norms, gates and masks nothing is kept: they are computed again in 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ...backend import cast, dtype_name
 from ...config import Site
 from ...params import Adapter
@@ -64,7 +62,7 @@ class Layer:
         for word, columns in self._columns().items():
             z[word] = self._linear(f"self_attn.{word}_proj", x, qkv[:, columns], step)
         k.turn(qkv, step.where)
-        o, L = self.heads.forward(self._lie(qkv), step.where.starts, max(step.where.lengths), **self.rule)
+        o, L = self.heads.forward(self._lie(qkv), step.where.starts, step.where.longest, **self.rule)
         z["o"] = self._linear("self_attn.o_proj", o, y, step)
         h2, x = k.add_rms(h, y, self.between)
         gu = k.empty(N, 2 * s.ff)
@@ -86,7 +84,7 @@ class Layer:
         adapter, b = step.adapters.get(self.at + name), self.own.get(f"{name}.bias")
         b = b if adapter is None or adapter.b is None else adapter.b
         if adapter is not None and adapter.bB is not None:
-            bB = self.sites[name].scaling * adapter.bB
+            bB = self._scaling(name, adapter) * adapter.bB
             b = bB if b is None else b + bB
         if b is not None:
             y[...] = b
@@ -97,16 +95,20 @@ class Layer:
         z = self.k.empty(x.shape[0], adapter.A.shape[0])
         xd = x if drop is None else self.k.keep(x, step.where, drop)
         self.k.times_t(xd, adapter.A, z, factor)
-        self.k.times_t(z, adapter.B, y, self.sites[name].scaling, 1.0)
+        self.k.times_t(z, adapter.B, y, self._scaling(name, adapter), 1.0)
         return z
+
+    def _scaling(self, name: str, adapter: Adapter) -> float:
+        """s of a site; 1 where a bias alone trains."""
+        return 1.0 if adapter.A is None else self.sites[name].scaling
 
     def _drop(self, name: str, step: Step) -> tuple[DropoutKey | None, float]:
         """The key of a site's masks, and 1/(1 − p) as the adapter's dtype holds it."""
         p = self.sites[name].p
         if step.dropout is None or not p:
             return None, 1.0
-        key = DropoutKey(p, *step.dropout, site_key(self.at + name))
-        return key, factor_of(key, self.k.type)
+        key = DropoutKey(p, *step.dropout, site_key(self.at + name)).checked()
+        return key, float(self.k.type(key.scale))
 
     # ---- backward ------------------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class Layer:
         go = k.empty(N, s.d_q)
         self._back("self_attn.o_proj", g, saved.o, z["o"], go, step, found)
         gqkv = k.empty(*saved.qkv.shape)
-        given = go, saved.o, saved.L, self._lie(saved.qkv), step.where.starts, max(step.where.lengths)
+        given = go, saved.o, saved.L, self._lie(saved.qkv), step.where.starts, step.where.longest
         self.heads.backward(self._lie(gqkv), *given, **self.rule)
         k.turn(gqkv, step.where, back=True)
         x, beta = k.add_rms(saved.h, None, self.before)[1], 0.0
@@ -155,7 +157,7 @@ class Layer:
             self.k.times(gy, W, gx, 1.0, beta)  # (linear.3)
         if adapter is None:
             return
-        scaling, gA, gB = self.sites[name].scaling, None, None
+        scaling, gA, gB = self._scaling(name, adapter), None, None
         if z is not None and adapter.A is not None and adapter.B is not None:
             gz, gA, gB = (self.k.empty(*like.shape) for like in (z, adapter.A, adapter.B))
             self.k.times(gy, adapter.B, gz, scaling)  # (lora.5), (lora.7)
@@ -183,8 +185,3 @@ class Layer:
         t = self.k.empty(*x.shape)
         self.k.times(gz, A, t, factor)
         return self.k.keep_back(gx, t, x, step.where, drop), factor  # (dropout.2)
-
-
-def factor_of(drop: DropoutKey, kind: Any) -> float:
-    """1/(1 − p) as a mask of this dtype holds it."""
-    return float(kind(np.float64(drop.scale)))

@@ -8,11 +8,12 @@ import numpy as np
 
 from ...backend import dtype_name, namespace_of
 from ...config import Site
-from ...errors import ConfigError, ShapeError
+from ...errors import ConfigError, DtypeError, ShapeError
 from ...params import Adapter
+from ...random import DropoutKey
 from ..gpu_arrays import Device, contiguous
 from ..llama.batch import batch_of
-from ..llama.checks import check_parts, checked, nothing_beside
+from ..llama.checks import PARTS, check_parts, check_places, checked, nothing_beside
 from ..llama.head import IGNORED
 from ..llama.shape import NORMS, SITES, LlamaShape, refuse
 from .attention_source import chunks_of
@@ -24,7 +25,10 @@ CHUNK = 256  # rows whose logits are there at a time
 
 
 class DeviceLlama:
-    """A model's planned pass on a device; made by llama_plan. It reads weights and adapters where they lie."""
+    """A model's planned pass on a device; made by llama_plan. It reads weights and adapters where they lie.
+
+    One step at a time, as LlamaPlan.
+    """
 
     def __init__(
         self,
@@ -104,7 +108,11 @@ class DeviceLlama:
         """What layers read, checked."""
         nothing_beside(saved or {})
         check_parts(adapters, self._parts)
-        return Step(self._places(*batch), adapters, dropout)
+        check_places(adapters, True)
+        for number in batch[2] if dropout else ():
+            DropoutKey(0.0, dropout[0], dropout[1], c3=number).checked()
+        there = {site: _there(site, adapter, self.dtype) for site, adapter in adapters.items()}
+        return Step(self._places(*batch), there, dropout)
 
     def _places(self, ids: Any, starts: Any, index: Any, labels: Any, n: int) -> Places:
         """The batch, checked on the host, on the device."""
@@ -114,7 +122,7 @@ class DeviceLlama:
         chosen = np.flatnonzero(batch.labels != IGNORED)
         integers = batch.bounds, place, batch.ids, chosen, batch.labels[chosen]
         first, place, tokens, chosen, labels = words(self.lib, *integers)
-        numbers = self.lib.asarray(np.asarray(batch.numbers, "uint64"))
+        numbers = self.lib.asarray(np.asarray(batch.numbers).astype("uint64"))
         longest = max(lengths, default=0)
         if self._angles is None or self._angles[0].shape[0] < longest:
             room = 1 << max(longest - 1, 0).bit_length()
@@ -157,6 +165,15 @@ def _plain(name: str, value: Any, dtype: str) -> Device:
     if dtype_name(value) != dtype:
         refuse(name, f"{dtype}, set by the adapters", dtype_name(value))
     return contiguous(value)
+
+
+def _there(site: str, adapter: Adapter, dtype: str) -> Adapter:
+    """An adapter as the kernels read it: of the plan's dtype, and without gaps, copied where it has some."""
+    found = {part: value for part in PARTS if (value := getattr(adapter, part)) is not None}
+    for part, value in found.items():
+        if dtype_name(value) != dtype:
+            raise DtypeError(f"{site}: {part}: expected {dtype}, set by the plan, got {dtype_name(value)}")
+    return Adapter(**{"A": None, "B": None, **{part: contiguous(value) for part, value in found.items()}})
 
 
 def _check_shapes(weights: Mapping[str, Any], shape: LlamaShape) -> None:
