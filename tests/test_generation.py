@@ -18,7 +18,8 @@ from lorax_np.generation.prompts import Told, end_ids, prompt_ids
 from lorax_np.generation.sampling import choose, draw, probabilities
 from lorax_np.models.adapted import with_adapter
 from lorax_np.models.load import model_of
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Batch, Trained
 from lorax_np.models.tasks import outputs
 from lorax_np.params import Adapter, Linear

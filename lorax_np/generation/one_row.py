@@ -8,7 +8,7 @@ from typing import Any
 
 from ..backend import Array, dtype_name
 from ..layer import lora_linear_forward
-from ..models.passes import PAIRS, Pair
+from ..models.pairs import PAIRS, Pair
 from ..ops.dora import magnitude_forward, row_norm_forward
 from ..ops.linear import linear_forward
 from ..ops.lora import delta_forward, lora_forward

@@ -9,7 +9,8 @@ import numpy as np
 from ..backend import quiet
 from ..config import Site
 from ..errors import ConfigError, FormatError
-from ..models.passes import PAIRS, Pass
+from ..models.pairs import PAIRS
+from ..models.passes import Pass
 from ..models.records import Model, Trained
 from ..text.tokenizer import Tokenizer
 from .decoders import writer_of

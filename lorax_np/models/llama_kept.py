@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from ..params import Adapter
 from .llama import ALL, EMBEDDING, INPUTS, first_block
-from .passes import REFERENCE, Pass
+from .pairs import REFERENCE
+from .passes import Pass
 
 
 def llama_kept(at: Pass, N: int, keep: str, half: Callable[[Pass, str], int] | None = None) -> int:

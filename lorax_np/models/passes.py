@@ -6,17 +6,13 @@ trains, never by the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..backend import Array, beside, cast, compute_dtype, dtype_name, namespace_of, on_device, to_host
 from ..config import Site
 from ..errors import ConfigError
-from ..fast import lora_linear_backward as fast_backward
-from ..fast import lora_linear_forward as fast_forward
-from ..fast.general import INSTEAD
-from ..layer import lora_linear_backward, lora_linear_forward
 from ..layers.embedding import Embedding, lora_embedding_backward, lora_embedding_forward
 from ..layers.tokens import TokenRows, token_rows_backward, token_rows_forward
 from ..ops.embedding import lookup_backward, lookup_forward
@@ -33,42 +29,13 @@ from ..ops.norm import (
 from ..params import Adapter, Linear, linear_from_stored
 from ..random import DropoutKey, site_key
 from .masks import dropout_masks
+from .pairs import REFERENCE, Pair
 from .records import Dropout, Gradients, Model, Rows, Trained
 
 DELTA = "token_adapter.trainable_tokens_delta"  # the end of the name of an embedding's trained rows
 
 
 Op = TypeVar("Op", bound=Callable[..., Any])
-
-
-class Pair(NamedTuple):
-    """A forward of a LoRA linear layer and its adjoint, with the arguments of the reference.
-
-    instead : functions that stand in for operations of ops/ on the host, by the operation
-    there : gives those that do on a device
-    """
-
-    forward: Callable[..., tuple[Array, Any]]
-    backward: Callable[..., tuple[Array, Adapter]]
-    instead: Mapping[Callable[..., Any], Callable[..., Any]] = {}
-    there: Callable[[], Mapping[Callable[..., Any], Callable[..., Any]]] = dict
-
-
-def _fast_forward(x: Array, base: Linear, adapter: Adapter, *, scaling: float, mask: Any) -> tuple[Array, Any]:
-    y, saved = fast_forward(x, base, adapter, scaling=scaling, dropout=mask)
-    return y, saved
-
-
-def _on_device() -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """Read where there is a device alone: nobody else waits for it."""
-    from ..fast.device import ON_DEVICE
-
-    return ON_DEVICE
-
-
-REFERENCE = Pair(lora_linear_forward, lora_linear_backward)
-FAST = Pair(_fast_forward, fast_backward, INSTEAD, _on_device)
-PAIRS: Mapping[str, Pair] = {"reference": REFERENCE, "fast": FAST}
 
 
 class Pass:

@@ -14,8 +14,9 @@ from ..config import Site
 from ..errors import ConfigError
 from ..ops.attention import attention_forward
 from ..ops.relative import Relative
+from .pairs import PAIRS
 from .parts import join_heads, split_heads
-from .passes import PAIRS, Pass
+from .passes import Pass
 from .records import Batch, Model, Rows, Trained
 from .t5 import biases, stack_forward
 from .t5_block import READ, WRITE, Memory, dense_half, t5_of

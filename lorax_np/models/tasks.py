@@ -18,7 +18,8 @@ from ..ops.targets import count_kept
 from .check_batch import check_batch
 from .families import FAMILIES
 from .family import Family, Head, half_a_head
-from .passes import PAIRS, Pass
+from .pairs import PAIRS
+from .passes import Pass
 from .records import Batch, Dropout, Gradients, Model, Trained
 
 Tokens = Mapping[str, Sequence[int]]

@@ -9,7 +9,8 @@ from typing import Any
 from ..backend import Array
 from ..config import Site
 from ..starts.moments import Moments, input_moments, joined
-from .passes import FAST, Pass
+from .pairs import FAST
+from .passes import Pass
 from .records import Batch, Model, Rows, Trained
 from .tasks import count, family_of, loss_and_gradients
 

@@ -11,7 +11,8 @@ import numpy as np
 from ..backend import FLOATS, Array, HostArray, all_finite, dtype_name, quiet, to_host
 from ..errors import ConfigError, FormatError
 from ..models import tasks
-from ..models.passes import PAIRS, Pass
+from ..models.pairs import PAIRS
+from ..models.passes import Pass
 from ..models.quantised import let_go
 from ..models.records import Batch, Dropout, Model, Rows, Trained
 from ..text.batches import START, Feed

@@ -18,7 +18,8 @@ from lorax_np.fast.gemm import engine
 from lorax_np.fast.general import attention, gelu, layer_norm
 from lorax_np.fast.llama import threads
 from lorax_np.models.masks import dropout_masks
-from lorax_np.models.passes import FAST, REFERENCE, Pass
+from lorax_np.models.pairs import FAST, REFERENCE
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Model, Trained
 from lorax_np.random import DropoutKey, dropout_mask
 

@@ -13,7 +13,8 @@ import pytest
 from whole import STARTS, Leaf, Step, held, leaves
 
 from lorax_np.models import tasks
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Batch, Trained
 from lorax_np.models.tasks import kept_numbers, loss_and_gradients
 from lorax_np.tree import tree_map

@@ -9,7 +9,8 @@ from whole import AGREES, LENGTHS, STARTS, Step, adapted, all_whole, batch_of, l
 
 from lorax_np.errors import ConfigError, ShapeError
 from lorax_np.models import bert, encoder_heads
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Dropout, Gradients, Trained
 from lorax_np.models.tasks import count, loss, loss_and_gradients, outputs
 from tests.strategies import LIBRARIES

@@ -10,7 +10,8 @@ from whole import AGREES, STARTS, Step, adapted, all_whole, batch_of, model_of, 
 from lorax_np.errors import ConfigError
 from lorax_np.models import gpt2
 from lorax_np.models.families import FAMILIES
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Dropout, Model, Trained
 from lorax_np.models.tasks import outputs
 from tests.strategies import LIBRARIES

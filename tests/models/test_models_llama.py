@@ -11,7 +11,8 @@ from whole import held
 from lorax_np import layer
 from lorax_np.errors import ConfigError, ShapeError
 from lorax_np.models import llama
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Gradients, Trained
 from lorax_np.models.tasks import count, kept_numbers, loss, loss_and_gradients, outputs
 from lorax_np.ops.rope import rope_forward

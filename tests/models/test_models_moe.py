@@ -19,7 +19,8 @@ import lorax_np as lx
 from lorax_np.models import load, moe
 from lorax_np.models.llama_config import llama_settings, llama_shapes
 from lorax_np.models.moe_config import moe_settings, moe_shapes
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Rows, Trained
 from lorax_np.models.tasks import loss_and_gradients, outputs
 from lorax_np.models.upcycle import upcycle

@@ -18,7 +18,8 @@ from whole import AGREES, STARTS, TINY, Step, adapted, all_whole, held, leaves, 
 import lorax_np as lx
 from lorax_np.models import load, t5, t5_block
 from lorax_np.models.families import FAMILIES
-from lorax_np.models.passes import PAIRS, Pass
+from lorax_np.models.pairs import PAIRS
+from lorax_np.models.passes import Pass
 from lorax_np.models.records import Batch, Dropout, Rows, Trained
 from lorax_np.models.t5 import decoder_input
 from lorax_np.models.t5_config import COPIES, t5_settings, t5_shapes
