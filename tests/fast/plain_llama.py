@@ -171,3 +171,27 @@ class Case:
                     size = np.sum(np.abs(g * v)) + 1e-3 * largest
                     assert g.shape == value.shape
                     assert abs(np.sum(g * v) - slope) <= ROUNDING * EPS["float64"] * size, (site, part)
+
+
+def assert_explained(narrow, wide, moved):
+    """float32's gradients are as far from float64's as some dozens of roundings of every weight explain.
+
+    wide and moved become narrow in float64, moved with every weight changed by 2^-24 of it.
+    """
+    rng = np.random.default_rng(0)
+    for case, change in ((wide, 0.0), (moved, 2.0**-24)):
+        case.weights = {
+            name: value.astype("float64") * (1 + change * rng.choice([-1, 1], value.shape))
+            for name, value in narrow.weights.items()
+        }
+        case.adapters = {
+            site: Adapter(a.A.astype("float64"), a.B.astype("float64")) for site, a in narrow.adapters.items()
+        }
+    got, want, off = (case.gradients() for case in (narrow, wide, moved))
+    assert abs(got[0] - want[0]) <= 64 * 2.0**-24 * abs(want[0])
+    for site, g in want[1].items():
+        for part in "AB":
+            right, found = getattr(g, part), getattr(got[1][site], part)
+            assert found.dtype == np.float32
+            unit = np.linalg.norm(getattr(off[1][site], part) - right)
+            assert 0 < np.linalg.norm(found - right) <= 64 * unit, (site, part)

@@ -10,7 +10,7 @@ import lorax_np as lx
 from lorax_np import Adapter
 from lorax_np.fast.device import attention_source, source
 from lorax_np.fast.llama import llama_plan
-from tests.fast.plain_llama import CONFIG, DROPOUT, PARTS, Case
+from tests.fast.plain_llama import CONFIG, DROPOUT, PARTS, Case, assert_explained
 
 pytestmark = standin.needs_compiler
 MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 5}
@@ -139,24 +139,7 @@ def test_of_no_tokens_and_of_no_labels_all_is_zero(cupy):
 def test_float32_is_as_far_from_float64_as_its_roundings_explain(cupy):
     """A relative change of 2^-24 of every weight is what one rounding of each does; a pass has some dozens."""
     how = {"p": 0.1, "lengths": (40, 3, 17)}
-    narrow, wide, moved = There(dtype="float32", **how), There(**how), There(**how)
-    rng = np.random.default_rng(0)
-    for case, change in ((wide, 0.0), (moved, 2.0**-24)):
-        case.weights = {
-            name: value.astype("float64") * (1 + change * rng.choice([-1, 1], value.shape))
-            for name, value in narrow.weights.items()
-        }
-        case.adapters = {
-            site: Adapter(a.A.astype("float64"), a.B.astype("float64")) for site, a in narrow.adapters.items()
-        }
-    got, want, off = (case.gradients() for case in (narrow, wide, moved))
-    assert abs(got[0] - want[0]) <= 64 * 2.0**-24 * abs(want[0])
-    for site, g in want[1].items():
-        for part in "AB":
-            right, found = getattr(g, part), getattr(got[1][site], part)
-            assert found.dtype == np.float32
-            unit = np.linalg.norm(getattr(off[1][site], part) - right)
-            assert 0 < np.linalg.norm(found - right) <= 64 * unit, (site, part)
+    assert_explained(There(dtype="float32", **how), There(**how), There(**how))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------

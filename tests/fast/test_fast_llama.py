@@ -12,7 +12,17 @@ from lorax_np.fast.gemm import engine
 from lorax_np.fast.llama import attention, branches, elementwise, head, llama_plan, plan, room, threads
 from lorax_np.models.tasks import count, loss_and_gradients
 from lorax_np.models.tasks import loss as model_loss
-from tests.fast.plain_llama import CONFIG, DROPOUT, LENGTHS, PARTS, ROUNDING, Case, batch, loss
+from tests.fast.plain_llama import (
+    CONFIG,
+    DROPOUT,
+    LENGTHS,
+    PARTS,
+    ROUNDING,
+    Case,
+    assert_explained,
+    batch,
+    loss,
+)
 from tests.models import tiny
 
 MISTRAL = CONFIG | {"model_type": "mistral", "sliding_window": 5}
@@ -102,25 +112,7 @@ def test_planted_faults_are_seen(fault, monkeypatch):
 
 def test_float32_is_as_far_from_float64_as_its_roundings_explain():
     """A relative change of 2^-24 of every weight is what one rounding of each does; a pass has some dozens."""
-    narrow = Case(p=0.1, dtype="float32")
-    wide, moved = Case(p=0.1), Case(p=0.1)
-    rng = np.random.default_rng(0)
-    for case, change in ((wide, 0.0), (moved, 2.0**-24)):
-        case.weights = {
-            name: value.astype("float64") * (1 + change * rng.choice([-1, 1], value.shape))
-            for name, value in narrow.weights.items()
-        }
-        case.adapters = {
-            site: Adapter(a.A.astype("float64"), a.B.astype("float64")) for site, a in narrow.adapters.items()
-        }
-    got, want, off = (case.gradients() for case in (narrow, wide, moved))
-    assert abs(got[0] - want[0]) <= 64 * 2.0**-24 * abs(want[0])
-    for site, g in want[1].items():
-        for part in "AB":
-            right, found = getattr(g, part), getattr(got[1][site], part)
-            assert found.dtype == np.float32
-            unit = np.linalg.norm(getattr(off[1][site], part) - right)
-            assert 0 < np.linalg.norm(found - right) <= 64 * unit, (site, part)
+    assert_explained(Case(p=0.1, dtype="float32"), Case(p=0.1), Case(p=0.1))
 
 
 def test_masks_are_those_of_each_sequences_number():
