@@ -31,10 +31,15 @@ def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
     first = run.data["train"].examples[0]
     found += shown(first, run.tokenizer, task=run.task, labels=run.labels, colour=colour).splitlines()
     slow = [] if on_device(like) or not engine().advice else [f"products are by {engine().advice}"]
-    found += [f"note: {note}" for note in [*slow, *run.notes]]
+    found += [part for note in [*slow, *run.notes] for part in folded(f"note: {note}")]
     found.append(str(run.plan))
     found += group_table(groups_of(run.trained, run.config, run.sites)).splitlines()
     return found + site_table(run)
+
+
+def folded(line: str) -> list[str]:
+    """A line as parts that a terminal has room for: what is over goes on below, two columns in."""
+    return wrap(line, WIDE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def site_table(run: Prepared) -> list[str]:
@@ -80,8 +85,8 @@ class Lines:
             self.wrapped(f"step {record['step']} passed over: {came}; rows {', '.join(record['rows'][:4])}")
 
     def wrapped(self, line: str) -> None:
-        """Say a line that may be longer than a terminal is wide: what is over goes on below, two columns in."""
-        for part in wrap(line, WIDE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
+        """Say a line that may be longer than a terminal is wide."""
+        for part in folded(line):
             self.say(part)
 
     def step_line(self, record: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import models, pre_tokenizers, processors
 import lorax_np as lx
 from lorax_np.cli import main
 from lorax_np.models.families import FAMILIES
-from lorax_np.train import output
+from lorax_np.train import lines, output
 from lorax_np.train.log import records
 
 SENTENCE = "the cat sat on a mat and then it ran to see who was there now again"
@@ -177,6 +178,22 @@ def test_a_run_goes_on_without_being_told_again(place, tmp_path, capsys):
     assert "r: expected 3, as the run began, got 5" in capsys.readouterr().err
     assert main(["train", "--resume", "--adapter-path", str(tmp_path / "nowhere")]) == 2
     assert "--resume: expected the directory of a run as --adapter-path" in capsys.readouterr().err
+
+
+def test_kernels_that_are_narrower_than_the_processor_are_noted(place, tmp_path, capsys, monkeypatch):
+    """In lines that a terminal has room for; where there is nothing to say, nothing is said."""
+    for advice in (
+        "kernels for Haswell on a processor with AVX-512: OPENBLAS_CORETYPE=SkylakeX takes wider ones",
+        "",
+    ):
+        monkeypatch.setattr(lines, "engine", lambda advice=advice: SimpleNamespace(advice=advice))
+        assert main(flags(place, tmp_path / "never", "--dry-run")) == 0
+        said = capsys.readouterr().out.splitlines()
+        at = [i for i, line in enumerate(said) if line.startswith("note: products are by kernels")]
+        assert len(at) == bool(advice)
+        for i in at:
+            assert max(len(said[i]), len(said[i + 1])) <= 80
+            assert f"{said[i]} {said[i + 1].strip()}" == f"note: products are by {advice}"
 
 
 def test_an_adapter_is_trained_on(place, tmp_path, capsys):
