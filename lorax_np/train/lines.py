@@ -30,8 +30,9 @@ def first_lines(run: Prepared, *, colour: bool = False) -> list[str]:
         found += [f"{split}: {line}" for line in data.report.lines()] if split in ("train", "valid") else []
     first = run.data["train"].examples[0]
     found += shown(first, run.tokenizer, task=run.task, labels=run.labels, colour=colour).splitlines()
-    slow = [] if on_device(like) or not engine().advice else [f"products are by {engine().advice}"]
-    found += [part for note in [*slow, *run.notes] for part in folded(f"note: {note}")]
+    if engine().advice and not on_device(like):
+        found += folded(f"note: products are by {engine().advice}")
+    found += [f"note: {note}" for note in run.notes]
     found.append(str(run.plan))
     found += group_table(groups_of(run.trained, run.config, run.sites)).splitlines()
     return found + site_table(run)
